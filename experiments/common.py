@@ -1,0 +1,46 @@
+"""The base configuration: the Transfusion paper's, in full. Experiments start from it and change values."""
+
+from ml_collections import ConfigDict
+
+# Table 2 of arXiv 2408.11039: layers, width, heads; FFN width is Llama's 8 d / 3 rounded up to 256.
+MODEL_SIZES = {
+    "0.16b": dict(num_layers=16, d_model=768, num_heads=12, d_ff=2048),
+    "0.37b": dict(num_layers=24, d_model=1024, num_heads=16, d_ff=2816),
+    "0.76b": dict(num_layers=24, d_model=1536, num_heads=24, d_ff=4096),
+    "1.4b": dict(num_layers=24, d_model=2048, num_heads=16, d_ff=5632),
+    "7b": dict(num_layers=32, d_model=4096, num_heads=32, d_ff=11008),
+}
+
+
+def base() -> ConfigDict:
+    """Every knob there is. Values are the paper's; docs/recipe.md says where it is silent."""
+    size = MODEL_SIZES["0.76b"]
+    return ConfigDict(dict(
+        objective="transfusion",
+        seed=0,
+        model=dict(
+            **size, num_kv_heads=size["num_heads"], text_vocab_size=32_000, latent_size=32,
+            latent_channels=8, patch_size=2, adapter="linear", patch_positions="none",
+            image_attention="bidirectional", remat="full", compute_dtype="bfloat16"),
+        diffusion=dict(prediction="eps", num_timesteps=1000, loss_weight=5.0),
+        autoencoder=dict(width=256, num_blocks=8, downsample=8, kl_weight=1e-6),
+        data=dict(
+            prepared="data/prepared", tokenizer="data/tokenizer.model",
+            mixture=dict(scenes=0.5, glosses=0.5), seq_len=4096, max_images=16, window_rows=512,
+            caption_dropout=0.1, image_first_fraction=0.2, image_first_max_t=1.0,
+            num_scenes=100_000, num_sprites=24, jitter=1),
+        optimizer=dict(learning_rate=3e-4, warmup_steps=4000, b2=0.95, weight_decay=0.1, ema_decay=0.9999),
+        train=dict(
+            num_steps=250_000, batch_size=512, num_microbatches=1, log_every=50, eval_every=5000,
+            eval_batches=8, diagnostics_every=1000, checkpoint_every=5000),
+        mesh=dict(data=1, fsdp=-1, tensor=1),
+        sampling=dict(sampler="ddpm", num_inference_steps=250, guidance_scale=3.0),
+    ))
+
+
+def pick(arg: str | None, choices, default: str) -> str:
+    """The variant named after the colon of --config=FILE:variant."""
+    arg = arg or default
+    if arg not in choices:
+        raise ValueError(f"unknown variant '{arg}'; choices: {', '.join(choices)}")
+    return arg

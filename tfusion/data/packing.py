@@ -1,0 +1,128 @@
+"""Packing documents into rows: `plan_window` decides on lengths only, `pack_row` fills in the data.
+
+A window holds a fixed number of documents per source, so that token shares come out, and is packed into
+exactly R rows. Row k of the run = (window k // R, index k % R); a plan is a pure function of
+(seed, window), so any process can start at any row for the price of one plan.
+
+R rows per window, T positions, I image slots, L positions of a document.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from tfusion.errors import UserError
+from tfusion.types import PAD, Batch, Example
+
+
+class Plan(NamedTuple):
+    """rows[r] = list of (source, epoch, record); what did not fit, and what was cut, is counted."""
+
+    rows: list
+    num_documents: int
+    num_dropped: int
+    num_cut: int
+
+
+class Candidate(NamedTuple):
+    """Documents of one source offered to a window, and their sizes (parallel int arrays)."""
+
+    epochs: np.ndarray
+    records: np.ndarray
+    lengths: np.ndarray
+    images: np.ndarray
+
+
+def documents_per_window(shares, mean_lengths, num_rows: int, seq_len: int) -> list[int]:
+    """How many documents of each source fill num_rows * seq_len positions in the given token shares."""
+    total = sum(shares)
+    return [round(num_rows * seq_len * share / total / mean) for share, mean in zip(shares, mean_lengths)]
+
+
+def plan_window(seed: int, window: int, candidates: list[Candidate], num_rows: int, seq_len: int,
+                max_images: int) -> Plan:
+    """First-fit over the shuffled documents of one window, under T positions and I image slots a row."""
+    rng = np.random.default_rng([seed, window])
+    flat = [(s, e, r, n, i) for s, c in enumerate(candidates)
+            for e, r, n, i in zip(c.epochs.tolist(), c.records.tolist(), c.lengths.tolist(),
+                                  c.images.tolist())]
+    room, slots = np.full(num_rows, seq_len), np.full(num_rows, max_images)
+    rows, dropped, cut = [[] for _ in range(num_rows)], 0, 0
+    for index in rng.permutation(len(flat)):
+        source, epoch, record, length, images = flat[index]
+        cut += length > seq_len
+        length = min(length, seq_len)
+        fits = (room >= length) & (slots >= images)
+        row = int(fits.argmax())
+        if not fits[row]:
+            dropped += 1
+            continue
+        room[row] -= length
+        slots[row] -= images
+        rows[row].append((source, epoch, record))
+    return Plan([rows[i] for i in rng.permutation(num_rows)], len(flat), dropped, cut)
+
+
+def cut_text(example: Example, seq_len: int) -> Example:
+    """A text-only document cut to seq_len positions; its last position predicts nothing."""
+    if len(example.tokens_L) <= seq_len:
+        return example
+    mask = example.loss_mask_L[:seq_len].copy()
+    mask[-1] = False
+    return example._replace(tokens_L=example.tokens_L[:seq_len], loss_mask_L=mask,
+                            image_ids_L=example.image_ids_L[:seq_len])
+
+
+def pack_row(row_id: int, examples: list[Example], seq_len: int, max_images: int, latent_shape) -> Batch:
+    """Concatenates documents into one row (arrays without the batch axis), padded to seq_len."""
+    T, I = seq_len, max_images
+    row = Batch(np.int32(row_id), np.full(T, PAD, np.int32), np.zeros(T, np.int32), np.zeros(T, np.int32),
+                np.zeros(T, np.int32), np.zeros(T, bool), np.zeros((I, *latent_shape), np.float32),
+                np.full(I, T, np.int32), np.zeros(I, np.float32))
+    start = slot = 0
+    for document, example in enumerate(examples, start=1):
+        length, images = len(example.tokens_L), len(example.max_t_I)
+        here = slice(start, start + length)
+        ids = example.image_ids_L
+        row.tokens_BT[here] = example.tokens_L
+        row.segment_ids_BT[here] = document
+        row.image_ids_BT[here] = np.where(ids > 0, ids + slot, 0)
+        row.positions_BT[here] = np.arange(length)
+        row.loss_mask_BT[here] = example.loss_mask_L
+        for k in range(images):
+            row.latents_BIhwc[slot + k] = example.latents_Ihwc[k]
+            row.image_start_BI[slot + k] = start + int(np.argmax(ids == k + 1))
+            row.max_t_BI[slot + k] = example.max_t_I[k]
+        start, slot = start + length, slot + images
+    return row
+
+
+def stack_rows(rows: list):
+    """Rows without a batch axis -> one batch."""
+    return type(rows[0])(*(np.stack(field) for field in zip(*rows)))
+
+
+def check_batch(batch: Batch, vocab_size: int, num_patches: int) -> None:
+    """Raises ValueError where a batch breaks the data contract (types.Batch), naming row and position."""
+
+    def fail(mask, text):
+        row, position = (int(x) for x in np.argwhere(mask)[0])
+        raise UserError(f"bad batch: row {int(batch.row_ids_B[row])}, position {position}: {text}")
+
+    T = batch.tokens_BT.shape[1]
+    bad = (batch.tokens_BT < 0) | (batch.tokens_BT >= vocab_size)
+    if bad.any():
+        fail(bad, f"token id {batch.tokens_BT[bad][0]} is outside 0..{vocab_size - 1}; "
+                  "was the data prepared with this tokenizer?")
+    bad = (batch.image_ids_BT > 0) & (batch.segment_ids_BT == 0)
+    if bad.any():
+        fail(bad, "an image patch lies in padding")
+    expected = np.zeros_like(batch.image_ids_BT)
+    for row, starts in enumerate(batch.image_start_BI):
+        for slot, start in enumerate(starts):
+            if start < T:
+                expected[row, start : start + num_patches] = slot + 1
+    bad = batch.image_ids_BT != expected
+    if bad.any():
+        fail(bad, f"image id {batch.image_ids_BT[bad][0]} does not match the image slots "
+                  f"({num_patches} patches each): an image id without its patches")

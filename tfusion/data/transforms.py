@@ -1,0 +1,52 @@
+"""Per-document choices: which comes first, caption or picture, and whether the caption is dropped.
+
+Every choice is a coin keyed by (seed, source, epoch, record), so it can be made for a whole window when
+its rows are planned, and again for one document when it is read, on any process.
+"""
+
+import numpy as np
+
+from tfusion.config import DataConfig
+from tfusion.types import Document
+
+DROP_COIN, ORDER_COIN = 1, 2
+
+
+def keyed_uniform(*keys):
+    """float64 in [0, 1), a hash (splitmix64, chained) of integer keys; arrays broadcast."""
+    state = np.uint64(0)
+    with np.errstate(over="ignore"):
+        for key in keys:
+            z = (state ^ np.asarray(key).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = z ^ (z >> np.uint64(31))
+    return (state >> np.uint64(11)).astype(np.float64) / 2**53
+
+
+def drops_caption(cfg: DataConfig, seed: int, source: int, epoch, record):
+    """bool: the document loses its captions, so that guidance has an unconditional model."""
+    return keyed_uniform(seed, source, epoch, record, DROP_COIN) < cfg.caption_dropout
+
+
+def puts_image_first(cfg: DataConfig, seed: int, source: int, epoch, record):
+    return keyed_uniform(seed, source, epoch, record, ORDER_COIN) < cfg.image_first_fraction
+
+
+def arrange(parts: list, drop_caption: bool, image_first: bool, image_first_max_t: float) -> Document:
+    """Orders a record's parts. Text-only records are left as they are.
+
+    A dropped caption leaves the pictures alone, unscored as text. Picture-first swaps each caption with
+    the picture it precedes and limits the picture's noise to image_first_max_t.
+    """
+    if all(part.ndim == 1 for part in parts):
+        return Document(tuple(parts), 1.0, True)
+    if drop_caption:
+        return Document(tuple(part for part in parts if part.ndim > 1), 1.0, False)
+    if not image_first:
+        return Document(tuple(parts), 1.0, True)
+    parts = list(parts)
+    for i in range(len(parts) - 1):
+        if parts[i].ndim == 1 and parts[i + 1].ndim > 1:
+            parts[i], parts[i + 1] = parts[i + 1], parts[i]
+    return Document(tuple(parts), image_first_max_t, True)

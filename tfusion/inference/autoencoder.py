@@ -1,0 +1,99 @@
+"""A trained autoencoder as a codec: pictures <-> normalised latents.
+
+The latent of a picture is the posterior's mean, normalised per channel to mean 0 and standard deviation 1
+over training pictures (the paper states neither choice; docs/recipe.md).
+"""
+
+import dataclasses
+import hashlib
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from tfusion import config, sharding
+from tfusion.errors import UserError
+from tfusion.models.autoencoder import Autoencoder, to_pixels, to_unit
+from tfusion.objectives import make_objective
+from tfusion.training import state as states
+from tfusion.training.checkpoint import restore_state
+from tfusion.training.optimizer import make_optimizer
+
+FILE = "autoencoder.npz"
+CHUNK = 256  # pictures per call, so that one compiled shape serves any number
+
+
+def in_chunks(fn, x):
+    """fn over CHUNK rows at a time, the last chunk padded; numpy out."""
+    out = []
+    for start in range(0, len(x), CHUNK):
+        part = x[start : start + CHUNK]
+        padded = np.concatenate([part, np.repeat(part[-1:], CHUNK - len(part), axis=0)])
+        out.append(np.asarray(fn(padded))[: len(part)])
+    return np.concatenate(out)
+
+
+class LatentCodec:
+    def __init__(self, cfg: config.AutoencoderConfig, latent_size: int, params, mean, std):
+        self.cfg, self.params, self.mean, self.std = cfg, params, mean, std
+        self.latent_shape = (latent_size, latent_size, len(mean))
+        model = Autoencoder(cfg, len(mean))
+        apply = partial(model.apply, {"params": params})
+        self._encode = jax.jit(lambda x: (apply(to_unit(x), method="encode")[0] - mean) / std)
+        self._decode = jax.jit(lambda z: to_pixels(apply(z * std + mean, method="decode")))
+
+    def encode(self, images):
+        """uint8 (n, H, W, 3) -> normalised latents, float32 (n, h, w, c)."""
+        return in_chunks(self._encode, np.asarray(images))
+
+    def decode(self, latents):
+        """Normalised latents -> uint8 (n, H, W, 3)."""
+        return in_chunks(self._decode, np.asarray(latents, np.float32))
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for name, value in sorted(self._arrays().items()):
+            digest.update(name.encode() + np.ascontiguousarray(value).tobytes())
+        return digest.hexdigest()
+
+    def _arrays(self) -> dict:
+        flat = flatten_dict(self.params, sep="/")
+        return {**{f"params/{k}": np.asarray(v) for k, v in flat.items()},
+                "mean": np.asarray(self.mean), "std": np.asarray(self.std)}
+
+    def save(self, path: Path) -> None:
+        about = {"cfg": dataclasses.asdict(self.cfg), "latent_size": self.latent_shape[0]}
+        np.savez(path, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **self._arrays())
+
+    @classmethod
+    def load(cls, prepared_root) -> "LatentCodec":
+        """The codec that made a prepared data set's latents."""
+        path = Path(prepared_root) / FILE
+        if not path.exists():
+            raise UserError(f"{path} not found: run `python -m tfusion.prepare` first")
+        with np.load(path) as file:
+            about = json.loads(bytes(file["about"]))
+            flat = {k.removeprefix("params/"): file[k] for k in file.files if k.startswith("params/")}
+            return cls(config.AutoencoderConfig(**about["cfg"]), about["latent_size"],
+                       unflatten_dict(flat, sep="/"), file["mean"], file["std"])
+
+    @classmethod
+    def from_run(cls, workdir, images) -> "LatentCodec":
+        """The latest checkpoint of an autoencoder's run; normalisation measured on `images`."""
+        cfg = config.load(workdir)
+        if cfg.objective != "autoencoder":
+            raise UserError(f"{workdir} holds a run with objective = '{cfg.objective}', not an autoencoder")
+        mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
+        target = states.restore_target(
+            make_objective(cfg), make_optimizer(cfg.optimizer, 1), cfg.optimizer.ema_decay > 0, mesh)
+        params = states.sampling_params(restore_state(workdir, target))
+        channels = cfg.model.latent_channels
+        plain = cls(cfg.autoencoder, cfg.model.latent_size, params, jnp.zeros(channels), jnp.ones(channels))
+        latents = plain.encode(np.stack(images))
+        return cls(cfg.autoencoder, cfg.model.latent_size, params, latents.mean((0, 1, 2)),
+                   latents.std((0, 1, 2)))

@@ -1,0 +1,212 @@
+"""Decoding (Transfusion, section 3): LM mode until BOI, then diffusion mode: N patches of pure noise are
+appended and denoised together, EOI is appended, and LM mode goes on, until EOS.
+
+Correct and simple: every step runs the whole sequence again. Several prompts go at once, each in its own
+row; a row's draws depend on its own number and position only, never on its neighbours.
+
+B rows, T positions of the buffer, I image slots, N patches per image, h w c latent.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tfusion.config import Config
+from tfusion.diffusion import process, sampler, schedule
+from tfusion.errors import UserError
+from tfusion.models.transfusion import Transfusion
+from tfusion.types import BOS, EOS, PAD, Batch
+
+WRITE, DRAW, DONE = 0, 1, 2  # a row's mode
+TEXT_STREAM, IMAGE_STREAM = 0, 1
+
+
+class Rows(NamedTuple):
+    """Unfinished documents, one per row, each starting at position 0."""
+
+    tokens_BT: jax.Array
+    image_ids_BT: jax.Array
+    length_B: jax.Array  # positions in use
+    latents_BIhwc: jax.Array
+    image_start_BI: jax.Array  # T = unused slot
+    mode_B: jax.Array
+    key_B: jax.Array
+
+
+def as_batch(rows: Rows) -> Batch:
+    """The rows as the model wants them: one document each, the rest padding."""
+    B, T = rows.tokens_BT.shape
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    segments = (positions < rows.length_B[:, None]).astype(jnp.int32)
+    return Batch(jnp.arange(B), rows.tokens_BT, segments, rows.image_ids_BT * segments, positions,
+                 jnp.zeros((B, T), bool), rows.latents_BIhwc, rows.image_start_BI,
+                 jnp.zeros(rows.image_start_BI.shape))
+
+
+def start_rows(cfg: Config, prompts: list, seed: int, max_len: int) -> Rows:
+    """Lays prompts out as rows. A prompt is a list of parts, int text ids or float (h, w, c) latents; text
+    that ends with BOI starts the row in diffusion mode. Raises UserError where a prompt does not fit.
+    """
+    m, I = cfg.model, cfg.data.max_images
+    B, T, N = len(prompts), max_len, cfg.model.num_patches
+    tokens, image_ids = np.full((B, T), PAD, np.int32), np.zeros((B, T), np.int32)
+    latents = np.zeros((B, I, *m.latent_shape), np.float32)
+    starts, lengths = np.full((B, I), T, np.int32), np.zeros(B, np.int32)
+    for row, prompt in enumerate(prompts):
+        ids, slot = [BOS], 0
+        for part in prompt:
+            part = np.asarray(part)
+            if part.ndim == 1:
+                ids += part.tolist()
+                continue
+            if slot == I:
+                raise UserError(f"prompt {row} has more than data.max_images = {I} images")
+            latents[row, slot] = part
+            starts[row, slot] = len(ids) + 1
+            image_ids[row, len(ids) + 1 : len(ids) + 1 + N] = slot + 1
+            ids += [m.boi] + [PAD] * N + [m.eoi]
+            slot += 1
+        if len(ids) > T:
+            raise UserError(f"prompt {row} is {len(ids)} positions long, there is room for {T}: shorten it")
+        tokens[row, : len(ids)] = ids
+        lengths[row] = len(ids)
+    last = tokens[np.arange(B), lengths - 1]
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(B))
+    return Rows(*map(jnp.asarray, (tokens, image_ids, lengths, latents, starts,
+                                   np.where(last == m.boi, DRAW, WRITE))), keys)
+
+
+def forward(cfg: Config, params, rows: Rows, x_BIhwc, t_BI):
+    return Transfusion(cfg.model).apply({"params": params}, as_batch(rows), x_BIhwc, t_BI)
+
+
+def _next_tokens(cfg: Config, params, rows: Rows, temperature):
+    """One text token per row: greedy at temperature 0. Never pad, bos, eoi, nor BOI without room."""
+    B, T = rows.tokens_BT.shape
+    out = forward(cfg, params, rows, rows.latents_BIhwc, jnp.zeros(rows.image_start_BI.shape))
+    logits = out.logits_BTV[jnp.arange(B), rows.length_B - 1]
+    ids = jnp.arange(logits.shape[-1])
+    never = (ids == PAD) | (ids == BOS) | (ids == cfg.model.eoi) | (ids >= cfg.model.vocab_size)
+    full = (rows.length_B + cfg.model.num_patches + 2 > T) | (rows.image_start_BI < T).all(axis=1)
+    logits = jnp.where(never | ((ids == cfg.model.boi) & full[:, None]), -jnp.inf, logits)
+    key_B = jax.vmap(lambda key, n: jax.random.fold_in(jax.random.fold_in(key, TEXT_STREAM), n))(
+        rows.key_B, rows.length_B)
+    drawn = jax.vmap(jax.random.categorical)(key_B, logits / jnp.maximum(temperature, 1e-6))
+    return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+
+
+def _append(rows: Rows, tokens_B, where_B) -> Rows:
+    """Appends one token to the chosen rows."""
+    index = jnp.where(where_B, rows.length_B, rows.tokens_BT.shape[1])
+    tokens = rows.tokens_BT.at[jnp.arange(len(index)), index].set(tokens_B, mode="drop")
+    return rows._replace(tokens_BT=tokens, length_B=rows.length_B + where_B)
+
+
+@partial(jax.jit, static_argnums=0)
+def write_text(cfg: Config, params, rows: Rows, limit_B, temperature) -> Rows:
+    """LM mode: every row writes until BOI (then its mode is DRAW), EOS or its limit (then DONE)."""
+
+    def body(rows: Rows) -> Rows:
+        writing = rows.mode_B == WRITE
+        token = _next_tokens(cfg, params, rows, temperature)
+        rows = _append(rows, token, writing)
+        ended = (token == EOS) | (rows.length_B >= limit_B)
+        mode = jnp.where(token == cfg.model.boi, DRAW, jnp.where(ended, DONE, WRITE))
+        return rows._replace(mode_B=jnp.where(writing, mode, rows.mode_B))
+
+    rows = rows._replace(mode_B=jnp.where((rows.mode_B == WRITE) & (rows.length_B >= limit_B), DONE,
+                                          rows.mode_B))
+    return jax.lax.while_loop(lambda rows: jnp.any(rows.mode_B == WRITE), body, rows)
+
+
+def _with_new_image(rows: Rows, num_patches: int):
+    """(rows with N patches appended to those that draw, the slot each draws in)."""
+    B, T = rows.tokens_BT.shape
+    drawing, position = rows.mode_B == DRAW, jnp.arange(T)[None]
+    slot_B = jnp.argmax(rows.image_start_BI == T, axis=1)
+    start, end = rows.length_B[:, None], rows.length_B[:, None] + num_patches
+    new = drawing[:, None] & (position >= start) & (position < end)
+    starts = rows.image_start_BI.at[jnp.arange(B), slot_B].set(
+        jnp.where(drawing, rows.length_B, rows.image_start_BI[jnp.arange(B), slot_B]))
+    return rows._replace(
+        image_ids_BT=jnp.where(new, slot_B[:, None] + 1, rows.image_ids_BT), image_start_BI=starts,
+        length_B=rows.length_B + num_patches * drawing), slot_B
+
+
+def _unconditional(cfg: Config, rows: Rows) -> Rows:
+    """The rows that guidance compares with: `<bos> <boi> patch x N`, as trained by caption dropout."""
+    B, N = len(rows.mode_B), cfg.model.num_patches
+    ids = jnp.concatenate([jnp.zeros(2, jnp.int32), jnp.ones(N, jnp.int32)])
+    tokens = jnp.full(N + 2, PAD).at[0].set(BOS).at[1].set(cfg.model.boi)
+    return Rows(jnp.tile(tokens, (B, 1)), jnp.tile(ids, (B, 1)), jnp.full(B, N + 2),
+                rows.latents_BIhwc[:, :1], jnp.full((B, 1), 2), rows.mode_B, rows.key_B)
+
+
+@partial(jax.jit, static_argnums=(0, 3, 4))
+def draw_images(cfg: Config, params, rows: Rows, sampler_name: str, num_inference_steps: int,
+                guidance_scale) -> Rows:
+    """Diffusion mode: every row that draws gets one image and its EOI, and is back in LM mode."""
+    drawing = rows.mode_B == DRAW
+    rows, slot_B = _with_new_image(rows, cfg.model.num_patches)
+    alone, each = _unconditional(cfg, rows), jnp.arange(len(slot_B))
+
+    def denoise(x_Bhwc, t_B):
+        x_BI = rows.latents_BIhwc.at[each, slot_B].set(x_Bhwc)
+        t_BI = jnp.zeros(rows.image_start_BI.shape).at[each, slot_B].set(t_B)
+        cond = forward(cfg, params, rows, x_BI, t_BI).prediction_BIhwc[each, slot_B]
+        uncond = forward(cfg, params, alone, x_Bhwc[:, None], t_B[:, None]).prediction_BIhwc[:, 0]
+        out = sampler.guide(cond, uncond, guidance_scale)
+        return process.to_x0_eps(cfg.diffusion.prediction, out, x_Bhwc, schedule.alpha_bar(t_B))
+
+    keys = jax.vmap(lambda key, n: jax.random.fold_in(jax.random.fold_in(key, IMAGE_STREAM), n))(
+        rows.key_B, slot_B)
+    x0 = sampler.sample(denoise, keys, cfg.model.latent_shape, sampler_name, num_inference_steps,
+                        cfg.diffusion.num_timesteps)
+    latents = rows.latents_BIhwc.at[each, slot_B].set(
+        jnp.where(drawing[:, None, None, None], x0, rows.latents_BIhwc[each, slot_B]))
+    rows = _append(rows._replace(latents_BIhwc=latents), cfg.model.eoi, drawing)
+    return rows._replace(mode_B=jnp.where(drawing, WRITE, rows.mode_B))
+
+
+def generate(cfg: Config, params, prompts: list, *, seed: int = 0, max_new_tokens: int | None = None,
+             max_images: int | None = None, temperature: float = 0.0, max_len: int | None = None) -> list:
+    """Continues each prompt to its EOS; returns one list of new parts per prompt.
+
+    prompts: see `start_rows`. Parts returned are int32 text ids (without specials) or float32 latents.
+    max_new_tokens limits a row's new text and max_images its new images; max_len the whole row
+    (data.seq_len unless given).
+    """
+    s, N = cfg.sampling, cfg.model.num_patches
+    rows = start_rows(cfg, prompts, seed, max_len or cfg.data.seq_len)
+    T = rows.tokens_BT.shape[1]
+    begin, budget = np.asarray(rows.length_B), T if max_new_tokens is None else max_new_tokens
+    limit, images = jnp.minimum(begin + budget, T), 0
+    while True:
+        rows = write_text(cfg, params, rows, limit, jnp.float32(temperature))
+        if not bool((rows.mode_B == DRAW).any()) or images == max_images:
+            break
+        room = np.asarray(rows.length_B)[np.asarray(rows.mode_B) == DRAW].max() + N + 1
+        if room > T:
+            raise UserError(f"no room for an image: {room} positions are needed, there are {T}")
+        limit = jnp.where(rows.mode_B == DRAW, jnp.minimum(limit + N + 1, T), limit)
+        rows = draw_images(cfg, params, rows, s.sampler, s.num_inference_steps,
+                           jnp.float32(s.guidance_scale))
+        images += 1
+    return [_new_parts(cfg, rows, i, int(begin[i])) for i in range(len(prompts))]
+
+
+def _new_parts(cfg: Config, rows: Rows, row: int, begin: int) -> list:
+    """What one row holds beyond its prompt, as parts in order."""
+    tokens, ids = np.asarray(rows.tokens_BT[row]), np.asarray(rows.image_ids_BT[row])
+    parts, text = [], []
+    for position in range(begin, int(rows.length_B[row])):
+        if ids[position] and (position == begin or ids[position] != ids[position - 1]):
+            parts += [np.asarray(text, np.int32)] * bool(text)
+            text = []
+            parts.append(np.asarray(rows.latents_BIhwc[row, ids[position] - 1]))
+        elif not ids[position] and tokens[position] not in (EOS, cfg.model.boi, cfg.model.eoi):
+            text.append(int(tokens[position]))
+    return parts + [np.asarray(text, np.int32)] * bool(text)

@@ -1,0 +1,87 @@
+"""Between image latents and transformer positions: `encode` (noisy latents -> one D-vector per patch)
+and `decode` (the transformer's outputs at those positions -> the estimate of the diffusion target).
+
+An adapter is a Linen module with these two methods; `make_adapter` picks it by name.
+
+B batch, I image slots, h w c latent, N patches, P values per patch, D d_model.
+"""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+
+from tfusion.config import ModelConfig
+from tfusion.models.transformer import kernel, linear
+
+TIME_FEATURES = 256
+
+
+def patchify(x_BIhwc, k: int):
+    """k x k windows, left to right, top to bottom, each flattened: (B, I, N, P)."""
+    return rearrange(x_BIhwc, "b i (h k) (w l) c -> b i (h w) (k l c)", k=k, l=k)
+
+
+def unpatchify(x_BINP, k: int, latent_size: int):
+    """The inverse of `patchify`."""
+    return rearrange(x_BINP, "b i (h w) (k l c) -> b i (h k) (w l) c", k=k, l=k, h=latent_size // k)
+
+
+def timestep_features(t, num_features: int = TIME_FEATURES):
+    """Sinusoids of 1000 t, float32 (..., num_features); t in [0, 1]. Periods 2 pi .. 2 pi 10^4, as DiT."""
+    half = num_features // 2
+    frequency = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angle = 1000.0 * t.astype(jnp.float32)[..., None] * frequency
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def zeros(module: nn.Module, name: str, shape, axes):
+    init = nn.with_logical_partitioning(nn.initializers.zeros_init(), axes)
+    return module.param(name, init, shape, jnp.float32)
+
+
+class LinearAdapter(nn.Module):
+    """One linear map per direction, the timestep's embedding added to every patch of the image.
+
+    The embedding is DiT's MLP (256 -> D -> D): the only reading that gives the adapter sizes of
+    Transfusion's table 7 (docs/recipe.md).
+    """
+
+    cfg: ModelConfig
+
+    def setup(self):
+        D, P = self.cfg.d_model, self.cfg.patch_values
+        self.time_in = kernel(self, "time_in_kernel", (TIME_FEATURES, D), ("time", "embed"))
+        self.time_in_bias = zeros(self, "time_in_bias", (D,), ("norm",))
+        self.time_out = kernel(self, "time_out_kernel", (D, D), (None, "embed"), std=0.02)
+        self.time_out_bias = zeros(self, "time_out_bias", (D,), ("norm",))
+        self.patch_in = kernel(self, "patch_in_kernel", (P, D), ("patch", "embed"))
+        self.patch_in_bias = zeros(self, "patch_in_bias", (D,), ("norm",))
+        self.patch_out = zeros(self, "patch_out_kernel", (D, P), ("embed", "patch"))
+        self.patch_out_bias = zeros(self, "patch_out_bias", (P,), ("patch",))
+        if self.cfg.patch_positions == "learned":
+            self.positions = kernel(self, "patch_position_embedding", (self.cfg.num_patches, D),
+                                    ("patch", "embed"), std=0.02)
+
+    def encode(self, x_BIhwc, t_BI):
+        """Noisy latents and their t -> (B, I, N, D) in x's dtype."""
+        h = linear(timestep_features(t_BI).astype(x_BIhwc.dtype), self.time_in)
+        h = linear(jax.nn.silu(h + self.time_in_bias.astype(h.dtype)), self.time_out)
+        h = h + self.time_out_bias.astype(h.dtype)
+        x_BIND = linear(patchify(x_BIhwc, self.cfg.patch_size), self.patch_in)
+        x_BIND = x_BIND + self.patch_in_bias.astype(h.dtype) + h[:, :, None]
+        if self.cfg.patch_positions == "learned":
+            x_BIND = x_BIND + self.positions.astype(h.dtype)
+        return x_BIND
+
+    def decode(self, h_BIND):
+        """Outputs at the patches -> the target's estimate (B, I, h, w, c), float32."""
+        out_BINP = linear(h_BIND, self.patch_out).astype(jnp.float32) + self.patch_out_bias
+        return unpatchify(out_BINP, self.cfg.patch_size, self.cfg.latent_size)
+
+
+ADAPTERS = {"linear": LinearAdapter}
+
+
+def make_adapter(cfg: ModelConfig, name: str) -> nn.Module:
+    return ADAPTERS[cfg.adapter](cfg, name=name)

@@ -1,0 +1,106 @@
+"""A Llama-style decoder: RMSNorm pre-norm, rotary attention, SwiGLU; depth by scan and remat.
+
+B batch, T tokens, D d_model, H heads, K kv_heads, E head_dim, F d_ff.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tfusion.config import ModelConfig
+from tfusion.models.attention import attention
+from tfusion.models.rope import apply_rope
+from tfusion.sharding import constrain
+
+NORM_EPS = 1e-5
+
+
+def linear(x, w):
+    """x (..., D) @ w (D, F) in x's dtype. Two-dimensional: XLA:CPU's gradients are twice as fast so."""
+    return (x.reshape(-1, x.shape[-1]) @ w.astype(x.dtype)).reshape(*x.shape[:-1], w.shape[-1])
+
+
+def rms_norm(x, scale):
+    """x / rms(x) * scale over the last axis, in float32, returned in x's dtype."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + NORM_EPS)
+    return (y * scale).astype(x.dtype)
+
+
+def kernel(module: nn.Module, name: str, shape, axes, std: float | None = None):
+    """Declares a float32 matrix with logical axes; normal with std 1/sqrt(fan in) unless given."""
+    std = shape[0] ** -0.5 if std is None else std
+    init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+    return module.param(name, init, shape, jnp.float32)
+
+
+def norm_scale(module: nn.Module, name: str, size: int):
+    init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
+    return module.param(name, init, (size,), jnp.float32)
+
+
+class Attention(nn.Module):
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, rope, intervals):
+        cfg, (B, T, D) = self.cfg, x_BTD.shape
+        H, K, E = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+        wq = kernel(self, "wq_kernel", (D, H * E), ("embed", "heads"))
+        wk = kernel(self, "wk_kernel", (D, K * E), ("embed", "kv_heads"))
+        wv = kernel(self, "wv_kernel", (D, K * E), ("embed", "kv_heads"))
+        wo = kernel(self, "wo_kernel", (H * E, D), ("heads", "embed"),
+                    std=(H * E * 2 * cfg.num_layers) ** -0.5)
+        q_BTHE = apply_rope(linear(x_BTD, wq).reshape(B, T, H, E), rope)
+        k_BTKE = apply_rope(linear(x_BTD, wk).reshape(B, T, K, E), rope)
+        v_BTKE = linear(x_BTD, wv).reshape(B, T, K, E)
+        q_BTHE = constrain(q_BTHE, "batch", "length", "heads", "head_dim")
+        out_BTHE = attention(q_BTHE, k_BTKE, v_BTKE, *intervals)
+        return linear(out_BTHE.reshape(B, T, H * E), wo)
+
+
+class SwiGLU(nn.Module):
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        D, F = self.cfg.d_model, self.cfg.d_ff
+        gate = kernel(self, "gate_kernel", (D, F), ("embed", "mlp"))
+        up = kernel(self, "up_kernel", (D, F), ("embed", "mlp"))
+        down = kernel(self, "down_kernel", (F, D), ("mlp", "embed"),
+                      std=(F * 2 * self.cfg.num_layers) ** -0.5)
+        h_BTF = constrain(jax.nn.silu(linear(x_BTD, gate)) * linear(x_BTD, up), "batch", "length", "mlp")
+        return linear(h_BTF, down)
+
+
+class Block(nn.Module):
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, rope, intervals):
+        D = self.cfg.d_model
+        h = rms_norm(x_BTD, norm_scale(self, "attention_norm_scale", D))
+        x_BTD = x_BTD + Attention(self.cfg, name="attention")(h, rope, intervals)
+        h = rms_norm(x_BTD, norm_scale(self, "mlp_norm_scale", D))
+        x_BTD = x_BTD + SwiGLU(self.cfg, name="mlp")(h)
+        return constrain(x_BTD, "batch", "length", "hidden"), None
+
+
+class Decoder(nn.Module):
+    """num_layers blocks, scanned over stacked parameters (leading axis 'layers'), then RMSNorm."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, rope, intervals):
+        remat = self.cfg.remat == "full"
+        # Without remat every layer's residuals are kept anyway, and unrolled they need not be stacked:
+        # on a CPU the step takes half the time.
+        blocks = nn.scan(
+            nn.remat(Block, prevent_cse=False) if remat else Block,
+            variable_axes={"params": 0}, split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast), length=self.cfg.num_layers,
+            unroll=1 if remat else self.cfg.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"})
+        x_BTD, _ = blocks(self.cfg, name="blocks")(x_BTD, rope, intervals)
+        return rms_norm(x_BTD, norm_scale(self, "final_norm_scale", self.cfg.d_model))

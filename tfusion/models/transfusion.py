@@ -1,0 +1,81 @@
+"""Transfusion (arXiv 2408.11039): one transformer over text tokens and image patches. Read this first.
+
+  tokens   --- embedding ----------.                           .--- LM head ------> next-token logits
+                                    >--- x_BTD --- Decoder ---<
+  latents  --- adapter.encode -----'      (hybrid mask)        '--- adapter.decode --> eps (or v)
+
+A row holds documents `<bos> text <boi> patch x N <eoi> text <eos>`. At a patch's position the adapter's
+vector takes the place of the token embedding. The mask (models/masks.py) is causal, plus full attention
+among the patches of one image, never across documents. The model is given noisy latents and their t; it
+knows neither the noise nor the losses (objectives/transfusion.py).
+
+B batch, T tokens, D d_model, V vocabulary, I image slots, N patches per image, h w c latent.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tfusion.config import ModelConfig
+from tfusion.models.image_adapters import make_adapter
+from tfusion.models.masks import key_intervals
+from tfusion.models.rope import rope_tables
+from tfusion.models.transformer import Decoder, kernel, linear
+from tfusion.sharding import constrain
+from tfusion.types import Batch, ModelOutput
+
+
+def patch_positions(image_start_BI, num_patches: int):
+    """(B, I * N): the row position of every patch of every slot; >= T in unused slots."""
+    positions_BIN = image_start_BI[:, :, None] + jnp.arange(num_patches)
+    return positions_BIN.reshape(image_start_BI.shape[0], -1)
+
+
+def scatter_patches(x_BTD, patches_BIND, positions):
+    """Puts each patch's vector at its position; unused slots (positions >= T) are dropped."""
+    B, D = x_BTD.shape[0], x_BTD.shape[-1]
+    return x_BTD.at[jnp.arange(B)[:, None], positions].set(
+        patches_BIND.reshape(B, -1, D), mode="drop")
+
+
+def gather_patches(h_BTD, positions, num_slots: int):
+    """The inverse: (B, I, N, D), zeros in unused slots."""
+    B, D = h_BTD.shape[0], h_BTD.shape[-1]
+    h = h_BTD.at[jnp.arange(B)[:, None], positions].get(mode="fill", fill_value=0)
+    return h.reshape(B, num_slots, -1, D)
+
+
+class Transfusion(nn.Module):
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, batch: Batch, x_t_BIhwc, t_BI) -> ModelOutput:
+        """Logits at every position and the diffusion target's estimate for every image slot.
+
+        batch: packed rows; its clean latents are not read. x_t_BIhwc: float32 noisy latents.
+        t_BI: float32 in [0, 1], 0 = clean.
+        """
+        cfg, dtype = self.cfg, jnp.dtype(self.cfg.compute_dtype)
+        adapter = make_adapter(cfg, name="image_adapter")
+        embedding_VD = kernel(self, "token_embedding", (cfg.padded_vocab_size, cfg.d_model),
+                              ("vocab", "embed"), std=cfg.d_model**-0.5)
+        head_DV = kernel(self, "lm_head_kernel", (cfg.d_model, cfg.padded_vocab_size), ("embed", "vocab"),
+                         std=0.02)
+
+        positions = patch_positions(batch.image_start_BI, cfg.num_patches)
+        x_BTD = embedding_VD.astype(dtype)[batch.tokens_BT]
+        x_BTD = scatter_patches(x_BTD, adapter.encode(x_t_BIhwc.astype(dtype), t_BI), positions)
+        x_BTD = constrain(x_BTD, "batch", "length", "hidden")
+
+        # The barrier keeps XLA from computing sines and masks anew in every layer that reads them.
+        rope, intervals = jax.lax.optimization_barrier((
+            rope_tables(batch.positions_BT, cfg.head_dim),
+            key_intervals(batch.segment_ids_BT, batch.image_ids_BT, cfg.image_attention)))
+        h_BTD = Decoder(cfg, name="decoder")(x_BTD, rope, intervals)
+
+        logits_BTV = constrain(linear(h_BTD, head_DV).astype(jnp.float32), "batch", "length", "vocab")
+        if cfg.padded_vocab_size > cfg.vocab_size:
+            real = jnp.arange(cfg.padded_vocab_size) < cfg.vocab_size
+            logits_BTV = jnp.where(real, logits_BTV, -1e9)
+        h_BIND = gather_patches(h_BTD, positions, x_t_BIhwc.shape[1])
+        return ModelOutput(logits_BTV, adapter.decode(h_BIND))

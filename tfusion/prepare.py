@@ -1,0 +1,61 @@
+"""Tokenises and encodes the sources of an experiment into the folder it trains from (data.prepared).
+
+  python -m tfusion.prepare --config=experiments/quickstart.py --autoencoder=runs/quickstart/autoencoder
+"""
+
+import shutil
+import time
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from tfusion import config
+from tfusion.data import prepared
+from tfusion.data.sources import make_source
+from tfusion.data.tokenizers import load_tokenizer
+from tfusion.errors import UserError, run
+from tfusion.inference.autoencoder import FILE, LatentCodec
+from tfusion.training.metrics import write_timing
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "experiments/FILE.py[:variant]")
+AUTOENCODER = flags.DEFINE_string("autoencoder", None, "workdir of a trained autoencoder")
+STATISTICS_IMAGES = 4096
+
+
+def training_images(cfg: config.Config, limit: int) -> list:
+    source = make_source("scenes", cfg.data, "train")
+    return [source[i][1] for i in range(min(limit, len(source)))]
+
+
+def main() -> None:
+    if CONFIG.value is None or AUTOENCODER.value is None:
+        raise UserError("--config=experiments/FILE.py and --autoencoder=WORKDIR are both needed; see --help")
+    began, cfg = time.perf_counter(), config.from_dict(CONFIG.value)
+    tokenizer = load_tokenizer(cfg.data.tokenizer)
+    if tokenizer.vocab_size != cfg.model.text_vocab_size:
+        raise UserError(f"data.tokenizer = '{cfg.data.tokenizer}' has {tokenizer.vocab_size} pieces, "
+                        f"model.text_vocab_size = {cfg.model.text_vocab_size}: set it to the former")
+    root = Path(cfg.data.prepared)
+    codec = LatentCodec.from_run(AUTOENCODER.value, training_images(cfg, STATISTICS_IMAGES))
+    if codec.latent_shape != cfg.model.latent_shape:
+        raise UserError(f"{AUTOENCODER.value} makes latents of shape {codec.latent_shape}, the config has "
+                        f"{cfg.model.latent_shape}: change model.latent_* or the autoencoder")
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(parents=True)
+    codec.save(root / FILE)
+    jobs = [(name, split) for name, share in cfg.data.mixture.items() if share > 0
+            for split in ("train", "heldout")]
+    bar = tqdm(jobs, desc="prepare", unit="split")
+    for name, split in bar:
+        bar.set_postfix_str(f"{name}/{split}")
+        source = tqdm(make_source(name, cfg.data, split), desc=f"{name}/{split}", unit="record", leave=False)
+        prepared.write_source(root / name / split, source, tokenizer.encode_batch, codec.encode)
+    prepared.write_meta(root, cfg.data.tokenizer, tokenizer.fingerprint, codec.fingerprint,
+                        cfg.model.latent_shape)
+    write_timing(root, "prepare", time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    run(main)

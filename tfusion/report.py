@@ -1,0 +1,37 @@
+"""Writes the report of a run: one HTML file, pictures, curves and figures included.
+
+    python -m tfusion.report --workdir=runs/quickstart
+    python -m tfusion.report --workdir=runs/quickstart --out=/tmp/quickstart.html
+
+Parts of the run that are absent are left out of the page and named at its foot.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+from tfusion.reporting.quickstart import write_report
+from tfusion.reporting.records import ReportError
+
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run to report on, as `make quickstart` leaves it.", required=True
+)
+_OUT = flags.DEFINE_string("out", None, "The HTML file to write; default: WORKDIR/report.html.")
+
+
+def main(argv: list[str]) -> None:
+    """Writes the page, or says in one line why it cannot."""
+    if len(argv) > 1:
+        sys.exit(f"report: unexpected argument {argv[1]!r}; try --help")
+    root = Path(_WORKDIR.value)
+    out = Path(_OUT.value) if _OUT.value else root / "report.html"
+    try:
+        write_report(root, out)
+    except (ReportError, OSError) as error:
+        sys.exit(f"report: {error}")
+    print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,276 @@
+"""Curves and bars as inline SVG: matplotlib draws, the page's own fonts letter them."""
+
+import io
+import itertools
+import re
+from collections.abc import Callable, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from tfusion.reporting.records import Series, smooth, thin
+
+TEXT, TEXT_LIGHT = "#3d5a80", "#b9c7d8"
+IMAGE, IMAGE_LIGHT = "#c4703c", "#ecc9b2"
+INK, GREY, LIGHT_GREY = "#22303c", "#8f9ba4", "#cfd5d9"
+# From nearly clean (light) to pure noise (dark).
+NOISE = ("#e3b04b", "#d58a4a", "#b8615a", "#83486b", "#443a63")
+NUM_BINS = len(NOISE)
+
+RC = {
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "axes.edgecolor": "#c9cfd3",
+    "axes.linewidth": 0.8,
+    "axes.labelcolor": "#61707c",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#ecebe6",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "xtick.color": "#61707c",
+    "ytick.color": "#61707c",
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "xtick.major.width": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "legend.labelcolor": INK,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "lines.linewidth": 1.6,
+    "lines.solid_capstyle": "round",
+    "axes.titlesize": 9,
+}
+
+
+def bin_name(k: int) -> str:
+    """The range of noise levels of bin k, as written on axes."""
+    return f"{k / NUM_BINS:.1f}–{(k + 1) / NUM_BINS:.1f}"
+
+
+def svg(name: str, draw: Callable[[Axes], None], size: tuple[float, float] = (5.2, 2.9)) -> str:
+    """What `draw` puts on one pair of axes, as an <svg> element; `name` keeps its ids apart from
+    those of the other plots on the page."""
+    with matplotlib.rc_context({**RC, "svg.hashsalt": name}):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots())
+        buffer = io.StringIO()
+        figure.savefig(
+            buffer,
+            format="svg",
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
+    text = re.sub(
+        r' (id)="(?:figure|axes|patch|line2d|text|matplotlib|[xy]tick|PathCollection|'
+        r'LineCollection|legend)[^"]*"',
+        "",
+        text,
+    )
+    head, tail = text.split(">", 1)
+    head = re.sub(r' (width|height|version)="[^"]*"', "", head)
+    return f'{head} role="img" aria-label="{name}">{tail}'
+
+
+def _step_axis(ax: Axes) -> None:
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    ax.set_xlabel("step")
+    ax.set_xlim(0, ax.dataLim.x1 * 1.01)
+
+
+def _log_axis(ax: Axes, values: Sequence[np.ndarray]) -> None:
+    """Logarithmic y with plain numbers, and enough of them when the curves span little."""
+    joined = np.concatenate([v[v > 0] for v in values])
+    if not len(joined):
+        return
+    ax.set_yscale("log")
+    decades = np.log10(joined.max() / joined.min())
+    subs = (1.0,) if decades > 3 else (1.0, 2.0, 5.0) if decades > 0.8 else range(1, 10)
+    ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=9))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(ax: Axes, columns: int) -> None:
+    ax.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1.0),
+        ncols=columns,
+        borderpad=0.2,
+        handlelength=1.3,
+        columnspacing=1.4,
+        borderaxespad=0.1,
+    )
+
+
+def loss(name: str, train: Series, held_out: Series | None, colours: tuple[str, str]) -> str:
+    """Training loss (light, and its running mean) and held-out loss (dots) over steps. The axis
+    leaves out the first moments, which would flatten the rest."""
+
+    def draw(ax: Axes) -> None:
+        mean = smooth(train)
+        ax.plot(*thin(train), color=colours[1], linewidth=0.9, label="training, single steps")
+        ax.plot(*mean, color=colours[0], label="training, running mean")
+        shown = [mean.values]
+        if held_out is not None:
+            ax.plot(
+                *held_out,
+                color=INK,
+                linewidth=0.9,
+                linestyle=(0, (3, 2)),
+                marker="o",
+                markersize=3.6,
+                label="held out",
+            )
+            shown.append(held_out.values)
+        settled = np.concatenate([values[max(1, len(values) // 40) - 1 :] for values in shown])
+        low, high = min(train.values.min(), settled.min()), settled.max()
+        ax.set_ylim(low - 0.04 * (high - low), high + 0.06 * (high - low) + 1e-9)
+        _step_axis(ax)
+        _legend(ax, 3)
+
+    return svg(name, draw)
+
+
+def noise_bins(name: str, curves: dict[int, Series], held_out: dict[int, Series]) -> str:
+    """Diffusion loss per noise bin: running mean in training, held-out values as dots."""
+
+    def draw(ax: Axes) -> None:
+        for k, curve in sorted(curves.items()):
+            ax.plot(*smooth(curve), color=NOISE[k], label=bin_name(k))
+        for k, curve in held_out.items():
+            ax.plot(
+                *curve,
+                color=NOISE[k],
+                linestyle="none",
+                marker="o",
+                markersize=3.4,
+                markeredgecolor="white",
+                markeredgewidth=0.5,
+            )
+        _log_axis(ax, [smooth(c).values for c in curves.values()])
+        _step_axis(ax)
+        _legend(ax, NUM_BINS)
+
+    return svg(name, draw)
+
+
+def curves(
+    name: str,
+    lines: Sequence[tuple[str, Series, str]],
+    log: bool = False,
+    raw: bool = True,
+    unit: str = "",
+) -> str:
+    """Curves over steps, each (label, series, colour); `raw` leaves them unsmoothed."""
+
+    def draw(ax: Axes) -> None:
+        drawn = [thin(series) if raw else smooth(series) for _, series, _ in lines]
+        for (label, _, colour), series in zip(lines, drawn, strict=True):
+            ax.plot(*series, color=colour, label=label)
+        if log:
+            _log_axis(ax, [series.values for series in drawn])
+        else:
+            ax.set_ylim(bottom=0)
+            if max(series.values.max() for series in drawn) >= 1000:
+                ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
+        _step_axis(ax)
+        if unit:
+            ax.set_ylabel(unit)
+        if len(lines) > 1:
+            _legend(ax, 4)
+
+    return svg(name, draw)
+
+
+def dots(name: str, series: Series, colour: str, unit: str) -> str:
+    """A few measurements over steps, joined; the axis fits the values."""
+
+    def draw(ax: Axes) -> None:
+        ax.plot(*series, color=colour, marker="o", markersize=3.6)
+        ax.annotate(
+            f"{series.values[-1]:.1f}",
+            (series.steps[-1], series.values[-1]),
+            xytext=(-2, 7),
+            textcoords="offset points",
+            ha="right",
+            color=INK,
+        )
+        ax.margins(y=0.15)
+        ax.set_ylabel(unit)
+        _step_axis(ax)
+
+    return svg(name, draw)
+
+
+def against_linear(name: str, model: Sequence[float], linear: Sequence[float]) -> str:
+    """Held-out diffusion loss per noise bin, the model's bar beside the linear predictor's."""
+
+    def draw(ax: Axes) -> None:
+        place = np.arange(len(model))
+        ax.bar(place - 0.2, linear, 0.36, color=LIGHT_GREY, label="best linear predictor")
+        ax.bar(place + 0.2, model, 0.36, color=NOISE[: len(model)], label="model")
+        ends = [*zip(place - 0.2, linear, strict=True), *zip(place + 0.2, model, strict=True)]
+        for x, value in ends:
+            ax.annotate(
+                f"{value:.2f}",
+                (x, value),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                color=INK,
+            )
+        names = [
+            f"{bin_name(k)}\n× {m / b:.2f}"
+            for k, (m, b) in enumerate(zip(model, linear, strict=True))
+        ]
+        ax.set_xticks(place, names)
+        ax.margins(y=0.1)
+        ax.set_xlabel("noise level t, and the model's share of the linear predictor's loss")
+        _legend(ax, 2)
+        ax.get_legend().legend_handles[1].set_facecolor(NOISE[2])
+
+    return svg(name, draw)
+
+
+def against_ngrams(name: str, tables: dict[str, dict[str, float]]) -> str:
+    """LM loss on each kind of text beside n-gram models: horizontal bars, value at the end."""
+    rows = [
+        (kind, label, table[label])
+        for kind, table in tables.items()
+        for label in sorted(table, key=table.get, reverse=True)
+    ]
+    gaps = np.cumsum([0.0] + [1.6 if a[0] != b[0] else 1.0 for a, b in itertools.pairwise(rows)])
+
+    def draw(ax: Axes) -> None:
+        shade = [TEXT if label == "model" else LIGHT_GREY for _, label, _ in rows]
+        ax.barh(gaps, [value for *_, value in rows], 0.74, color=shade)
+        top = max(value for *_, value in rows)
+        for y, (_, label, value) in zip(gaps, rows, strict=True):
+            ax.annotate(
+                f"{value:.2f}",
+                (value, y),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                color=INK,
+                weight="bold" if label == "model" else "normal",
+            )
+        ax.set_yticks(gaps, [f"{kind}, {label}" for kind, label, _ in rows])
+        ax.set_xlim(0, top * 1.12)
+        ax.invert_yaxis()
+        ax.grid(visible=False)
+        ax.spines["bottom"].set_visible(False)
+        ax.set_xticks([])
+
+    return svg(name, draw)

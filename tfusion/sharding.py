@@ -1,0 +1,105 @@
+"""Mesh and logical axis rules: the only file that names mesh axes.
+
+Everything else names *logical* axes ('batch', 'embed', ...). Three traps of the pinned versions are
+closed here: `jax.make_mesh` makes Explicit axes unless told otherwise; constraints are silently
+dropped unless the mesh was entered with `jax.set_mesh`; a misspelt axis would be silently unsharded.
+"""
+
+import math
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from tfusion.config import MeshConfig
+from tfusion.errors import UserError
+
+RULES = {  # logical axis -> mesh axes
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "images": None,
+    "hidden": None,  # an activation's width
+    "embed": "fsdp",  # a parameter's width
+    "mlp": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "vocab": "tensor",
+    "patch": None,
+    "time": None,
+    "norm": None,
+    "layers": None,
+}
+
+
+def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
+    """A (data, fsdp, tensor) mesh over all devices; fsdp = -1 takes what is left.
+
+    Raises ValueError where the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    fixed = cfg.data * cfg.tensor
+    fsdp = len(devices) // fixed if cfg.fsdp == -1 else cfg.fsdp
+    if fixed * fsdp != len(devices):
+        raise UserError(f"mesh data={cfg.data} x fsdp={cfg.fsdp} x tensor={cfg.tensor} does not fit "
+                         f"{len(devices)} devices; set mesh.* so that the product is {len(devices)}")
+    return jax.make_mesh((cfg.data, fsdp, cfg.tensor), ("data", "fsdp", "tensor"),
+                         axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def spec(*names: str | None) -> PartitionSpec:
+    """Logical axis names -> PartitionSpec. Raises ValueError on a name that has no rule."""
+    for name in names:
+        if name is not None and name not in RULES:
+            raise UserError(f"unknown logical axis '{name}'; known: {', '.join(RULES)}")
+    return PartitionSpec(*(RULES[name] if name else None for name in names))
+
+
+def constrain(x, *names: str | None):
+    """Constrains x to the sharding its logical axes have on the current mesh (`jax.set_mesh`)."""
+    if jax.sharding.get_abstract_mesh().empty:
+        if jax.device_count() == 1:
+            return x
+        raise RuntimeError("constrain() needs a mesh: wrap the call in `with jax.set_mesh(mesh)`")
+    return jax.lax.with_sharding_constraint(x, spec(*names))
+
+
+def shardings(abstract_tree, mesh: Mesh):
+    """Shardings for a tree of shapes, some boxed with logical axis names by `nn.Partitioned` boxes.
+
+    Raises ValueError where a dimension is not divisible by the mesh axes it is sharded over.
+    """
+
+    def one(path, leaf):
+        names = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else ()
+        shape = (leaf.unbox() if names else leaf).shape
+        partition = spec(*names)
+        for size, name, axes in zip(shape, names, partition):
+            axes = (axes,) if isinstance(axes, str) else axes or ()
+            parts = math.prod(mesh.shape[axis] for axis in axes)
+            if size % parts:
+                raise UserError(f"{jax.tree_util.keystr(path)}: axis '{name}' of size {size} does not "
+                                 f"divide over {parts} devices ({'x'.join(axes)}); change mesh.*")
+        return NamedSharding(mesh, partition)
+
+    return jax.tree_util.tree_map_with_path(
+        one, abstract_tree, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, spec("batch"))
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % parts:
+        raise UserError(f"train.batch_size / train.num_microbatches = {batch_size} does not divide over "
+                         f"{parts} devices (data x fsdp); change train.batch_size or mesh.*")
+
+
+def put_batch(batch, mesh: Mesh):
+    """This process's rows (numpy, leading axis B / processes) -> global arrays sharded over rows."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)

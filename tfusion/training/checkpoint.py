@@ -1,0 +1,82 @@
+"""Orbax checkpoints: the state, and beside it the position in the data and the resolved config.
+
+`<workdir>/checkpoints/<step>/{state,meta}`. Saving is asynchronous and atomic: a checkpoint is listed only
+when it is whole.
+"""
+
+from pathlib import Path
+
+import orbax.checkpoint as ocp
+
+from tfusion import config
+from tfusion.errors import UserError
+from tfusion.types import FORMAT_VERSION
+
+KEPT = 2
+SAME_ON_RESUME = ("objective", "model", "diffusion.prediction", "data.tokenizer")
+
+
+class Checkpoints:
+    def __init__(self, workdir):
+        self.folder = Path(workdir).absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=KEPT, create=True))
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, state, next_row: int, cfg: config.Config) -> None:
+        """Starts saving; returns as soon as the state is copied off the device."""
+        meta = {"format_version": FORMAT_VERSION, "next_row": next_row, "config": cfg.to_dict()}
+        self._manager.save(int(state.step), args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
+
+    def restore(self, target, cfg: config.Config):
+        """(state, next row) of the latest checkpoint. Raises UserError where it does not fit or is broken."""
+        step = self.latest()
+        meta = self._read(step, meta=ocp.args.JsonRestore()).meta
+        if meta["format_version"] != FORMAT_VERSION:
+            raise UserError(f"{self.folder / str(step)} has format version {meta['format_version']}, this "
+                            f"code reads {FORMAT_VERSION}: use the code that wrote it")
+        check_same(meta["config"], cfg, self.folder)
+        return self._read(step, state=ocp.args.StandardRestore(target)).state, meta["next_row"]
+
+    def _read(self, step: int, **items):
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as e:  # orbax and tensorstore raise many kinds, all meaning: cannot be read
+            older = [s for s in self._manager.all_steps() if s != step]
+            then = f"resume from step {max(older)}" if older else "start again"
+            raise UserError(f"checkpoint {self.folder / str(step)} cannot be read "
+                            f"({type(e).__name__}: {str(e).splitlines()[0][:120]}); delete that folder to "
+                            f"{then}") from e
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def check_same(saved: dict, cfg: config.Config, where) -> None:
+    """Raises UserError where a run is resumed with another model than it was saved with."""
+    for name in SAME_ON_RESUME:
+        old, new = saved, cfg.to_dict()
+        for part in name.split("."):
+            old, new = old[part], new[part]
+        changed = [k for k in new if old.get(k) != new[k]] if isinstance(new, dict) else [""] * (old != new)
+        if changed:
+            key = f"{name}.{changed[0]}".rstrip(".")
+            a, b = (old[changed[0]], new[changed[0]]) if isinstance(new, dict) else (old, new)
+            raise UserError(f"{where} was saved with {key} = {a}, the config has {b}: set it back, or start "
+                            "in another --workdir")
+
+
+def restore_state(workdir, target):
+    """The latest state of a run, for the verbs that only read. target: see `state.restore_target`."""
+    folder = Path(workdir) / "checkpoints"
+    checkpoints = Checkpoints(workdir) if folder.is_dir() else None
+    if checkpoints is None or checkpoints.latest() is None:
+        raise UserError(f"no checkpoint in {folder}: run `python -m tfusion.train --workdir={workdir}` first")
+    state, _ = checkpoints.restore(target, config.load(workdir))
+    checkpoints.close()
+    return state

@@ -1,0 +1,115 @@
+"""The loop: evaluate if due, save if due, next batch, step, log. It never asks which objective it runs."""
+
+import json
+import time
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+from tfusion import config, sharding
+from tfusion.data import pipeline
+from tfusion.objectives.base import Objective
+from tfusion.training import checkpoint, metrics
+from tfusion.training import state as states
+from tfusion.training import step as steps
+from tfusion.training.optimizer import learning_rate_schedule, make_optimizer
+
+
+class Held:
+    """Held-out rows and the functions that look at them: the same rows and noise at every evaluation."""
+
+    def __init__(self, cfg: config.Config, objective: Objective, mesh):
+        self.cfg, self.mesh = cfg, mesh
+        self.rows = pipeline.open_rows(cfg, objective, "heldout")
+        self.eval_step = jax.jit(steps.make_eval_step(objective, cfg))
+        self.diagnostics_step = jax.jit(steps.make_diagnostics(objective, cfg))
+
+    def _batches(self, number: int):
+        for batch in pipeline.batches(self.rows, 0, number, self.cfg.train.batch_size,
+                                      jax.process_index(), jax.process_count()):
+            yield sharding.put_batch(batch, self.mesh)
+
+    def evaluate(self, state) -> dict:
+        losses = metrics.Losses()
+        for batch in self._batches(self.cfg.train.eval_batches):
+            losses.add(int(state.step), self.eval_step(states.sampling_params(state), batch))
+        return losses.means("eval/")
+
+    def diagnose(self, state) -> dict:
+        norms = self.diagnostics_step(state.params, next(self._batches(1)))
+        return {f"grad_norm/{name}": float(norm) for name, norm in norms.items()}
+
+
+def due(step: int, every: int, num_steps: int) -> bool:
+    """Every so many steps and at the end; 0 = never."""
+    return every > 0 and (step % every == 0 or step == num_steps) and step > 0
+
+
+def start_state(cfg: config.Config, objective: Objective, tx, mesh, checkpoints):
+    """(state, next row): from the latest checkpoint where there is one, else fresh."""
+    ema = cfg.optimizer.ema_decay > 0
+    if checkpoints.latest() is None:
+        return states.init_state(objective, tx, ema, cfg.seed, mesh), 0
+    target = states.restore_target(objective, tx, ema, mesh)
+    state, next_row = checkpoints.restore(target, cfg)
+    print(f"resumed from step {int(state.step)}")
+    return state, next_row
+
+
+def train(cfg: config.Config, objective: Objective, workdir: Path, mesh) -> states.TrainState:
+    """Trains to cfg.train.num_steps, from the workdir's latest checkpoint where there is one."""
+    began, t = time.perf_counter(), cfg.train
+    tx = make_optimizer(cfg.optimizer, t.num_steps)
+    learning_rate = learning_rate_schedule(cfg.optimizer, t.num_steps)
+    rows, held = pipeline.open_rows(cfg, objective, "train"), Held(cfg, objective, mesh)
+    checkpoints = checkpoint.Checkpoints(workdir)
+    state, next_row = start_state(cfg, objective, tx, mesh, checkpoints)
+    config.save(cfg, workdir)
+    first = int(state.step)
+    writer, losses, speed = metrics.Writer(workdir, first), metrics.Losses(), metrics.Throughput(cfg)
+    train_step = jax.jit(steps.make_train_step(objective, tx, cfg), donate_argnums=0)
+    batches = pipeline.batches(rows, next_row, t.num_steps - first, t.batch_size,
+                               jax.process_index(), jax.process_count())
+    bar = tqdm(range(first, t.num_steps), initial=first, total=t.num_steps, desc=workdir.name,
+               unit="step", mininterval=1.0, dynamic_ncols=True)
+    try:
+        for step in bar:
+            waited = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - waited
+            state, step_losses = train_step(state, sharding.put_batch(batch, mesh))
+            losses.add(step + 1, step_losses)
+            speed.add(batch, waited)
+            next_row += t.batch_size
+
+            done, pause = step + 1, time.perf_counter()
+            if due(done, t.log_every, t.num_steps):
+                values = losses.means("train/")
+                pause = time.perf_counter()
+                values |= speed.report() | {"train/learning_rate": float(learning_rate(step))}
+                writer.write(done, values)
+                bar.set_postfix({k: f"{values['train/' + k]:.3f}" for k in objective.weights
+                                 if values.get("train/" + k) is not None}, refresh=False)
+            if due(done, t.eval_every, t.num_steps):
+                writer.write(done, held.evaluate(state))
+            if due(done, t.diagnostics_every, t.num_steps):
+                writer.write(done, held.diagnose(state))
+            if due(done, t.checkpoint_every, t.num_steps):
+                losses.flush()  # raises before a broken state replaces a good checkpoint
+                checkpoints.save(state, next_row, cfg)
+            speed.pause(time.perf_counter() - pause)
+    finally:
+        bar.close()
+        checkpoints.close()
+        writer.close()
+    summarise(workdir, state, speed, first, t.num_steps)
+    metrics.write_timing(workdir, "train", time.perf_counter() - began)
+    return state
+
+
+def summarise(workdir: Path, state, speed, first: int, num_steps: int) -> None:
+    """Writes summary.json: what this process trained (a resumed run counts its own steps)."""
+    params = sum(x.size for x in jax.tree.leaves(state.params))
+    (workdir / "summary.json").write_text(json.dumps(
+        {"num_params": params, "first_step": first, "steps": num_steps, **speed.total}, indent=2) + "\n")

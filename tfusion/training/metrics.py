@@ -1,0 +1,136 @@
+"""Numbers out of a run: accumulated on the host, written to metrics.jsonl and TensorBoard."""
+
+import json
+import math
+import platform
+import resource
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from tfusion import accelerators
+from tfusion.config import Config
+from tfusion.errors import UserError
+from tfusion.training.flops import training_flops
+from tfusion.types import Batch
+
+
+class Losses:
+    """Sums (sum, count) pairs; `means` divides once, at the end."""
+
+    def __init__(self):
+        self._pending, self._sums = [], {}
+
+    def add(self, step: int, losses) -> None:
+        """losses: {name: (sum, count)}, still on the device; not waited for here."""
+        self._pending.append((step, losses))
+
+    def flush(self) -> None:
+        """Fetches what is pending. Raises UserError at the first step with a NaN or infinite loss."""
+        for step, losses in jax.device_get(self._pending):
+            bad = [name for name, (total, _) in losses.items() if not np.isfinite(total)]
+            if bad:
+                raise UserError(f"step {step}: {', '.join(bad)} is not finite; the last checkpoint is "
+                                "untouched: lower optimizer.learning_rate, or look at that step's batch")
+            for name, (total, count) in losses.items():
+                a, b = self._sums.get(name, (0.0, 0.0))
+                self._sums[name] = (a + float(total), b + float(count))
+        self._pending = []
+
+    def means(self, prefix: str) -> dict:
+        """{prefix + name: mean, None where nothing was counted}; starts over."""
+        self.flush()
+        out = {prefix + name: total / count if count else None
+               for name, (total, count) in self._sums.items()}
+        self._sums = {}
+        return out
+
+
+class Throughput:
+    """Rates over the steps since the last report."""
+
+    def __init__(self, cfg: Config):
+        self.cfg, self.peak = cfg, accelerators.peak_flops_per_sec(jax.devices()[0].device_kind)
+        self.total = {"tokens": 0, "patches": 0, "images": 0, "flops": 0.0}
+        self._reset()
+
+    def _reset(self) -> None:
+        self._since, self._steps, self._waited, self._positions = time.perf_counter(), 0, 0.0, 0
+        self._start = dict(self.total)
+
+    def pause(self, seconds: float) -> None:
+        """Leaves out time spent on evaluation and checkpoints."""
+        self._since += seconds
+
+    def add(self, batch, waited: float) -> None:
+        """Counts one host batch; waited: seconds the step waited for it."""
+        self._steps, self._waited = self._steps + 1, self._waited + waited
+        if isinstance(batch, Batch):
+            self._positions += batch.tokens_BT.size
+            self.total["tokens"] += int((batch.segment_ids_BT > 0).sum())
+            self.total["patches"] += int((batch.image_ids_BT > 0).sum())
+            self.total["images"] += int((batch.max_t_BI > 0).sum())
+            self.total["flops"] += training_flops(self.cfg, batch)
+        else:
+            self.total["images"] += len(batch.row_ids_B)
+
+    def report(self) -> dict:
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        did = {name: self.total[name] - self._start[name] for name in self.total}
+        out = {"perf/step_ms": 1e3 * seconds / max(self._steps, 1),
+               "perf/images_per_sec": did["images"] / seconds,
+               "data/wait_fraction": self._waited / seconds}
+        if self._positions:
+            out |= {"perf/tokens_per_sec": did["tokens"] / seconds,
+                    "perf/patches_per_sec": did["patches"] / seconds,
+                    "perf/model_flops_per_sec": did["flops"] / seconds,
+                    "data/fill": did["tokens"] / self._positions}
+            if self.peak:
+                out["perf/mfu"] = did["flops"] / seconds / (self.peak * jax.device_count())
+        self._reset()
+        return out
+
+
+class Writer:
+    """metrics.jsonl (one object a line, always with "step") and TensorBoard events."""
+
+    def __init__(self, workdir: Path, first_step: int):
+        self._path = workdir / "metrics.jsonl"
+        self._drop_after(first_step)
+        self._file = self._path.open("a")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+
+    def _drop_after(self, step: int) -> None:
+        """A resumed run writes the steps after its checkpoint again: the old lines go."""
+        if self._path.exists():
+            lines = [line for line in self._path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            self._path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, step: int, values: dict) -> None:
+        rounded = {k: None if v is None else float(f"{v:.7g}") for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, **rounded}) + "\n")
+        self._file.flush()
+        for name, value in rounded.items():
+            if value is not None and math.isfinite(value):
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def write_timing(folder: Path, name: str, seconds: float) -> None:
+    """Adds a stage to `<folder>/timing.json`: seconds and this process's peak memory."""
+    path = folder / "timing.json"
+    old = json.loads(path.read_text())["stages"] if path.exists() else []
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    stage = {"name": name, "seconds": round(seconds, 1), "peak_memory_mb": round(peak)}
+    devices = jax.devices()
+    path.write_text(json.dumps({
+        "stages": [s for s in old if s["name"] != name] + [stage],
+        "machine": f"{len(devices)} x {devices[0].device_kind}, {platform.machine()}",
+        "versions": {"python": platform.python_version(), "jax": jax.__version__}}, indent=2) + "\n")

@@ -1,0 +1,48 @@
+"""What a training run carries from step to step, created directly in its shards."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tfusion import sharding
+from tfusion.objectives.base import Objective
+
+
+class TrainState(NamedTuple):
+    step: Any  # int32 (): optimizer steps done
+    params: Any  # float32 master weights
+    opt_state: Any
+    ema_params: Any  # float32 moving average; None where optimizer.ema_decay = 0
+
+
+def _create(objective: Objective, tx, ema: bool, key) -> TrainState:
+    """The state with every parameter boxed with its logical axes; the optimizer's copies inherit them."""
+    params = objective.init(key)
+    copy = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), copy)
+
+
+def abstract_state(objective: Objective, tx, ema: bool) -> TrainState:
+    """Shapes, boxed with logical axis names; allocates nothing."""
+    return jax.eval_shape(lambda key: _create(objective, tx, ema, key), jax.random.key(0))
+
+
+def restore_target(objective: Objective, tx, ema: bool, mesh) -> TrainState:
+    """Shapes and shardings without boxes: what a checkpoint is restored into."""
+    boxed = abstract_state(objective, tx, ema)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                        nn.meta.unbox(boxed), sharding.shardings(boxed, mesh))
+
+
+def init_state(objective: Objective, tx, ema: bool, seed: int, mesh) -> TrainState:
+    """A fresh state, each device computing its own shards."""
+    out = sharding.shardings(abstract_state(objective, tx, ema), mesh)
+    create = jax.jit(lambda key: nn.meta.unbox(_create(objective, tx, ema, key)), out_shardings=out)
+    return create(jax.random.key(seed))
+
+
+def sampling_params(state: TrainState):
+    """The weights to evaluate and sample with: the moving average where there is one."""
+    return state.params if state.ema_params is None else state.ema_params

@@ -1,0 +1,92 @@
+"""The training step: pure, jitted, its state donated. And the evaluation and diagnostics beside it.
+
+Losses are (sum, count). The counts are summed over the whole global batch first; then every micro-batch
+contributes weight * sum / count, so any split into micro-batches or devices gives the same total.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tfusion.objectives.base import Objective
+from tfusion.training.state import TrainState
+
+EVAL_STREAM = 2**31 - 1  # the step number under which held-out noise is drawn: the same at every evaluation
+
+
+def noise_key(seed: int, step):
+    """The key of one step's noise; threefry, so that draws depend on no mesh."""
+    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
+
+
+def weighted_total(objective: Objective, params, batch, counts, key):
+    """(sum of weight * loss sum / global count, the losses themselves)."""
+    losses = objective.loss(params, batch, key)
+    total = sum(weight * losses[name][0] / jnp.maximum(counts[name], 1)
+                for name, weight in objective.weights.items())
+    return total, losses
+
+
+def split_microbatches(batch, num_microbatches: int):
+    """(B, ...) -> (M, B / M, ...), strided so that every device keeps its own rows."""
+    return jax.tree.map(
+        lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def gradients(objective: Objective, params, batch, key, num_microbatches: int):
+    """(gradients of the weighted total, {name: (sum, count)} over the whole batch)."""
+    counts = objective.counts(batch)
+
+    def one(micro):
+        grad = jax.grad(lambda p: weighted_total(objective, p, micro, counts, key), has_aux=True)
+        return grad(params)
+
+    if num_microbatches == 1:
+        return one(batch)
+    micros = split_microbatches(batch, num_microbatches)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
+                         jax.eval_shape(one, jax.tree.map(lambda x: x[0], micros)))
+    total, _ = jax.lax.scan(lambda sums, micro: (jax.tree.map(jnp.add, sums, one(micro)), None),
+                            zeros, micros)
+    return total
+
+
+def make_train_step(objective: Objective, tx: optax.GradientTransformation, cfg):
+    """step(state, batch) -> (state, {name: (sum, count)}), to be jitted with the state donated."""
+    decay = cfg.optimizer.ema_decay
+
+    def train_step(state: TrainState, batch):
+        key = noise_key(cfg.seed, state.step)
+        grads, losses = gradients(objective, state.params, batch, key, cfg.train.num_microbatches)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema_params
+        if ema is not None:
+            warm = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
+            ema = jax.tree.map(lambda e, p: e + (1 - warm) * (p - e), ema, params)
+        metrics = {**losses, "grad_norm": (optax.global_norm(grads), 1),
+                   "param_norm": (optax.global_norm(params), 1)}
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    return train_step
+
+
+def make_eval_step(objective: Objective, cfg):
+    """eval(params, batch) -> {name: (sum, count)} on fixed noise."""
+    return lambda params, batch: objective.loss(params, batch, noise_key(cfg.seed, EVAL_STREAM))
+
+
+def make_diagnostics(objective: Objective, cfg):
+    """diagnostics(params, batch) -> {loss name: norm of its weighted gradient}; never in the hot step."""
+
+    def diagnostics(params, batch):
+        counts, key = objective.counts(batch), noise_key(cfg.seed, EVAL_STREAM)
+
+        def norm(name):
+            alone = objective._replace(weights={name: objective.weights[name]})
+            return optax.global_norm(
+                jax.grad(lambda p: weighted_total(alone, p, batch, counts, key)[0])(params))
+
+        return {name: norm(name) for name in objective.weights}
+
+    return diagnostics
