@@ -189,12 +189,12 @@ def _build(cls, tree, prefix: str):
     if not hasattr(tree, "keys"):
         raise UserError(f"config key '{prefix[:-1]}' must be a group of keys, got {tree!r}")
     fields = typing.get_type_hints(cls)
-    for key in tree.keys():
+    for key in tree:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(fields)}"
             raise UserError(f"unknown config key '{prefix}{key}'; {hint}")
-    missing = [key for key in fields if key not in tree.keys()]
+    missing = [key for key in fields if key not in tree]
     if missing:
         raise UserError(f"config key '{prefix}{missing[0]}' is missing; set it in the experiment file")
     return cls(**{key: _value(kind, tree[key], prefix + key) for key, kind in fields.items()})
@@ -206,7 +206,7 @@ def _value(kind, value, name: str):
     if typing.get_origin(kind) is dict:
         if not hasattr(value, "keys"):
             raise UserError(f"config key '{name}' must map names to numbers, got {value!r}")
-        return {k: _value(float, value[k], f"{name}.{k}") for k in value.keys()}
+        return {k: _value(float, value[k], f"{name}.{k}") for k in value}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not kind:

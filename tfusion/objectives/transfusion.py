@@ -66,8 +66,8 @@ def layout(document: Document, num_patches: int, boi: int, eoi: int) -> Example:
             latents.append(part)
             tokens.append(np.array([boi] + [PAD] * num_patches + [eoi]))
             image_ids.append(np.array([0] + [len(latents)] * num_patches + [0]))
-    tokens = np.concatenate(tokens + [np.array([EOS])]).astype(np.int32)
-    image_ids = np.concatenate(image_ids + [np.zeros(1)]).astype(np.int32)
+    tokens = np.concatenate([*tokens, np.array([EOS])]).astype(np.int32)
+    image_ids = np.concatenate([*image_ids, np.zeros(1)]).astype(np.int32)
     scored = (image_ids == 0) & (tokens != boi)  # BOI and patches predict no token; EOI does
     scored[-1] = False
     latents = np.stack(latents).astype(np.float32) if latents else np.zeros((0, 0, 0, 0), np.float32)
