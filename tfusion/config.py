@@ -97,7 +97,7 @@ class AutoencoderConfig:
 class DataConfig:
     prepared: str  # folder written by `prepare`
     tokenizer: str  # 'byte', 'default' or the path of a SentencePiece model
-    mixture: dict[str, float]  # source -> share of the tokens
+    mixture: dict[str, float] = dataclasses.field(hash=False)  # source -> share of the tokens
     seq_len: int
     max_images: int  # I: image slots per row
     window_rows: int  # R: rows planned at once

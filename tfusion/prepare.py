@@ -7,6 +7,7 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
@@ -17,6 +18,7 @@ from tfusion.data.sources import make_source
 from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError, run
 from tfusion.inference.autoencoder import FILE, LatentCodec
+from tfusion.training.checkpoint import load_run
 from tfusion.training.metrics import write_timing
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "experiments/FILE.py[:variant]")
@@ -24,9 +26,14 @@ AUTOENCODER = flags.DEFINE_string("autoencoder", None, "workdir of a trained aut
 STATISTICS_IMAGES = 4096
 
 
-def training_images(cfg: config.Config, limit: int) -> list:
+def fit_codec(workdir: str, cfg: config.Config) -> LatentCodec:
+    """The autoencoder's run as a codec, normalised over training pictures."""
+    run_cfg, params = load_run(workdir)
+    if run_cfg.objective != "autoencoder":
+        raise UserError(f"--autoencoder={workdir} holds a run with objective = '{run_cfg.objective}'")
     source = make_source("scenes", cfg.data, "train")
-    return [source[i][1] for i in range(min(limit, len(source)))]
+    images = [source[i][1] for i in range(min(STATISTICS_IMAGES, len(source)))]
+    return LatentCodec.fit(run_cfg, params, np.stack(images))
 
 
 def main() -> None:
@@ -38,7 +45,7 @@ def main() -> None:
         raise UserError(f"data.tokenizer = '{cfg.data.tokenizer}' has {tokenizer.vocab_size} pieces, "
                         f"model.text_vocab_size = {cfg.model.text_vocab_size}: set it to the former")
     root = Path(cfg.data.prepared)
-    codec = LatentCodec.from_run(AUTOENCODER.value, training_images(cfg, STATISTICS_IMAGES))
+    codec = fit_codec(AUTOENCODER.value, cfg)
     if codec.latent_shape != cfg.model.latent_shape:
         raise UserError(f"{AUTOENCODER.value} makes latents of shape {codec.latent_shape}, the config has "
                         f"{cfg.model.latent_shape}: change model.latent_* or the autoencoder")

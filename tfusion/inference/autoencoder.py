@@ -15,13 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tfusion import config, sharding
+from tfusion import config
 from tfusion.errors import UserError
 from tfusion.models.autoencoder import Autoencoder, to_pixels, to_unit
-from tfusion.objectives import make_objective
-from tfusion.training import state as states
-from tfusion.training.checkpoint import restore_state
-from tfusion.training.optimizer import make_optimizer
 
 FILE = "autoencoder.npz"
 CHUNK = 256  # pictures per call, so that one compiled shape serves any number
@@ -83,17 +79,8 @@ class LatentCodec:
                        unflatten_dict(flat, sep="/"), file["mean"], file["std"])
 
     @classmethod
-    def from_run(cls, workdir, images) -> "LatentCodec":
-        """The latest checkpoint of an autoencoder's run; normalisation measured on `images`."""
-        cfg = config.load(workdir)
-        if cfg.objective != "autoencoder":
-            raise UserError(f"{workdir} holds a run with objective = '{cfg.objective}', not an autoencoder")
-        mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
-        target = states.restore_target(
-            make_objective(cfg), make_optimizer(cfg.optimizer, 1), cfg.optimizer.ema_decay > 0, mesh)
-        params = states.sampling_params(restore_state(workdir, target))
-        channels = cfg.model.latent_channels
-        plain = cls(cfg.autoencoder, cfg.model.latent_size, params, jnp.zeros(channels), jnp.ones(channels))
-        latents = plain.encode(np.stack(images))
-        return cls(cfg.autoencoder, cfg.model.latent_size, params, latents.mean((0, 1, 2)),
-                   latents.std((0, 1, 2)))
+    def fit(cls, cfg: config.Config, params, images) -> "LatentCodec":
+        """A trained autoencoder, its latents' normalisation measured on `images`, uint8 (n, H, W, 3)."""
+        channels, size = cfg.model.latent_channels, cfg.model.latent_size
+        latents = cls(cfg.autoencoder, size, params, jnp.zeros(channels), jnp.ones(channels)).encode(images)
+        return cls(cfg.autoencoder, size, params, latents.mean((0, 1, 2)), latents.std((0, 1, 2)))

@@ -6,10 +6,14 @@ when it is whole.
 
 from pathlib import Path
 
+import jax
 import orbax.checkpoint as ocp
 
-from tfusion import config
+from tfusion import config, sharding
 from tfusion.errors import UserError
+from tfusion.objectives import make_objective
+from tfusion.training import state as states
+from tfusion.training.optimizer import make_optimizer
 from tfusion.types import FORMAT_VERSION
 
 KEPT = 2
@@ -71,12 +75,18 @@ def check_same(saved: dict, cfg: config.Config, where) -> None:
                             "in another --workdir")
 
 
-def restore_state(workdir, target):
-    """The latest state of a run, for the verbs that only read. target: see `state.restore_target`."""
-    folder = Path(workdir) / "checkpoints"
+def load_run(workdir):
+    """(config, parameters to sample with) of a run's latest checkpoint, on one device.
+
+    The moving average where the run kept one. Raises UserError where there is no checkpoint.
+    """
+    cfg, folder = config.load(workdir), Path(workdir) / "checkpoints"
     checkpoints = Checkpoints(workdir) if folder.is_dir() else None
     if checkpoints is None or checkpoints.latest() is None:
         raise UserError(f"no checkpoint in {folder}: run `python -m tfusion.train --workdir={workdir}` first")
-    state, _ = checkpoints.restore(target, config.load(workdir))
+    mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
+    tx = make_optimizer(cfg.optimizer, cfg.train.num_steps)
+    target = states.restore_target(make_objective(cfg), tx, cfg.optimizer.ema_decay > 0, mesh)
+    state, _ = checkpoints.restore(target, cfg)
     checkpoints.close()
-    return state
+    return cfg, states.sampling_params(state)

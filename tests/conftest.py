@@ -1,0 +1,71 @@
+"""Eight fake CPU devices for every test, a one-device mesh around each, rank promotion is an error."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import quickstart
+from tfusion import config, sharding
+from tfusion.data import prepared
+from tfusion.data.sources import make_source
+from tfusion.data.tokenizers import load_tokenizer
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def one_device_mesh():
+    """Model code asks for a mesh; tests that want another enter it themselves."""
+    mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def fake_encode(images):
+    """Pictures (n, 32, 32, 3) -> (n, 4, 4, 4) latents without an autoencoder: 8 x 8 block means and spread."""
+    x = images.astype(np.float32).reshape(len(images), 4, 8, 4, 8, 3) / 127.5 - 1
+    return np.concatenate([x.mean((2, 4)), x.std((2, 4, 5))[..., None]], axis=-1)
+
+
+@pytest.fixture(scope="session")
+def prepared_root(tmp_path_factory):
+    """A small prepared data set (byte tokenizer, 4 x 4 x 4 latents), made once."""
+    root = tmp_path_factory.mktemp("data") / "prepared"
+    tokenizer = load_tokenizer("byte")
+    cfg = tiny_config(root)
+    for name in cfg.data.mixture:
+        for split in ("train", "heldout"):
+            records = make_source(name, cfg.data, split)
+            records = [records[i] for i in range(min(len(records), 200))]
+            if name == "glosses":
+                records = [[text[:60]] for (text,) in records]
+            prepared.write_source(root / name / split, records, tokenizer.encode_batch, fake_encode)
+    prepared.write_meta(root, "byte", tokenizer.fingerprint, "none", cfg.model.latent_shape)
+    return root
+
+
+def tiny_dict(root):
+    """A ConfigDict of a model that compiles in seconds: 2 layers, width 32, 4 patches per image."""
+    tree = quickstart.get_config("smoke")
+    tree.model.update(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=64, text_vocab_size=260,
+                      latent_size=4, latent_channels=4)
+    tree.data.update(prepared=str(root), tokenizer="byte", seq_len=192, window_rows=32, num_scenes=200)
+    tree.train.update(num_steps=6, batch_size=8, log_every=2, eval_every=3, eval_batches=2,
+                      diagnostics_every=3, checkpoint_every=2)
+    tree.optimizer.update(warmup_steps=2)
+    tree.sampling.num_inference_steps = 5
+    return tree
+
+
+def tiny_config(root):
+    return config.from_dict(tiny_dict(root))
+
+
+@pytest.fixture
+def cfg(prepared_root):
+    return tiny_config(prepared_root)

@@ -1,0 +1,127 @@
+"""Attention over key intervals and rotary positions, each against its formula written out in numpy.
+
+B batch, T tokens, H query heads, K key/value heads, E head dimension.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tfusion.models.attention import attention
+from tfusion.models.rope import apply_rope, rope_tables
+
+B, T, E = 2, 24, 8
+
+
+def random_qkv(seed: int, H: int, K: int, scale: float = 1.0):
+    rng = np.random.default_rng(seed)
+    return tuple(scale * rng.standard_normal((B, T, heads, E)).astype(np.float32) for heads in (H, K, K))
+
+
+def random_intervals(seed: int):
+    """Any intervals that hold their own query: more than documents and images can produce."""
+    rng = np.random.default_rng(seed)
+    own = np.arange(T)
+    return (rng.integers(0, own + 1, (B, T)).astype(np.int32),
+            rng.integers(own + 1, T + 1, (B, T)).astype(np.int32))
+
+
+def naive_attention(q, k, v, k_start, k_end):
+    """softmax(q k^T / sqrt(E)) v in float64, one query and head at a time; query head h reads key/value
+    head h // (H / K)."""
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    out, group = np.zeros(q.shape), q.shape[2] // k.shape[2]
+    for b, t, h in np.ndindex(*q.shape[:3]):
+        seen = slice(k_start[b, t], k_end[b, t])
+        logits = k[b, seen, h // group] @ q[b, t, h] / np.sqrt(E)
+        weights = np.exp(logits - logits.max())
+        out[b, t, h] = weights / weights.sum() @ v[b, seen, h // group]
+    return out
+
+
+@pytest.mark.parametrize("H, K", [(4, 4), (4, 2), (6, 2), (4, 1)])
+def test_attention_is_softmax_over_the_interval(H, K):
+    qkv, intervals = random_qkv(H + K, H, K), random_intervals(H)
+    np.testing.assert_allclose(attention(*qkv, *intervals), naive_attention(*qkv, *intervals), atol=2e-6)
+
+
+def test_large_logits_stay_finite():
+    """Logits of +-1000: the softmax subtracts its maximum."""
+    qkv, intervals = random_qkv(0, 4, 2, scale=30.0), random_intervals(1)
+    np.testing.assert_allclose(
+        attention(*qkv, *intervals), naive_attention(*qkv, *intervals), rtol=1e-3, atol=1e-3)
+
+
+def test_hidden_keys_change_no_bit():
+    """Keys and values outside every interval may hold anything."""
+    q, k, v = random_qkv(2, 4, 2)
+    k_start, k_end = np.full((B, T), 4, np.int32), np.full((B, T), T - 4, np.int32)
+    seen = ((np.arange(T) >= 4) & (np.arange(T) < T - 4))[None, :, None, None]
+    other = [np.where(seen, x, 50 * x + 7) for x in (k, v)]
+    np.testing.assert_array_equal(attention(q, k, v, k_start, k_end), attention(q, *other, k_start, k_end))
+
+
+def test_hidden_keys_get_no_gradient():
+    q, k, v = random_qkv(3, 4, 2)
+    intervals = random_intervals(3)
+    at = T // 2
+    grads = jax.grad(lambda k, v: attention(q, k, v, *intervals)[0, at].sum(), argnums=(0, 1))(k, v)
+    hidden = (np.arange(T) < intervals[0][0, at]) | (np.arange(T) >= intervals[1][0, at])
+    for grad in grads:
+        reached = np.abs(np.asarray(grad[0])).sum((1, 2)) > 0
+        np.testing.assert_array_equal(reached[hidden], False)
+    assert reached[~hidden].all()
+
+
+def test_bfloat16_softmax_is_float32():
+    """bf16 in, bf16 out, and no further from the float64 result than bf16's own rounding."""
+    qkv, intervals = random_qkv(4, 4, 2), random_intervals(4)
+    rounded = [jnp.asarray(x, jnp.bfloat16) for x in qkv]
+    out = attention(*rounded, *intervals)
+    exact = naive_attention(*(np.asarray(x, np.float32) for x in rounded), *intervals)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(out, np.float32), exact, atol=0.03)
+
+
+def rotate(x, positions):
+    return np.asarray(apply_rope(x, rope_tables(positions, x.shape[-1])))
+
+
+def test_rope_is_hugging_faces_half_split():
+    """x cos + rotate_half(x) sin with angle position * 10000^(-2i/E), written out per element."""
+    x = random_qkv(5, 2, 2)[0]
+    positions = np.random.default_rng(5).integers(0, 4096, (B, T)).astype(np.int32)
+    expected = np.zeros(x.shape)
+    for b, t, h, i in np.ndindex(B, T, 2, E // 2):
+        angle = positions[b, t] * 10_000.0 ** (-2 * i / E)
+        first, second = np.float64(x[b, t, h, i]), np.float64(x[b, t, h, i + E // 2])
+        expected[b, t, h, i] = first * np.cos(angle) - second * np.sin(angle)
+        expected[b, t, h, i + E // 2] = second * np.cos(angle) + first * np.sin(angle)
+    np.testing.assert_allclose(rotate(x, positions), expected, atol=2e-3)  # float32 angles up to 4096
+    near = np.broadcast_to(positions < 64, (B, T))
+    np.testing.assert_allclose(rotate(x, positions)[near], expected[near], atol=3e-5)
+
+
+def test_rope_position_zero_is_the_identity():
+    x = random_qkv(6, 2, 2)[0]
+    np.testing.assert_array_equal(rotate(x, np.zeros((B, T), np.int32)), x)
+
+
+@pytest.mark.parametrize("shift", [1, 17, 500])
+def test_rope_scores_depend_on_distance_only(shift):
+    q, k, _ = random_qkv(7, 2, 2)
+    positions = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+
+    def scores(offset):
+        return np.einsum("bthe,bshe->bhts", rotate(q, positions + offset), rotate(k, positions + offset))
+
+    np.testing.assert_allclose(scores(shift), scores(0), atol=1e-3)
+    assert np.abs(scores(0) - np.einsum("bthe,bshe->bhts", q, k)).max() > 0.1  # and positions do matter
+
+
+def test_rope_of_bfloat16_computes_its_angles_in_float32():
+    """bf16 cannot tell position 4095 from 4096; the tables can."""
+    cos, _ = rope_tables(np.array([[4095, 4096]], np.int32), E)
+    assert cos.dtype == jnp.float32
+    np.testing.assert_allclose(cos[0, :, 0], np.cos([4095, 4096]), atol=1e-3)

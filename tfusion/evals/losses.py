@@ -1,0 +1,90 @@
+"""Held-out losses of a trained model beside those of the baselines."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from tfusion.config import Config
+from tfusion.data import pipeline
+from tfusion.evals import statistics
+from tfusion.evals.baselines import Ngrams, fit_gaussian, linear_losses
+from tfusion.objectives import make_objective
+from tfusion.objectives.transfusion import NUM_BINS
+from tfusion.training.metrics import Losses
+from tfusion.training.step import make_eval_step
+
+TEXT_BATCHES, DIFFUSION_BATCHES = 64, 128
+BASELINE_ROWS = 8192  # training rows whose tokens the n-grams count
+
+
+def only(cfg: Config, source: str) -> Config:
+    """The config with one source alone, captions always first: language without pictures to look at."""
+    data = dataclasses.replace(cfg.data, mixture={source: 1.0}, image_first_fraction=0.0,
+                               caption_dropout=0.0)
+    return dataclasses.replace(cfg, data=data)
+
+
+def read(cfg: Config, split: str, batches: int) -> list:
+    rows = pipeline.open_rows(cfg, make_objective(cfg), split)
+    return list(pipeline.batches(rows, 0, batches, cfg.train.batch_size))
+
+
+def model_losses(cfg: Config, params, batches: list) -> dict:
+    """{name: mean} over batches, on the fixed noise of evaluations."""
+    step, losses = jax.jit(make_eval_step(make_objective(cfg), cfg)), Losses()
+    for batch in batches:
+        losses.add(0, step(params, batch))
+    return losses.means("")
+
+
+def diffusion_report(cfg: Config, params) -> tuple[dict, dict]:
+    """(metrics, {'bins': linear losses, 'model': model losses} by noise level) on held-out rows."""
+    batches = read(cfg, "heldout", DIFFUSION_BATCHES)
+    gaussian, linear = fit_gaussian(cfg), Losses()
+    for batch in tqdm(batches, desc="linear baseline", unit="batch"):
+        linear.add(0, linear_losses(cfg, gaussian, batch))
+    ours, theirs = model_losses(cfg, params, batches), linear.means("")
+    names = [f"diffusion_loss_bin{i}" for i in range(NUM_BINS)]
+    ratios = [ours[name] / theirs[name] for name in names]
+    title = "Diffusion loss / that of the best linear predictor, "
+    return {
+        "diffusion_loss": statistics.number("Held-out diffusion loss", ours["diffusion_loss"], "lower"),
+        "diffusion_vs_linear": statistics.number(
+            title + "all noise levels", ours["diffusion_loss"] / theirs["diffusion_loss"], "lower", 0.75),
+        "diffusion_vs_linear_worst_bin": statistics.number(
+            title + "worst noise level", max(ratios), "lower", 0.75),
+    }, {"bins": [theirs[name] for name in names], "model": [ours[name] for name in names]}
+
+
+def text_report(cfg: Config, params) -> tuple[dict, dict]:
+    """(metrics, n-gram table): language-model loss on held-out captions and glosses, nats per token."""
+    table = {}
+    for title, source in (("captions", "scenes"), ("glosses", "glosses")):
+        if cfg.data.mixture.get(source):
+            ngrams = Ngrams(cfg.model.vocab_size)
+            for batch in read(only(cfg, source), "train", BASELINE_ROWS // cfg.train.batch_size):
+                ngrams.add(batch)
+            batches = read(only(cfg, source), "heldout", TEXT_BATCHES)
+            unigram, bigram = ngrams.losses(batches)
+            table[title] = {"model": model_losses(cfg, params, batches)["lm_loss"], "unigram": unigram,
+                            "bigram": bigram, "tokens": int(sum(b.loss_mask_BT.sum() for b in batches))}
+    metrics = {}
+    if "captions" in table:
+        row = table["captions"]
+        metrics["captions_vs_bigram"] = statistics.number(
+            "LM loss on held-out captions less that of a bigram (nats)", row["model"] - row["bigram"],
+            "lower", 0.0, row["tokens"])
+    if "glosses" in table:
+        row = table["glosses"]
+        metrics["glosses_vs_unigram"] = statistics.number(
+            "LM loss on held-out glosses less that of a unigram (nats)", row["model"] - row["unigram"],
+            "lower", -0.5, row["tokens"])
+    return metrics, table
+
+
+def psnr(images, reconstructions) -> float:
+    """dB, over uint8 pictures."""
+    error = np.mean((images.astype(np.float64) - reconstructions) ** 2)
+    return float(10 * np.log10(255**2 / error))

@@ -1,0 +1,115 @@
+"""Measures a trained Transfusion and writes `<workdir>/evaluation/`: metrics.json, samples, pictures' data.
+
+  python -m tfusion.evaluate --workdir=runs/quickstart/transfusion
+"""
+
+import json
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+
+from tfusion.data import pipeline
+from tfusion.data.tokenizers import load_tokenizer
+from tfusion.errors import UserError, run
+from tfusion.evals import losses, scenes, statistics
+from tfusion.inference import decode
+from tfusion.inference.autoencoder import LatentCodec
+from tfusion.models.masks import dense_mask
+from tfusion.objectives import make_objective
+from tfusion.training.checkpoint import load_run
+from tfusion.training.metrics import write_timing
+
+WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a trained Transfusion")
+NUM_SCENES = flags.DEFINE_integer("num_scenes", 256, "held-out scenes to draw and to describe")
+SEED = flags.DEFINE_integer("seed", 0, "of the sampling")
+SHOWN = 48  # pictures kept for the report
+DOCUMENTS = 16  # written from nothing; those with the most pictures are shown
+
+
+def write_pictures(folder: Path, name: str, records: list, **arrays) -> None:
+    np.savez_compressed(folder / f"{name}.npz", **arrays)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def both_ways(cfg, params, codec, tokenizer, folder: Path) -> dict:
+    """Draws the held-out captions, describes the held-out pictures, scores both."""
+    world, held, real = scenes.held_out(cfg, NUM_SCENES.value)
+    level = scenes.chance(world, held, real)
+    drawn = scenes.draw(cfg, params, codec, tokenizer, held, SEED.value)
+    verdicts, metrics = scenes.generation_metrics(world, held, drawn, level)
+    records = [{"prompt": s.caption, **v} for s, v in zip(held, verdicts)]
+    write_pictures(folder, "generations", records[:SHOWN], images=drawn[:SHOWN])
+    told = scenes.describe(cfg, params, codec, tokenizer, real)
+    verdicts, more = scenes.caption_metrics(world, held, told, level)
+    records = [{"reference": s.caption, "caption": t, **v} for s, t, v in zip(held, told, verdicts)]
+    write_pictures(folder, "captions", records[:SHOWN], images=real[:SHOWN])
+    again = codec.decode(codec.encode(real))
+    np.savez_compressed(folder / "reconstructions.npz", images=real[:16], reconstructions=again[:16])
+    _, ceiling = scenes.generation_metrics(world, held, again, level)
+    first = scenes.switches(cfg, params, tokenizer, held[: scenes.CHUNK])
+    return metrics | more | {
+        "mode_switch": statistics.share("After a whole caption, LM mode goes into diffusion mode", first),
+        "autoencoder_sprites": ceiling["generation_sprites"] | {
+            "title": "Ceiling: sprites found in the autoencoder's reconstructions", "want": None},
+        "autoencoder_psnr": statistics.number(
+            "Autoencoder: PSNR of held-out pictures (dB)", losses.psnr(real, again), "higher", n=len(real))}
+
+
+def write_documents(cfg, params, codec, tokenizer, folder: Path) -> None:
+    """Whole documents from nothing at temperature 1: text, pictures, text."""
+    rows = decode.generate(cfg, params, [[]] * DOCUMENTS, seed=SEED.value, temperature=1.0)
+    rows = sorted(rows, key=lambda parts: -sum(p.ndim == 3 for p in parts))[:4]
+    latents = [part for parts in rows for part in parts if part.ndim == 3]
+    number, documents = iter(range(len(latents))), []
+    for parts in rows:
+        documents.append([{"image": next(number)} if p.ndim == 3 else {"text": tokenizer.decode(p.tolist())}
+                          for p in parts])
+    if latents:
+        np.savez_compressed(folder / "interleaved.npz", images=codec.decode(np.stack(latents)))
+        (folder / "interleaved.json").write_text(json.dumps(documents, indent=1))
+
+
+def write_mask(cfg, tokenizer, folder: Path) -> None:
+    """The attention mask of one packed row of the training data."""
+    row = pipeline.open_rows(cfg, make_objective(cfg), "train")[0]
+    mask = dense_mask(row.segment_ids_BT[None], row.image_ids_BT[None], cfg.model.image_attention)[0]
+    names = {cfg.model.boi: "<boi>", cfg.model.eoi: "<eoi>"}
+    pieces = [f"patch {n}" if n else names.get(t) or tokenizer.piece(t)
+              for t, n in zip(row.tokens_BT.tolist(), row.image_ids_BT.tolist())]
+    np.savez_compressed(folder / "mask.npz", mask=np.asarray(mask), segment_ids=row.segment_ids_BT,
+                        image_ids=row.image_ids_BT)
+    (folder / "mask.json").write_text(json.dumps({"pieces": pieces}))
+
+
+def main() -> None:
+    if WORKDIR.value is None:
+        raise UserError("--workdir=DIR is needed: the workdir of a trained Transfusion")
+    began, workdir = time.perf_counter(), Path(WORKDIR.value)
+    cfg, params = load_run(workdir)
+    if cfg.objective != "transfusion":
+        raise UserError(f"{workdir} holds a run with objective = '{cfg.objective}', not 'transfusion'")
+    codec, tokenizer = LatentCodec.load(cfg.data.prepared), load_tokenizer(cfg.data.tokenizer)
+    folder = workdir / "evaluation"
+    folder.mkdir(exist_ok=True)
+    metrics = both_ways(cfg, params, codec, tokenizer, folder)
+    diffusion, linear = losses.diffusion_report(cfg, params)
+    text, ngrams = losses.text_report(cfg, params)
+    metrics |= diffusion | text
+    write_documents(cfg, params, codec, tokenizer, folder)
+    write_mask(cfg, tokenizer, folder)
+    result = {"metrics": metrics, "linear_baseline": linear, "ngrams": ngrams, "seed": SEED.value,
+              "sampling": cfg.to_dict()["sampling"], "jax": jax.__version__}
+    (folder / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_timing(folder, "evaluate", time.perf_counter() - began)
+    for m in metrics.values():
+        interval = f"  [{m['low']:.3f}, {m['high']:.3f}]" if m["low"] is not None else ""
+        chance = f"  chance {m['chance']:.3f}" if m["chance"] is not None else ""
+        count = f"  n {m['n']}" if m["n"] is not None else ""
+        print(f"{m['value'] if m['value'] is not None else float('nan'):8.3f}  {m['title']}{count}{interval}{chance}")
+
+
+if __name__ == "__main__":
+    run(main)
