@@ -1,6 +1,6 @@
 """Table 2 of the Transfusion paper: five sizes, its optimizer, batch (2M tokens) and schedule.
 
-  python -m tfusion.train --config=experiments/transfusion.py:0.76b --workdir=gs://... \
+  python -m tfusion.train --config=experiments/transfusion.py:0.76b --workdir=/mnt/runs/0.76b \
       --config.data.prepared=DIR --config.data.tokenizer=DIR/llama2/tokenizer.model
 """
 

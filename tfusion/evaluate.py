@@ -108,7 +108,8 @@ def main() -> None:
         interval = f"  [{m['low']:.3f}, {m['high']:.3f}]" if m["low"] is not None else ""
         chance = f"  chance {m['chance']:.3f}" if m["chance"] is not None else ""
         count = f"  n {m['n']}" if m["n"] is not None else ""
-        print(f"{m['value'] if m['value'] is not None else float('nan'):8.3f}  {m['title']}{count}{interval}{chance}")
+        value = "    none" if m["value"] is None else f"{m['value']:8.3f}"
+        print(f"{value}  {m['title']}{count}{interval}{chance}")
 
 
 if __name__ == "__main__":

@@ -101,6 +101,12 @@ class PackedRows:
         return packing.pack_row(row, [self.example(*d) for d in documents], data.seq_len,
                                 data.max_images, self.cfg.model.latent_shape)
 
+    def stats(self, row: int) -> dict:
+        """What the plan of the row's window left out."""
+        plan = self.plan(row // self.cfg.data.window_rows)
+        return {"data/dropped_documents": plan.num_dropped / plan.num_documents,
+                "data/cut_documents": plan.num_cut / plan.num_documents}
+
     def check(self, batch) -> None:
         packing.check_batch(batch, self.cfg.model.vocab_size, self.cfg.model.num_patches)
 
@@ -120,6 +126,10 @@ class ImageRows:
 
     def __getitem__(self, row: int) -> ImageBatch:
         return ImageBatch(np.int32(row), self.images[self._order[row]])
+
+    def stats(self, row: int) -> dict:
+        del row
+        return {}
 
     def check(self, batch) -> None:
         del batch  # uint8 of the size checked above

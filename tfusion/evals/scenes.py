@@ -81,7 +81,8 @@ def generation_metrics(world, scenes: list, images, level: dict) -> tuple[list, 
     relation = [v["relation"] for s, v in zip(scenes, verdicts) if s.relation in PAIRS and v["sprites"]]
     return verdicts, {
         "generation_canvas": statistics.share(
-            "Drawn: the canvas has the colour asked for", [v["canvas"] for v in verdicts], level["canvas"], 0.98),
+            "Drawn: the canvas has the colour asked for", [v["canvas"] for v in verdicts],
+            level["canvas"], 0.98),
         "generation_sprites": statistics.share(
             "Drawn: exactly the sprites asked for", [v["sprites"] for v in verdicts], level["sprites"], 0.95),
         "generation_relation": statistics.share(

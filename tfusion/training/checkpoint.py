@@ -29,21 +29,29 @@ class Checkpoints:
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, state, next_row: int, cfg: config.Config) -> None:
-        """Starts saving; returns as soon as the state is copied off the device."""
-        meta = {"format_version": FORMAT_VERSION, "next_row": next_row, "config": cfg.to_dict()}
+    def save(self, state, next_row: int, totals: dict, cfg: config.Config) -> None:
+        """Starts saving; returns as soon as the state is copied off the device.
+
+        next_row: the position in the data. totals: tokens, images, ... trained on so far.
+        """
+        meta = {"format_version": FORMAT_VERSION, "next_row": next_row, "totals": totals,
+                "config": cfg.to_dict()}
         self._manager.save(int(state.step), args=ocp.args.Composite(
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
 
     def restore(self, target, cfg: config.Config):
-        """(state, next row) of the latest checkpoint. Raises UserError where it does not fit or is broken."""
+        """(state, next row, totals) of the latest checkpoint.
+
+        Raises UserError where it does not fit the config or cannot be read.
+        """
         step = self.latest()
         meta = self._read(step, meta=ocp.args.JsonRestore()).meta
         if meta["format_version"] != FORMAT_VERSION:
             raise UserError(f"{self.folder / str(step)} has format version {meta['format_version']}, this "
                             f"code reads {FORMAT_VERSION}: use the code that wrote it")
         check_same(meta["config"], cfg, self.folder)
-        return self._read(step, state=ocp.args.StandardRestore(target)).state, meta["next_row"]
+        state = self._read(step, state=ocp.args.StandardRestore(target)).state
+        return state, meta["next_row"], meta["totals"]
 
     def _read(self, step: int, **items):
         try:
@@ -87,6 +95,6 @@ def load_run(workdir):
     mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
     tx = make_optimizer(cfg.optimizer, cfg.train.num_steps)
     target = states.restore_target(make_objective(cfg), tx, cfg.optimizer.ema_decay > 0, mesh)
-    state, _ = checkpoints.restore(target, cfg)
+    state, _, _ = checkpoints.restore(target, cfg)
     checkpoints.close()
     return cfg, states.sampling_params(state)

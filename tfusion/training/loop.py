@@ -47,14 +47,14 @@ def due(step: int, every: int, num_steps: int) -> bool:
 
 
 def start_state(cfg: config.Config, objective: Objective, tx, mesh, checkpoints):
-    """(state, next row): from the latest checkpoint where there is one, else fresh."""
+    """(state, next row, totals): from the latest checkpoint where there is one, else fresh."""
     ema = cfg.optimizer.ema_decay > 0
     if checkpoints.latest() is None:
-        return states.init_state(objective, tx, ema, cfg.seed, mesh), 0
+        return states.init_state(objective, tx, ema, cfg.seed, mesh), 0, None
     target = states.restore_target(objective, tx, ema, mesh)
-    state, next_row = checkpoints.restore(target, cfg)
-    print(f"resumed from step {int(state.step)}")
-    return state, next_row
+    restored = checkpoints.restore(target, cfg)
+    print(f"resumed from step {int(restored[0].step)} of {cfg.train.num_steps}")
+    return restored
 
 
 def train(cfg: config.Config, objective: Objective, workdir: Path, mesh) -> states.TrainState:
@@ -64,10 +64,10 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh) -> stat
     learning_rate = learning_rate_schedule(cfg.optimizer, t.num_steps)
     rows, held = pipeline.open_rows(cfg, objective, "train"), Held(cfg, objective, mesh)
     checkpoints = checkpoint.Checkpoints(workdir)
-    state, next_row = start_state(cfg, objective, tx, mesh, checkpoints)
+    state, next_row, totals = start_state(cfg, objective, tx, mesh, checkpoints)
     config.save(cfg, workdir)
     first = int(state.step)
-    writer, losses, speed = metrics.Writer(workdir, first), metrics.Losses(), metrics.Throughput(cfg)
+    writer, losses, speed = metrics.Writer(workdir, first), metrics.Losses(), metrics.Throughput(cfg, totals)
     train_step = jax.jit(steps.make_train_step(objective, tx, cfg), donate_argnums=0)
     batches = pipeline.batches(rows, next_row, t.num_steps - first, t.batch_size,
                                jax.process_index(), jax.process_count())
@@ -87,7 +87,8 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh) -> stat
             if due(done, t.log_every, t.num_steps):
                 values = losses.means("train/")
                 pause = time.perf_counter()
-                values |= speed.report() | {"train/learning_rate": float(learning_rate(step))}
+                values |= speed.report() | rows.stats(next_row - 1)
+                values["train/learning_rate"] = float(learning_rate(step))
                 writer.write(done, values)
                 bar.set_postfix({k: f"{values['train/' + k]:.3f}" for k in objective.weights
                                  if values.get("train/" + k) is not None}, refresh=False)
@@ -97,19 +98,15 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh) -> stat
                 writer.write(done, held.diagnose(state))
             if due(done, t.checkpoint_every, t.num_steps):
                 losses.flush()  # raises before a broken state replaces a good checkpoint
-                checkpoints.save(state, next_row, cfg)
+                checkpoints.save(state, next_row, speed.total, cfg)
             speed.pause(time.perf_counter() - pause)
     finally:
         bar.close()
         checkpoints.close()
         writer.close()
-    summarise(workdir, state, speed, first, t.num_steps)
-    metrics.write_timing(workdir, "train", time.perf_counter() - began)
-    return state
-
-
-def summarise(workdir: Path, state, speed, first: int, num_steps: int) -> None:
-    """Writes summary.json: what this process trained (a resumed run counts its own steps)."""
     params = sum(x.size for x in jax.tree.leaves(state.params))
-    (workdir / "summary.json").write_text(json.dumps(
-        {"num_params": params, "first_step": first, "steps": num_steps, **speed.total}, indent=2) + "\n")
+    summary = {"num_params": params, "steps": t.num_steps, **speed.total}
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    metrics.write_timing(workdir, f"train from step {first}" if first else "train",
+                         time.perf_counter() - began)
+    return state

@@ -52,9 +52,9 @@ class Losses:
 class Throughput:
     """Rates over the steps since the last report."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, totals: dict | None = None):
         self.cfg, self.peak = cfg, accelerators.peak_flops_per_sec(jax.devices()[0].device_kind)
-        self.total = {"tokens": 0, "patches": 0, "images": 0, "flops": 0.0}
+        self.total = totals or {"tokens": 0, "patches": 0, "images": 0, "flops": 0.0}
         self._reset()
 
     def _reset(self) -> None:

@@ -1,0 +1,47 @@
+"""`train --dry_run`: everything a run would build, compiled and printed, nothing trained."""
+
+import math
+import time
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from tfusion import sharding
+from tfusion.config import Config
+from tfusion.data import pipeline
+from tfusion.objectives.base import Objective
+from tfusion.training import state as states
+from tfusion.training import step as steps
+from tfusion.training.optimizer import make_optimizer
+
+
+def parameter_table(params, mesh) -> list[str]:
+    """One line per parameter: name, shape, count, logical axes, and the sharding those give on the mesh."""
+    boxed = jax.tree_util.tree_leaves_with_path(
+        params, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    placed = jax.tree.leaves(sharding.shardings(params, mesh))
+    lines, total = [], 0
+    for (path, leaf), place in zip(boxed, placed):
+        name = "/".join(str(key.key) for key in path)
+        axes = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else ()
+        shape = nn.meta.unbox(leaf).shape
+        total += math.prod(shape)
+        lines.append(f"{name:48s} {shape!s:20s} {math.prod(shape):>13,d}  "
+                     f"{','.join(str(a) for a in axes):24s} {place.spec}")
+    return [*lines, f"{'total':48s} {'':20s} {total:>13,d}"]
+
+
+def dry_run(cfg: Config, objective: Objective, mesh) -> None:
+    tx, ema = make_optimizer(cfg.optimizer, cfg.train.num_steps), cfg.optimizer.ema_decay > 0
+    print(f"mesh {dict(mesh.shape)} on {mesh.size} x {jax.devices()[0].device_kind}")
+    print("\n".join(parameter_table(states.abstract_state(objective, tx, ema).params, mesh)))
+    rows = pipeline.open_rows(cfg, objective, "train")
+    batch = next(pipeline.batches(rows, 0, 1, cfg.train.batch_size))
+    for name, value in batch._asdict().items():
+        print(f"batch.{name:18s} {value.shape!s:20s} {value.dtype}  {np.array2string(value.ravel()[:12])}")
+    state = states.restore_target(objective, tx, ema, mesh)
+    began = time.perf_counter()
+    step = jax.jit(steps.make_train_step(objective, tx, cfg), donate_argnums=0)
+    step.lower(state, sharding.put_batch(batch, mesh)).compile()
+    print(f"the training step compiles in {time.perf_counter() - began:.1f} s; --dry_run stops here")
