@@ -55,5 +55,6 @@ class Example(NamedTuple):
 
 
 class ModelOutput(NamedTuple):
-    logits_BTV: object  # float32
+    hidden_BTD: object  # after the final norm, in the compute dtype
+    lm_head_DV: object  # float32; applied only where tokens are scored or sampled
     prediction_BIhwc: object  # float32: the diffusion target's estimate, eps or v

@@ -59,13 +59,16 @@ class PackedRows:
                     f"model.text_vocab_size = {self.cfg.model.text_vocab_size}; was it prepared with "
                     "another tokenizer?")
             lengths = self.objective.length(source.text_tokens, source.images)
-            bad = (source.images > 0) & ((lengths > data.seq_len) | (source.images > data.max_images))
+            scored = self.objective.scored(source.text_tokens, source.images)
+            bad = (source.images > 0) & ((lengths > data.seq_len) | (source.images > data.max_images)
+                                         | (scored > data.max_scored))
             if bad.any():
                 record = int(np.argmax(bad))
                 raise UserError(
                     f"{source.folder}: record {record} has {source.images[record]} images and needs "
-                    f"{lengths[record]} positions; data.seq_len = {data.seq_len}, data.max_images = "
-                    f"{data.max_images} (a document with images is never cut)")
+                    f"{lengths[record]} positions, {scored[record]} of them scored; data.seq_len = "
+                    f"{data.seq_len}, data.max_images = {data.max_images}, data.max_scored = "
+                    f"{data.max_scored} (a document with images is never cut)")
 
     def _plan(self, window: int) -> packing.Plan:
         candidates = []
@@ -76,10 +79,11 @@ class PackedRows:
             images = np.asarray(source.images[records])
             text = np.where(self._drops(index, epochs, records) & (images > 0), 0,
                             source.text_tokens[records])
-            candidates.append(packing.Candidate(epochs, records, self.objective.length(text, images), images))
+            candidates.append(packing.Candidate(epochs, records, self.objective.length(text, images),
+                                                self.objective.scored(text, images), images))
         data = self.cfg.data
         return packing.plan_window(self.seed, window, candidates, data.window_rows, data.seq_len,
-                                   data.max_images)
+                                   data.max_scored, data.max_images)
 
     def _drops(self, source: int, epoch, record):
         drops = transforms.drops_caption(self.cfg.data, self.seed, source, epoch, record)
@@ -91,7 +95,8 @@ class PackedRows:
         document = transforms.arrange(
             self.sources[source].read(record), bool(self._drops(source, epoch, record)), bool(first),
             self.cfg.data.image_first_max_t)
-        return packing.cut_text(self.objective.layout(document), self.cfg.data.seq_len)
+        limit = packing.text_limit(self.cfg.data.seq_len, self.cfg.data.max_scored)
+        return packing.cut_text(self.objective.layout(document), limit)
 
     def __getitem__(self, row: int):
         data = self.cfg.data
@@ -108,7 +113,8 @@ class PackedRows:
                 "data/cut_documents": plan.num_cut / plan.num_documents}
 
     def check(self, batch) -> None:
-        packing.check_batch(batch, self.cfg.model.vocab_size, self.cfg.model.num_patches)
+        packing.check_batch(batch, self.cfg.model.vocab_size, self.cfg.model.num_patches,
+                            self.cfg.data.max_scored)
 
 
 class ImageRows:

@@ -17,6 +17,7 @@ import numpy as np
 from tfusion.config import Config
 from tfusion.diffusion import process, sampler, schedule
 from tfusion.errors import UserError
+from tfusion.models import lm_head
 from tfusion.models.transfusion import Transfusion
 from tfusion.types import BOS, EOS, PAD, Batch
 
@@ -87,9 +88,10 @@ def _next_tokens(cfg: Config, params, rows: Rows, temperature):
     """One text token per row: greedy at temperature 0. Never pad, bos, eoi, nor BOI without room."""
     B, T = rows.tokens_BT.shape
     out = forward(cfg, params, rows, rows.latents_BIhwc, jnp.zeros(rows.image_start_BI.shape))
-    logits = out.logits_BTV[jnp.arange(B), rows.length_B - 1]
+    h_BD = out.hidden_BTD[jnp.arange(B), rows.length_B - 1]
+    logits = lm_head.logits(h_BD, out.lm_head_DV, cfg.model.vocab_size)
     ids = jnp.arange(logits.shape[-1])
-    never = (ids == PAD) | (ids == BOS) | (ids == cfg.model.eoi) | (ids >= cfg.model.vocab_size)
+    never = (ids == PAD) | (ids == BOS) | (ids == cfg.model.eoi)
     full = (rows.length_B + cfg.model.num_patches + 2 > T) | (rows.image_start_BI < T).all(axis=1)
     logits = jnp.where(never | ((ids == cfg.model.boi) & full[:, None]), -jnp.inf, logits)
     key_B = jax.vmap(lambda key, n: jax.random.fold_in(jax.random.fold_in(key, TEXT_STREAM), n))(

@@ -14,6 +14,12 @@ from tfusion.sharding import constrain
 
 NORM_EPS = 1e-5
 
+REMAT_POLICIES = {  # what the backward pass finds kept; the rest of a block is computed again
+    "attention": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+}
+
 
 def linear(x, w):
     """x (..., D) @ w (D, F) in x's dtype. Two-dimensional: XLA:CPU's gradients are twice as fast so."""
@@ -93,14 +99,15 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, rope, intervals):
-        remat = self.cfg.remat == "full"
+        block = Block
+        if self.cfg.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.cfg.remat])
         # Without remat every layer's residuals are kept anyway, and unrolled they need not be stacked:
         # on a CPU the step takes half the time.
         blocks = nn.scan(
-            nn.remat(Block, prevent_cse=False) if remat else Block,
-            variable_axes={"params": 0}, split_rngs={"params": True},
+            block, variable_axes={"params": 0}, split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast), length=self.cfg.num_layers,
-            unroll=1 if remat else self.cfg.num_layers,
+            unroll=self.cfg.num_layers if self.cfg.remat == "none" else 1,
             metadata_params={nn.PARTITION_NAME: "layers"})
         x_BTD, _ = blocks(self.cfg, name="blocks")(x_BTD, rope, intervals)
         return rms_norm(x_BTD, norm_scale(self, "final_norm_scale", self.cfg.d_model))

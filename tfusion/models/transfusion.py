@@ -1,6 +1,6 @@
 """Transfusion (arXiv 2408.11039): one transformer over text tokens and image patches. Read this first.
 
-  tokens   --- embedding ----------.                           .--- LM head ------> next-token logits
+  tokens   --- embedding ----------.                           .--- lm_head ------> next-token logits
                                     >--- x_BTD --- Decoder ---<
   latents  --- adapter.encode -----'      (hybrid mask)        '--- adapter.decode --> eps (or v)
 
@@ -20,7 +20,7 @@ from tfusion.config import ModelConfig
 from tfusion.models.image_adapters import make_adapter
 from tfusion.models.masks import key_intervals
 from tfusion.models.rope import rope_tables
-from tfusion.models.transformer import Decoder, kernel, linear
+from tfusion.models.transformer import Decoder, kernel
 from tfusion.sharding import constrain
 from tfusion.types import Batch, ModelOutput
 
@@ -50,7 +50,8 @@ class Transfusion(nn.Module):
 
     @nn.compact
     def __call__(self, batch: Batch, x_t_BIhwc, t_BI) -> ModelOutput:
-        """Logits at every position and the diffusion target's estimate for every image slot.
+        """The last hidden states, the LM head (models/lm_head.py applies it where tokens are scored), and
+        the diffusion target's estimate for every image slot.
 
         batch: packed rows; its clean latents are not read. x_t_BIhwc: float32 noisy latents.
         t_BI: float32 in [0, 1], 0 = clean.
@@ -73,9 +74,5 @@ class Transfusion(nn.Module):
             key_intervals(batch.segment_ids_BT, batch.image_ids_BT, cfg.image_attention)))
         h_BTD = Decoder(cfg, name="decoder")(x_BTD, rope, intervals)
 
-        logits_BTV = constrain(linear(h_BTD, head_DV).astype(jnp.float32), "batch", "length", "vocab")
-        if cfg.padded_vocab_size > cfg.vocab_size:
-            real = jnp.arange(cfg.padded_vocab_size) < cfg.vocab_size
-            logits_BTV = jnp.where(real, logits_BTV, -1e9)
         h_BIND = gather_patches(h_BTD, positions, x_t_BIhwc.shape[1])
-        return ModelOutput(logits_BTV, adapter.decode(h_BIND))
+        return ModelOutput(h_BTD, head_DV, adapter.decode(h_BIND))

@@ -12,6 +12,7 @@ import numpy as np
 
 from tfusion.config import Config
 from tfusion.diffusion import process, schedule
+from tfusion.models.lm_head import next_token_loss
 from tfusion.models.transfusion import Transfusion
 from tfusion.objectives.base import Objective
 from tfusion.types import BOS, EOS, PAD, Batch, Document, Example
@@ -32,14 +33,6 @@ def draw_noise(key, row_ids_B, max_t_BI, latent_shape, num_timesteps: int):
 
     slots = jnp.arange(max_t_BI.shape[1])
     return jax.vmap(jax.vmap(one, (None, 0, 0)), (0, None, 0))(row_ids_B, slots, max_t_BI)
-
-
-def lm_loss(logits_BTV, tokens_BT, loss_mask_BT):
-    """(sum, count) of -log p(tokens[p + 1]) over the positions p of the mask."""
-    targets_BT = jnp.roll(tokens_BT, -1, axis=1)
-    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    hit_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return jnp.sum((log_z_BT - hit_BT) * loss_mask_BT), jnp.sum(loss_mask_BT)
 
 
 def diffusion_losses(prediction_BIhwc, target_BIhwc, t_BI, max_t_BI):
@@ -93,7 +86,9 @@ def make(cfg: Config) -> Objective:
         x_t = process.add_noise(x0, eps, a_BI)
         out = model.apply({"params": params}, batch, x_t, t_BI)
         target = process.target(diffusion.prediction, x0, eps, a_BI)
-        return {"lm_loss": lm_loss(out.logits_BTV, batch.tokens_BT, batch.loss_mask_BT),
+        lm_loss = next_token_loss(out.hidden_BTD, out.lm_head_DV, batch.tokens_BT, batch.loss_mask_BT,
+                                  cfg.data.max_scored, model_cfg.vocab_size)
+        return {"lm_loss": lm_loss,
                 **diffusion_losses(out.prediction_BIhwc, target, t_BI, batch.max_t_BI)}
 
     def counts(batch: Batch):
@@ -104,8 +99,11 @@ def make(cfg: Config) -> Objective:
     def length(text_tokens, images):
         return text_tokens + images * (model_cfg.num_patches + 2) + 2
 
+    def scored(text_tokens, images):
+        return np.where(text_tokens > 0, text_tokens + images + 1, 0)  # all but BOI, patches and EOS
+
     return Objective(
         init=init, loss=loss, counts=counts,
         weights={"lm_loss": 1.0, "diffusion_loss": diffusion.loss_weight},
-        length=length,
+        length=length, scored=scored,
         layout=lambda document: layout(document, model_cfg.num_patches, model_cfg.boi, model_cfg.eoi))
