@@ -278,7 +278,7 @@ def test_moving_average_is_its_definition(runs):
     ema = jax.tree.map(np.float64, runs.start_state.ema_params)
     for n, state in enumerate(run.first):
         d = min(decay, (1 + n) / (10 + n))
-        ema = jax.tree.map(lambda e, p: d * e + (1 - d) * p, ema, state.params)
+        ema = jax.tree.map(lambda e, p, d=d: d * e + (1 - d) * p, ema, state.params)
         for a, b in zip(jax.tree.leaves(state.ema_params), jax.tree.leaves(ema)):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
@@ -312,7 +312,7 @@ def test_diagnostics_are_the_norms_of_separate_gradients(runs):
 def suits(runs, rows, limit: int) -> bool:
     """No more than `limit` documents, some with several pictures, some with none, several to a row."""
     images = [[int(runs.rows.sources[s].images[r]) for s, _, r in plan] for _, plan in rows]
-    every = sum(images, [])
+    every = list(itertools.chain(*images))
     return len(every) <= limit and 0 in every and max(every) > 1 and min(map(len, images)) > 1
 
 

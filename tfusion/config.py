@@ -245,8 +245,9 @@ def _check_numbers(cfg: Config) -> None:
             name = f"{group.name}.{key}".rstrip(".")
             if name == "mesh.fsdp" and leaf == -1:
                 continue
-            if isinstance(leaf, int | float) and (leaf < 0 or (leaf == 0 and name not in may_be_zero)):
-                raise UserError(f"{name} = {leaf} must be positive")
+            ok = not isinstance(leaf, int | float) or 0 < leaf < math.inf  # NaN is neither
+            if not ok and not (leaf == 0 and name in may_be_zero):
+                raise UserError(f"{name} = {leaf} must be positive and finite")
     _divides(cfg, "model.num_heads", "model.d_model")
     _divides(cfg, "model.num_kv_heads", "model.num_heads")
     _divides(cfg, "model.patch_size", "model.latent_size")
@@ -260,8 +261,11 @@ def _check_numbers(cfg: Config) -> None:
                  "optimizer.ema_decay"):
         if _get(cfg, name) > 1:
             raise UserError(f"{name} = {_get(cfg, name)} must be at most 1")
+    if cfg.optimizer.b2 >= 1:
+        raise UserError(f"optimizer.b2 = {cfg.optimizer.b2} must be below 1")
     if cfg.sampling.num_inference_steps > cfg.diffusion.num_timesteps:
         raise UserError(f"sampling.num_inference_steps = {cfg.sampling.num_inference_steps} must be at "
                          f"most diffusion.num_timesteps = {cfg.diffusion.num_timesteps}")
-    if not cfg.data.mixture or min(cfg.data.mixture.values()) < 0 or not sum(cfg.data.mixture.values()):
+    if not cfg.data.mixture or min(cfg.data.mixture.values()) < 0 or not (
+            0 < sum(cfg.data.mixture.values()) < math.inf):
         raise UserError("data.mixture must give at least one source a positive share")

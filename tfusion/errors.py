@@ -1,5 +1,6 @@
 """How a user's mistake reaches the user: one line, exit status 1, no traceback."""
 
+import logging as stdlib_logging
 import sys
 
 from absl import app, flags, logging
@@ -22,6 +23,8 @@ def run(main) -> None:
         if len(argv) > 1:
             _fail(f"unexpected argument '{argv[1]}'; flags look like --workdir=DIR (--help lists them)")
         logging.set_verbosity(logging.WARNING)  # orbax is talkative
+        # and leaves the other reads of a broken checkpoint to asyncio, which logs a traceback for each
+        stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
         try:
             main()
         except (UserError, OSError) as e:

@@ -81,6 +81,10 @@ def check_same(saved: dict, cfg: config.Config, where) -> None:
             a, b = (old[changed[0]], new[changed[0]]) if isinstance(new, dict) else (old, new)
             raise UserError(f"{where} was saved with {key} = {a}, the config has {b}: set it back, or start "
                             "in another --workdir")
+    a, b = saved["optimizer"]["ema_decay"], cfg.optimizer.ema_decay
+    if (a > 0) != (b > 0):  # one state holds a moving average, the other none
+        raise UserError(f"{where} was saved with optimizer.ema_decay = {a}, the config has {b}: set it "
+                        "back, or start in another --workdir")
 
 
 def load_run(workdir):

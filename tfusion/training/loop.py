@@ -84,7 +84,8 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh) -> stat
             next_row += t.batch_size
 
             done, pause = step + 1, time.perf_counter()
-            if due(done, t.log_every, t.num_steps):
+            saving = due(done, t.checkpoint_every, t.num_steps)
+            if saving or due(done, t.log_every, t.num_steps):  # a resumed run has no losses from before it
                 values = losses.means("train/")
                 pause = time.perf_counter()
                 values |= speed.report() | rows.stats(next_row - 1)
@@ -96,7 +97,7 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh) -> stat
                 writer.write(done, held.evaluate(state))
             if due(done, t.diagnostics_every, t.num_steps):
                 writer.write(done, held.diagnose(state))
-            if due(done, t.checkpoint_every, t.num_steps):
+            if saving:
                 losses.flush()  # raises before a broken state replaces a good checkpoint
                 checkpoints.save(state, next_row, speed.total, cfg)
             speed.pause(time.perf_counter() - pause)

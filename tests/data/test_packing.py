@@ -1,0 +1,215 @@
+"""Packing: the plan's invariants on random windows, rows by hand, and what check_batch refuses.
+
+T positions, I image slots, N patches per image.
+"""
+
+import numpy as np
+import pytest
+
+from tfusion.data import packing
+from tfusion.errors import UserError
+from tfusion.types import BOS, EOS, PAD, Example
+
+T, I, ROWS = 64, 3, 20
+
+
+def random_candidates(seed: int, documents: int = 120):
+    """Two sources: pictures of 8..40 positions with 1..3 images, and text of 2..100 positions."""
+    rng = np.random.default_rng(seed)
+
+    def source(lengths, images):
+        n = len(lengths)
+        return packing.Candidate(rng.integers(0, 3, n), np.arange(n), lengths, images)
+
+    pictures = rng.integers(1, 4, documents)
+    return [source(8 + pictures * rng.integers(1, 11, documents), pictures),
+            source(rng.integers(2, 101, documents), np.zeros(documents, int))]
+
+
+def sizes(candidates, document):
+    """(positions in a row, images) of a planned (source, epoch, record)."""
+    source, epoch, record = document
+    c = candidates[source]
+    assert c.epochs[record] == epoch and c.records[record] == record
+    return min(c.lengths[record], T), c.images[record]
+
+
+def plan(seed: int = 0, window: int = 0, candidates=None, max_images: int = I):
+    candidates = candidates or random_candidates(0)
+    return packing.plan_window(seed, window, candidates, ROWS, T, max_images)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_keep_to_positions_and_slots(seed):
+    candidates = random_candidates(seed)
+    rows = plan(seed, 1, candidates).rows
+    assert len(rows) == ROWS
+    for row in rows:
+        lengths, images = zip(*(sizes(candidates, document) for document in row))
+        assert sum(lengths) <= T and sum(images) <= I
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_document_is_placed_once_or_counted(seed):
+    candidates = random_candidates(seed)
+    made = plan(seed, 2, candidates)
+    placed = [document for row in made.rows for document in row]
+    assert len(set(placed)) == len(placed)
+    assert made.num_documents == 240 == len(placed) + made.num_dropped
+    assert made.num_cut == sum((c.lengths > T).sum() for c in candidates) > 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_only_what_fits_nowhere_is_dropped(seed):
+    """First-fit: at the end no row has room for any dropped document, in positions and slots."""
+    candidates = random_candidates(seed)
+    made = plan(seed, 0, candidates)
+    used = np.array([np.sum([sizes(candidates, d) for d in row], axis=0) for row in made.rows])
+    room, slots = T - used[:, 0], I - used[:, 1]
+    everything = {(s, int(e), int(r)) for s, c in enumerate(candidates) for e, r in zip(c.epochs, c.records)}
+    dropped = everything - {document for row in made.rows for document in row}
+    assert dropped and made.num_dropped == len(dropped)
+    for document in dropped:
+        length, images = sizes(candidates, document)
+        assert not ((room >= length) & (slots >= images)).any()
+
+
+def test_slots_alone_can_be_the_limit():
+    """Twenty one-image documents of 10 positions: with one slot a row holds one, not six."""
+    candidates = [packing.Candidate(np.zeros(40, int), np.arange(40), np.full(40, 10), np.ones(40, int))]
+    made = plan(0, 0, candidates, max_images=1)
+    assert [len(row) for row in made.rows] == [1] * ROWS and made.num_dropped == 20
+
+
+def test_plan_is_pure():
+    """The same twice; another for another window or seed."""
+    assert plan(3, 5) == plan(3, 5)
+    assert plan(3, 5).rows != plan(3, 6).rows
+    assert plan(3, 5).rows != plan(4, 5).rows
+
+
+def test_plan_ignores_global_randomness():
+    np.random.seed(0)
+    first = plan(1, 1)
+    np.random.seed(1)
+    assert plan(1, 1) == first
+
+
+def test_rows_are_shuffled():
+    """First-fit fills the early rows first; the run must not see a window go from full to sparse."""
+    candidates = [packing.Candidate(np.zeros(60, int), np.arange(60), np.full(60, 16), np.zeros(60, int))]
+    counts = [len(row) for row in plan(0, 0, candidates).rows]
+    assert sorted(counts, reverse=True) == [4] * 15 + [0] * 5 != counts
+
+
+def test_rows_are_full():
+    """Small documents to spare: nothing is left over but what no document fits."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 12, 400)
+    candidates = [packing.Candidate(np.zeros(400, int), np.arange(400), lengths, np.zeros(400, int))]
+    made = plan(0, 0, candidates)
+    assert sum(lengths[r] for row in made.rows for _, _, r in row) > 0.97 * ROWS * T
+
+
+def test_documents_per_window_gives_the_token_shares():
+    counts = packing.documents_per_window([3, 1], [30.0, 10.0], 100, 400)
+    assert counts == [1000, 1000]  # 30,000 and 10,000 positions of 40,000
+    assert packing.documents_per_window([0.6, 0.2], [30.0, 10.0], 100, 400) == counts  # shares are relative
+
+
+def example(tokens, ids, max_t=1.0):
+    """Latents are told apart by their value: 100 * first token + image number."""
+    ids = np.array(ids, np.int32)
+    images = [np.full((2, 2, 1), 100 * tokens[1] + k, np.float32) for k in range(1, ids.max() + 1)]
+    mask = np.array([i == 0 for i in ids[:-1]] + [False])
+    return Example(np.array(tokens, np.int32), ids, mask,
+                   np.array(images, np.float32).reshape(-1, 2, 2, 1), np.full(len(images), max_t, np.float32))
+
+
+FIRST = example([BOS, 7, 20, PAD, PAD, 21, EOS], [0, 0, 0, 1, 1, 0, 0], max_t=0.5)
+TEXT = example([BOS, 9, EOS], [0, 0, 0])
+SECOND = example([BOS, 8, PAD, PAD, PAD, PAD, EOS], [0, 0, 1, 1, 2, 2, 0])
+
+
+def test_pack_row_by_hand():
+    """Documents end to end; image ids run on through the row, positions start again, padding is empty."""
+    row = packing.pack_row(77, [FIRST, TEXT, SECOND], 20, 4, (2, 2, 1))
+    assert int(row.row_ids_B) == 77
+    np.testing.assert_array_equal(
+        row.tokens_BT, [BOS, 7, 20, 0, 0, 21, EOS, BOS, 9, EOS, BOS, 8, 0, 0, 0, 0, EOS, 0, 0, 0])
+    np.testing.assert_array_equal(row.segment_ids_BT, [1] * 7 + [2] * 3 + [3] * 7 + [0] * 3)
+    np.testing.assert_array_equal(
+        row.image_ids_BT, [0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 2, 2, 3, 3, 0, 0, 0, 0])
+    np.testing.assert_array_equal(row.positions_BT, [*range(7), *range(3), *range(7), 0, 0, 0])
+    np.testing.assert_array_equal(row.image_start_BI, [3, 12, 14, 20])  # 20 = T: unused
+    np.testing.assert_array_equal(row.max_t_BI, np.float32([0.5, 1, 1, 0]))
+    np.testing.assert_array_equal(row.latents_BIhwc[:, 0, 0, 0], [701, 801, 802, 0])
+    np.testing.assert_array_equal(
+        row.loss_mask_BT[:17], np.concatenate([e.loss_mask_L for e in (FIRST, TEXT, SECOND)]))
+
+
+def test_no_position_is_scored_on_another_document_or_padding():
+    row = packing.pack_row(0, [FIRST, TEXT, SECOND], 20, 4, (2, 2, 1))
+    scored = np.flatnonzero(row.loss_mask_BT)
+    assert (row.segment_ids_BT[scored] == row.segment_ids_BT[scored + 1]).all()
+    assert (row.segment_ids_BT[scored] > 0).all()
+
+
+def test_empty_row_is_padding():
+    row = packing.pack_row(3, [], 8, 2, (2, 2, 1))
+    assert not row.segment_ids_BT.any() and not row.loss_mask_BT.any() and not row.max_t_BI.any()
+    assert (row.image_start_BI == 8).all()
+
+
+def test_stacked_rows_have_the_contracts_shapes_and_dtypes():
+    rows = [packing.pack_row(i, [FIRST, TEXT], 20, 4, (2, 2, 1)) for i in range(3)]
+    batch = packing.stack_rows(rows)
+    expected = {
+        "row_ids_B": ((3,), np.int32), "tokens_BT": ((3, 20), np.int32), "segment_ids_BT": ((3, 20), np.int32),
+        "image_ids_BT": ((3, 20), np.int32), "positions_BT": ((3, 20), np.int32),
+        "loss_mask_BT": ((3, 20), np.bool_), "latents_BIhwc": ((3, 4, 2, 2, 1), np.float32),
+        "image_start_BI": ((3, 4), np.int32), "max_t_BI": ((3, 4), np.float32)}
+    assert {name: (x.shape, x.dtype) for name, x in batch._asdict().items()} == expected
+
+
+def test_long_text_is_cut_and_its_last_position_is_not_scored():
+    long = example([BOS, *range(30, 60), EOS], [0] * 32)
+    cut = packing.cut_text(long, 10)
+    np.testing.assert_array_equal(cut.tokens_L, long.tokens_L[:10])
+    assert cut.loss_mask_L.tolist() == [True] * 9 + [False] and long.loss_mask_L[9]
+    assert len(cut.image_ids_L) == 10
+    for length in (32, 33):
+        assert packing.cut_text(long, length) is long
+
+
+def good_batch():
+    return packing.stack_rows([packing.pack_row(i, [FIRST, TEXT], 20, 4, (2, 2, 1)) for i in (40, 41)])
+
+
+def test_check_batch_accepts_what_pack_row_makes():
+    packing.check_batch(good_batch(), 22, 2)
+
+
+def edited(field: str, row: int, position: int, value):
+    batch = good_batch()
+    getattr(batch, field)[row, position] = value
+    return batch
+
+
+BAD = {  # batch, the message's parts
+    "token id out of range": (edited("tokens_BT", 1, 5, 22), ("row 41, position 5", "token id 22", "0..21")),
+    "negative token id": (edited("tokens_BT", 0, 2, -1), ("row 40, position 2", "token id -1")),
+    "patch in padding": (edited("image_ids_BT", 1, 15, 1), ("row 41, position 15", "padding")),
+    "image id without its patches": (
+        edited("image_ids_BT", 1, 8, 2), ("row 41, position 8", "image id 2", "without its patches")),
+    "slot without its image ids": (edited("image_ids_BT", 0, 4, 0), ("row 40, position 4", "image id 0")),
+    "slot moved by one": (edited("image_start_BI", 0, 0, 4), ("row 40, position 3", "image id 1")),
+    "patches under another slot": (edited("image_start_BI", 1, 1, 3), ("row 41, position 3", "image id 1")),
+}
+
+
+@pytest.mark.parametrize("batch, parts", BAD.values(), ids=BAD.keys())
+def test_check_batch_names_row_and_position(batch, parts):
+    with pytest.raises(UserError) as error:
+        packing.check_batch(batch, 22, 2)
+    assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value)

@@ -1,0 +1,98 @@
+"""The prepared form on disk: what is written is read back; what is missing or foreign is refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tfusion.data.prepared import PreparedSource, read_meta, write_meta, write_source
+from tfusion.errors import UserError
+from tfusion.types import FORMAT_VERSION
+
+
+def picture(value: int):
+    return np.full((4, 4, 3), value, np.uint8)
+
+
+def encode_text(texts):
+    return [[ord(c) for c in text] for text in texts]
+
+
+def encode_images(images):
+    return images[:, ::2, ::2, :1] / 10
+
+
+RECORDS = [["ab", picture(10)], ["c"], ["de", picture(20), "fgh", picture(30)], [picture(40)], ["", "i"]]
+
+
+@pytest.fixture
+def source(tmp_path):
+    write_source(tmp_path / "mixed" / "train", RECORDS, encode_text, encode_images)
+    return PreparedSource(tmp_path, "mixed", "train")
+
+
+@pytest.mark.parametrize("record", [4, 0, 3, 1, 2])
+def test_records_come_back_in_any_order(source, record):
+    parts = source.read(record)
+    assert len(parts) == len(RECORDS[record])
+    for got, part in zip(parts, RECORDS[record]):
+        if isinstance(part, str):
+            assert got.dtype == np.int32 and got.tolist() == encode_text([part])[0]
+        else:
+            assert got.dtype == np.float32
+            np.testing.assert_array_equal(got, encode_images(part[None])[0].astype(np.float32))
+
+
+def test_sizes_are_known_without_reading(source):
+    """The planner sees these and never the documents."""
+    assert len(source) == 5
+    np.testing.assert_array_equal(source.text_tokens, [2, 1, 5, 0, 1])
+    np.testing.assert_array_equal(source.images, [1, 0, 2, 1, 0])
+    assert source.meta == {"records": 5, "tokens": 9, "images": 4, "mean_text_tokens": 9 / 5,
+                           "mean_images": 4 / 5, "max_token_id": ord("i")}
+
+
+def test_reading_twice_gives_fresh_arrays(source):
+    """A reader that writes into its document must not change the next reader's, nor the file."""
+    source.read(0)[0][:] = 0
+    source.read(0)[1][:] = 0
+    assert source.read(0)[0].tolist() == [97, 98] and source.read(0)[1].max() == 1
+
+
+def test_text_only_source_has_no_latents(tmp_path):
+    write_source(tmp_path / "words" / "heldout", [["ab"], ["c"]], encode_text, None)
+    source = PreparedSource(tmp_path, "words", "heldout")
+    assert source.read(1)[0].tolist() == [99] and not source.images.any()
+    assert not (tmp_path / "words" / "heldout" / "latents.npy").exists()
+
+
+def test_meta_round_trip(tmp_path):
+    write_meta(tmp_path, "byte", "abc", "def", (8, 8, 4))
+    assert read_meta(tmp_path) == {
+        "format_version": FORMAT_VERSION, "tokenizer": "byte", "tokenizer_fingerprint": "abc",
+        "autoencoder_fingerprint": "def", "latent_shape": [8, 8, 4]}
+
+
+def message(call, *args) -> str:
+    with pytest.raises(UserError) as error:
+        call(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_missing_folder_is_named_with_what_to_run(tmp_path):
+    text = message(read_meta, tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in text and "tfusion.prepare" in text and "data.prepared" in text
+
+
+def test_missing_source_is_named(tmp_path):
+    text = message(PreparedSource, tmp_path, "stories", "train")
+    assert str(tmp_path / "stories" / "train") in text and "data.mixture" in text
+
+
+def test_other_format_version_is_refused(tmp_path):
+    write_meta(tmp_path, "byte", "abc", "def", (8, 8, 4))
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    (tmp_path / "meta.json").write_text(json.dumps(meta | {"format_version": FORMAT_VERSION + 1}))
+    text = message(read_meta, tmp_path)
+    assert f"version {FORMAT_VERSION + 1}" in text and f"reads {FORMAT_VERSION}" in text and "prepare" in text

@@ -1,0 +1,178 @@
+"""A refactor computes what its parent commit computed: bit by bit, on this machine.
+
+  make golden BASE=HEAD~1        (python -m tests.golden --base=HEAD~1)
+
+Checks BASE out into a temporary worktree, runs the same tiny training with both trees, each in its own
+process through the tree's own `tfusion.train`, and prints the first difference: of the losses and norms of
+every step as metrics.jsonl holds them (7 digits), then of the last state bit by bit.
+
+tests/testdata/golden_losses.json holds the same losses with a tolerance, for any machine
+(tests/test_golden.py; `python -m tests.update_golden` writes it anew).
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LOSSES = ROOT / "tests" / "testdata" / "golden_losses.json"
+STEPS = 20
+COMPARED = ("lm_loss", "diffusion_loss", "grad_norm", "param_norm")
+
+
+def tiny_tree(root):
+    """The ConfigDict of the tiny training, by the tree's own experiment file."""
+    from experiments import quickstart
+
+    tree = quickstart.get_config("smoke")
+    tree.model.update(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=64, text_vocab_size=260,
+                      latent_size=4, latent_channels=4)
+    tree.data.update(prepared=str(root), tokenizer="byte", seq_len=192, window_rows=32, num_scenes=200)
+    tree.train.update(num_steps=STEPS, batch_size=8, num_microbatches=2, log_every=1, eval_every=0,
+                      diagnostics_every=0, checkpoint_every=STEPS)
+    tree.optimizer.update(warmup_steps=2)
+    return tree
+
+
+def encode(images):
+    """Pictures (n, 32, 32, 3) -> (n, 4, 4, 4) latents without an autoencoder, as tests/conftest.py."""
+    import numpy as np
+
+    x = images.astype(np.float32).reshape(len(images), 4, 8, 4, 8, 3) / 127.5 - 1
+    return np.concatenate([x.mean((2, 4)), x.std((2, 4, 5))[..., None]], axis=-1)
+
+
+def write_data(root: Path) -> None:
+    """The prepared data of the tiny training: byte tokenizer, 200 records of each source."""
+    from tfusion import config
+    from tfusion.data import prepared
+    from tfusion.data.sources import make_source
+    from tfusion.data.tokenizers import load_tokenizer
+
+    tokenizer, cfg = load_tokenizer("byte"), config.from_dict(tiny_tree(root))
+    for name in cfg.data.mixture:
+        for split in ("train", "heldout"):
+            source = make_source(name, cfg.data, split)
+            records = [source[i] for i in range(min(len(source), 200))]
+            if name == "glosses":
+                records = [[text[:60]] for (text,) in records]
+            prepared.write_source(root / name / split, records, tokenizer.encode_batch, encode)
+    prepared.write_meta(root, "byte", tokenizer.fingerprint, "none", cfg.model.latent_shape)
+
+
+def read_metrics(workdir: Path) -> list[dict]:
+    """One {'lm_loss': ..., ...} per step."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: row[f"train/{name}"] for name in COMPARED} for row in rows if "train/lm_loss" in row]
+
+
+def read_state(workdir: Path) -> dict:
+    """{name: array} of the last checkpoint, as it is on disk."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.restore((workdir / "checkpoints" / str(STEPS) / "state").absolute())
+    return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def train_here(folder: Path) -> list[dict]:
+    """The tiny training in this process and on one device: what golden_losses.json records."""
+    import jax
+
+    from tfusion import config, sharding
+    from tfusion.objectives import make_objective
+    from tfusion.training.loop import train
+
+    write_data(folder / "data")
+    cfg = config.from_dict(tiny_tree(folder / "data"))
+    (folder / "run").mkdir()
+    mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        train(cfg, make_objective(cfg), folder / "run", mesh)
+    return read_metrics(folder / "run")
+
+
+def write_losses() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        rows = train_here(Path(folder))
+    LOSSES.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+
+
+def worker(folder: Path) -> None:
+    """Runs in a tree's own process: makes its data, then trains as a user would."""
+    write_data(folder / "data")
+    tree = json.dumps(tiny_tree(folder / "data").to_dict())
+    (folder / "tiny.py").write_text("import json\nfrom ml_collections import ConfigDict\n\n\n"
+                                    f"def get_config(arg=None):\n    return ConfigDict(json.loads({tree!r}))\n")
+    sys.argv = ["train", f"--config={folder / 'tiny.py'}", f"--workdir={folder / 'run'}"]
+    runpy.run_module("tfusion.train", run_name="__main__")
+
+
+def run_tree(tree: Path, folder: Path) -> tuple[list[dict], dict]:
+    folder.mkdir()
+    env = {**os.environ, "PYTHONPATH": str(tree), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, str(Path(__file__).absolute()), f"--worker={folder}"], cwd=tree,
+                          env=env, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"error: the training of {tree} failed:\n{done.stderr[-2000:]}")
+    return read_metrics(folder / "run"), read_state(folder / "run")
+
+
+def first_difference(base: tuple[list[dict], dict], here: tuple[list[dict], dict]) -> str | None:
+    """One line, or None where losses and states are the same."""
+    for step, (old, new) in enumerate(zip(base[0], here[0]), start=1):
+        for name in COMPARED:
+            if old[name] != new[name]:
+                return f"step {step}: {name} was {old[name]!r}, is {new[name]!r}"
+    if len(base[0]) != len(here[0]):
+        return f"there were {len(base[0])} steps, there are {len(here[0])}"
+    only = sorted(base[1].keys() ^ here[1].keys())
+    if only:
+        return f"only one of the last states has {only[0]} (and {len(only) - 1} more)"
+    for name, old in base[1].items():
+        new = here[1][name]
+        if old.shape != new.shape or old.dtype != new.dtype or old.tobytes() != new.tobytes():
+            return f"the last state differs in {name}, though no loss does in 7 digits"
+    return None
+
+
+@contextlib.contextmanager
+def worktree(revision: str):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "base"
+        git = ["git", "-C", str(ROOT), "worktree"]
+        added = subprocess.run([*git, "add", "--detach", str(path), revision], capture_output=True, text=True)
+        if added.returncode:
+            sys.exit(f"error: cannot check out '{revision}': {added.stderr.strip().splitlines()[-1]}")
+        try:
+            yield path
+        finally:
+            subprocess.run([*git, "remove", "--force", str(path)], check=False, capture_output=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train this tree and a base revision, compare bit by bit.")
+    parser.add_argument("--base", default="HEAD", help="the revision to compare with")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return worker(args.worker)
+    with tempfile.TemporaryDirectory() as folder, worktree(args.base) as base:
+        print(f"[1/2] {args.base}: {STEPS} steps", flush=True)
+        old = run_tree(base, Path(folder) / "base")
+        print(f"[2/2] this tree: {STEPS} steps", flush=True)
+        difference = first_difference(old, run_tree(ROOT, Path(folder) / "here"))
+    if difference:
+        sys.exit(f"DIFFERENT from {args.base}: {difference}")
+    print(f"the same as {args.base}: {STEPS} steps of {', '.join(COMPARED)}, and every bit of the last state")
+
+
+if __name__ == "__main__":
+    main()

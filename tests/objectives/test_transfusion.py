@@ -1,0 +1,307 @@
+"""The Transfusion objective: layout, noise, the two losses and their counts.
+
+B batch, T tokens, V vocabulary, I image slots, N patches per image, h w c latent.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import quickstart
+from tfusion import config
+from tfusion.data import packing, pipeline
+from tfusion.models.transfusion import Transfusion
+from tfusion.objectives import make_objective
+from tfusion.objectives import transfusion as objective
+from tfusion.types import BOS, EOS, PAD, Batch, Document, ModelOutput
+
+N, BOI, EOI = 4, 20, 21
+PATCHES = [PAD] * N
+
+
+def image(value: float = 0.5):
+    return np.full((4, 4, 2), value, np.float32)
+
+
+def text(*ids: int):
+    return np.array(ids, np.int32)
+
+
+LAYOUTS = {  # parts, score_text -> tokens, image ids, scored positions
+    "caption first": (
+        [text(5, 6), image()], True,
+        [BOS, 5, 6, BOI, *PATCHES, EOI, EOS],
+        [0, 0, 0, 0, 1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0, 1, 0]),  # 6 predicts BOI; EOI predicts EOS
+    "image first": (
+        [image(), text(5, 6)], True,
+        [BOS, BOI, *PATCHES, EOI, 5, 6, EOS],
+        [0, 0, 1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 0, 0, 0, 0, 0, 1, 1, 1, 0]),  # BOS predicts BOI; EOI predicts 5
+    "two captioned images": (
+        [text(5), image(1), text(7, 8), image(2)], True,
+        [BOS, 5, BOI, *PATCHES, EOI, 7, 8, BOI, *PATCHES, EOI, EOS],
+        [0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 2, 2, 2, 2, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 1, 0]),
+    "two images side by side": (
+        [image(1), image(2)], True,
+        [BOS, BOI, *PATCHES, EOI, BOI, *PATCHES, EOI, EOS],
+        [0, 0, 1, 1, 1, 1, 0, 0, 2, 2, 2, 2, 0, 0],
+        [1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0]),  # the first EOI predicts the second BOI
+    "dropped caption": (
+        [image()], False,
+        [BOS, BOI, *PATCHES, EOI, EOS],
+        [0, 0, 1, 1, 1, 1, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0]),
+    "text only": (
+        [text(5, 6, 7)], True,
+        [BOS, 5, 6, 7, EOS],
+        [0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0]),
+    "empty": ([], True, [BOS, EOS], [0, 0], [1, 0]),
+}
+
+
+@pytest.mark.parametrize("parts, score, tokens, ids, scored", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_layout_by_hand(parts, score, tokens, ids, scored):
+    """DESIGN's rules: the token before BOI and EOI are scored; BOI, patches and the last position not."""
+    example = objective.layout(Document(tuple(parts), 0.7, score), N, BOI, EOI)
+    np.testing.assert_array_equal(example.tokens_L, tokens)
+    np.testing.assert_array_equal(example.image_ids_L, ids)
+    np.testing.assert_array_equal(example.loss_mask_L, np.array(scored, bool))
+    assert (example.tokens_L.dtype, example.image_ids_L.dtype) == (np.int32, np.int32)
+    images = [part for part in parts if part.ndim > 1]
+    assert len(example.latents_Ihwc) == len(example.max_t_I) == len(images)
+    for got, expected in zip(example.latents_Ihwc, images):
+        np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(example.max_t_I, np.full(len(images), 0.7, np.float32))
+
+
+@pytest.mark.parametrize("parts, score, tokens, ids, scored", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_length_is_the_layouts(cfg, parts, score, tokens, ids, scored):
+    """The planner packs by `length` and never sees the layout: they must agree."""
+    words, images = sum(len(part) for part in parts if part.ndim == 1), sum(part.ndim > 1 for part in parts)
+    assert cfg.model.num_patches == N
+    assert make_objective(cfg).length(words, images) == len(tokens)
+
+
+@jax.jit
+def draw_jitted(seed, rows, max_t, num_timesteps):
+    return objective.draw_noise(jax.random.key(seed), rows, max_t, (2, 2, 3), num_timesteps)
+
+
+def draw(rows, max_t, seed: int = 0, num_timesteps: int = 1000):
+    """(t, eps) of rows with these limits; max_t of shape (rows, slots), or one limit for 3 slots."""
+    max_t = np.broadcast_to(max_t, (len(rows), 3) if np.ndim(max_t) < 2 else np.shape(max_t))
+    out = draw_jitted(seed, np.asarray(rows, np.int32), max_t.astype(np.float32), np.float32(num_timesteps))
+    return tuple(np.asarray(x) for x in out)
+
+
+def test_noise_is_keyed_by_global_row_and_slot():
+    """Permuted, regrouped or with fewer slots, a row gets the same t and the same noise, bit for bit."""
+    rows = np.array([7, 1000, 3, 250_000])
+    t, eps = draw(rows, 1.0)
+    backwards_t, backwards_eps = draw(rows[::-1], 1.0)
+    np.testing.assert_array_equal(backwards_t, t[::-1])
+    np.testing.assert_array_equal(backwards_eps, eps[::-1])
+    for pair in ([0, 1], [3, 1], [2, 0]):
+        part_t, part_eps = draw(rows[pair], np.ones((2, 2)))
+        np.testing.assert_array_equal(part_t, t[pair, :2])
+        np.testing.assert_array_equal(part_eps, eps[pair, :2])
+
+
+ROWS = np.arange(3000)
+
+
+def test_noise_differs_between_rows_slots_and_keys():
+    """No two of (row, slot, key) share a draw, and their elements do not correlate."""
+    (t, eps), (other_t, other_eps) = (draw(ROWS, 1.0, seed) for seed in (0, 1))
+    streams = np.concatenate([eps, other_eps], axis=1).reshape(len(ROWS), 6, 12)
+    assert len(np.unique(streams.reshape(-1, 12), axis=0)) == 6 * len(ROWS)
+    correlation = np.corrcoef(streams.transpose(1, 2, 0).reshape(72, -1))
+    np.testing.assert_allclose(correlation, np.eye(72), atol=0.1)
+    correlation = np.corrcoef(np.concatenate([t, other_t], axis=1).T)
+    np.testing.assert_allclose(correlation, np.eye(6), atol=0.1)
+
+
+def test_noise_is_standard_normal_and_independent_of_t():
+    t, eps = draw(ROWS, 1.0)
+    assert abs(eps.mean()) < 0.02 and abs(eps.std() - 1) < 0.02
+    assert abs(np.corrcoef(t.ravel(), eps[..., 0, 0, 0].ravel())[0, 1]) < 0.05
+    np.testing.assert_allclose(np.quantile(t, [0.1, 0.5, 0.9]), [0.1, 0.5, 0.9], atol=0.02)
+
+
+@pytest.mark.parametrize("num_timesteps", [10, 1000])
+@pytest.mark.parametrize("max_t", [1.0, 0.5, 0.2, 0.0])
+def test_t_stays_within_its_limit_and_on_the_grid(max_t, num_timesteps):
+    """0 < t <= max_t on the grid n / num_timesteps, reaching both ends; max_t = 0 stays clean."""
+    t = draw(ROWS, max_t, num_timesteps=num_timesteps)[0]
+    n = t * num_timesteps
+    np.testing.assert_allclose(n, np.round(n), atol=1e-3)
+    assert t.max() <= max_t + 1e-6 and (t > 0).all() == (max_t > 0)
+    if max_t:
+        assert n.min() < 1.5 + 0.01 * num_timesteps and t.max() > 0.97 * max_t
+
+
+def test_max_t_belongs_to_its_slot():
+    t = draw(ROWS, np.tile([1.0, 0.0, 0.25], (len(ROWS), 1)))[0]
+    assert t[:, 0].max() > 0.9 and (t[:, 1] == 0).all() and 0.2 < t[:, 2].max() <= 0.25
+
+
+def test_lm_loss_is_next_token_cross_entropy():
+    """-log softmax(logits[p])[tokens[p + 1]] over the mask, in float64; huge padded logits do no harm."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 3, (3, 7, 11)).astype(np.float32)
+    logits[..., 9:] = -1e9
+    tokens, mask = rng.integers(0, 9, (3, 7)), rng.random((3, 7)) < 0.5
+    mask[:, -1] = False
+    total = 0.0
+    for b, p in np.argwhere(mask):
+        row = logits[b, p].astype(np.float64)
+        total += np.log(np.exp(row - row.max()).sum()) + row.max() - row[tokens[b, p + 1]]
+    got, count = objective.lm_loss(jnp.asarray(logits), jnp.asarray(tokens), jnp.asarray(mask))
+    assert float(got) == pytest.approx(total, rel=1e-5) and int(count) == mask.sum()
+
+
+def random_images(seed: int, rows: int = 6, slots: int = 4):
+    rng = np.random.default_rng(seed)
+    prediction, target = (rng.standard_normal((rows, slots, 2, 2, 3)).astype(np.float32) for _ in range(2))
+    max_t = np.where(rng.random((rows, slots)) < 0.3, 0, rng.choice([0.5, 1.0], (rows, slots)))
+    t = np.ceil(1000 * max_t * (1 - rng.random((rows, slots)))) / 1000
+    return prediction, target, t.astype(np.float32), max_t.astype(np.float32)
+
+
+def test_diffusion_loss_is_squared_error_per_element_of_scored_slots():
+    prediction, target, t, max_t = random_images(0)
+    losses = objective.diffusion_losses(*map(jnp.asarray, (prediction, target, t, max_t)))
+    total, count = losses["diffusion_loss"]
+    errors = [((prediction[b, i] - target[b, i]).astype(np.float64) ** 2).sum()
+              for b, i in np.ndindex(*t.shape) if max_t[b, i] > 0]
+    assert float(total) == pytest.approx(sum(errors), rel=1e-5)
+    assert float(count) == len(errors) * 12
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bins_add_up_to_the_whole(seed):
+    losses = objective.diffusion_losses(*map(jnp.asarray, random_images(seed)))
+    bins = [losses[f"diffusion_loss_bin{i}"] for i in range(objective.NUM_BINS)]
+    for whole, parts in zip(losses["diffusion_loss"], zip(*bins)):
+        assert float(sum(parts)) == pytest.approx(float(whole), rel=1e-5)
+
+
+def test_each_bin_holds_its_fifth_of_t():
+    """Bin i holds i/5 < t <= (i + 1)/5; the borders n/1000 on float32 included."""
+    t = np.float32([0.001, 0.2, 0.201, 0.4, 0.401, 0.6, 0.601, 0.8, 0.801, 1.0])[None]
+    prediction, target = np.zeros((1, 10, 1, 1, 1), np.float32), np.ones((1, 10, 1, 1, 1), np.float32)
+    losses = objective.diffusion_losses(*map(jnp.asarray, (prediction, target, t, np.ones_like(t))))
+    assert [float(losses[f"diffusion_loss_bin{i}"][1]) for i in range(5)] == [2.0] * 5
+
+
+def small_batch(cfg):
+    """Three documents on two rows: pictures with one free slot each, one clean picture (max_t = 0)."""
+    obj = make_objective(cfg)
+    rng = np.random.default_rng(0)
+    pictures = [rng.standard_normal(cfg.model.latent_shape).astype(np.float32) for _ in range(3)]
+    documents = [Document((text(5, 6), pictures[0]), 1.0, True),
+                 Document((pictures[1],), 1.0, False), Document((text(9), pictures[2]), 0.5, True)]
+    examples = [obj.layout(document) for document in documents]
+    batch = packing.stack_rows([
+        packing.pack_row(row, these, 24, 3, cfg.model.latent_shape)
+        for row, these in enumerate((examples[:2], examples[2:]))])
+    max_t = batch.max_t_BI.copy()
+    max_t[0, 1] = 0
+    return batch._replace(max_t_BI=max_t)
+
+
+@functools.cache
+def tiny():
+    """(cfg, objective, jitted loss, params without a zero matrix), compiled once."""
+    tree = quickstart.get_config("smoke")
+    tree.model.update(num_layers=1, d_model=16, num_heads=2, num_kv_heads=2, d_ff=32, latent_size=4,
+                      latent_channels=4)
+    cfg = config.from_dict(tree)
+    obj = make_objective(cfg)
+    params = jax.tree.map(lambda x: x + 0.1, jax.jit(obj.init)(jax.random.key(0)))
+    return cfg, obj, jax.jit(obj.loss), params
+
+
+def test_loss_counts_are_the_objectives_counts():
+    """The step divides by `counts`, summed before any micro-batch runs: the data alone decides them."""
+    cfg, obj, loss, params = tiny()
+    batch = small_batch(cfg)
+    losses, counts = loss(params, batch, jax.random.key(1)), obj.counts(batch)
+    assert set(counts) == set(obj.weights)
+    for name, count in counts.items():
+        assert float(losses[name][1]) == float(count) > 0
+    assert counts["lm_loss"] == (batch.loss_mask_BT).sum()
+    assert counts["diffusion_loss"] == 2 * 4 * 4 * 4  # two pictures of three have a loss
+
+
+def test_loss_counts_are_the_objectives_counts_on_real_rows(cfg):
+    obj = make_objective(cfg)
+    batch = next(pipeline.batches(pipeline.open_rows(cfg, obj, "train"), 0, 1, 8))
+    counts = obj.counts(batch)
+    assert counts["lm_loss"] == sum(row.sum() for row in batch.loss_mask_BT)
+    assert counts["diffusion_loss"] == (batch.image_start_BI < cfg.data.seq_len).sum() * 64
+
+
+def test_unused_and_clean_slots_contribute_nothing():
+    """An unused slot may hold any latent; a clean picture (max_t = 0) has no loss of its own."""
+    cfg, _, loss, params = tiny()
+    batch = small_batch(cfg)
+    unused = (batch.image_start_BI == 24)[..., None, None, None]
+    assert 0 < unused.sum() < unused.size
+    other = batch._replace(latents_BIhwc=np.where(unused, 3.0, batch.latents_BIhwc).astype(np.float32))
+    for name, (total, count) in loss(params, batch, jax.random.key(1)).items():
+        other_total, other_count = loss(params, other, jax.random.key(1))[name]
+        assert float(other_total) == float(total) and float(other_count) == float(count)
+
+
+def test_rows_add_up():
+    """(sum, count) of two rows = those of each row alone: what micro-batches and hosts rely on."""
+    cfg, _, loss, params = tiny()
+    batch, key = small_batch(cfg), jax.random.key(2)
+    both = loss(params, batch, key)
+    alone = [loss(params, Batch(*(x[[i, i]] for x in batch)), key) for i in (0, 1)]  # twice: same shapes
+    for name in both:
+        for whole, first, second in zip(both[name], *(each[name] for each in alone)):
+            assert float(whole) == pytest.approx((float(first) + float(second)) / 2, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_the_loss_noises_what_the_contract_says(cfg, prediction, monkeypatch):
+    """The model is shown add_noise(latents, eps, alphabar(t)) and t; its output is held against the
+    target. A fake model returns x_t itself, so the loss is known in closed form."""
+    cfg = dataclasses.replace(cfg, diffusion=dataclasses.replace(cfg.diffusion, prediction=prediction))
+    V = cfg.model.padded_vocab_size
+
+    def fake_apply(self, variables, batch, x_t, t):
+        return ModelOutput(jnp.zeros((*batch.tokens_BT.shape, V)), x_t)
+
+    monkeypatch.setattr(Transfusion, "apply", fake_apply)
+    batch, key = small_batch(cfg), jax.random.key(4)
+    got = jax.jit(make_objective(cfg).loss)({}, batch, key)
+    t, eps = jax.jit(objective.draw_noise, static_argnums=(3, 4))(
+        key, batch.row_ids_B, batch.max_t_BI, cfg.model.latent_shape, cfg.diffusion.num_timesteps)
+    t, eps = np.asarray(t, np.float64)[..., None, None, None], np.asarray(eps)
+    a = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2
+    x_t = np.sqrt(a) * batch.latents_BIhwc + np.sqrt(1 - a) * eps
+    target = eps if prediction == "eps" else np.sqrt(a) * eps - np.sqrt(1 - a) * batch.latents_BIhwc
+    expected = ((x_t - target) ** 2)[batch.max_t_BI > 0].sum()
+    assert float(got["diffusion_loss"][0]) == pytest.approx(expected, rel=1e-4)
+    assert float(got["lm_loss"][0] / got["lm_loss"][1]) == pytest.approx(np.log(V), rel=1e-5)
+
+
+def test_weights_are_one_and_lambda(cfg):
+    cfg = dataclasses.replace(cfg, diffusion=dataclasses.replace(cfg.diffusion, loss_weight=7.5))
+    assert make_objective(cfg).weights == {"lm_loss": 1.0, "diffusion_loss": 7.5}
+
+
+def test_specials_are_not_text(cfg):
+    """BOI and EOI of the layout are the model's, above every text id; EOS closes the document."""
+    example = make_objective(cfg).layout(Document((text(5), np.zeros(cfg.model.latent_shape)), 1.0, True))
+    assert example.tokens_L.tolist() == [BOS, 5, 260, PAD, PAD, PAD, PAD, 261, EOS]

@@ -1,0 +1,232 @@
+"""Configs: what is rejected and how it is said; every experiment is valid and declares the parameters that
+tests/testdata/<experiment>_<variant>.txt says (`python -m tests.update_golden` writes those anew).
+"""
+
+import dataclasses
+import importlib
+import json
+import re
+from pathlib import Path
+
+import jax
+import pytest
+from flax import linen as nn
+
+from experiments import quickstart
+from tfusion import config
+from tfusion.errors import UserError
+from tfusion.objectives import make_objective
+
+ROOT = Path(__file__).parents[1]
+TESTDATA = ROOT / "tests" / "testdata"
+
+
+def tree(**changes):
+    """The quickstart as nested dicts, with {'group__key': value} changed."""
+    out = quickstart.get_config().to_dict()
+    for name, value in changes.items():
+        *groups, key = name.split("__")
+        node = out
+        for group in groups:
+            node = node[group]
+        node[key] = value
+    return out
+
+
+def message(**changes) -> str:
+    with pytest.raises(UserError) as e:
+        config.from_dict(tree(**changes))
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+# ---------------------------------------------------------------- keys and types
+
+def test_unknown_key_suggests():
+    assert message(model__num_layrs=3) == "unknown config key 'model.num_layrs'; did you mean 'num_layers'?"
+    assert message(objektive="x") == "unknown config key 'objektive'; did you mean 'objective'?"
+    assert message(model__zzz=1).startswith("unknown config key 'model.zzz'; known: num_layers, d_model,")
+
+
+def test_missing_key():
+    for name in ("seed", "model.num_layers", "sampling.sampler"):
+        changed = tree()
+        *group, key = name.split(".")
+        del (changed[group[0]] if group else changed)[key]
+        with pytest.raises(UserError, match=rf"config key '{re.escape(name)}' is missing; set it in the exp"):
+            config.from_dict(changed)
+    changed = tree()
+    del changed["mesh"]
+    with pytest.raises(UserError, match="config key 'mesh' is missing"):
+        config.from_dict(changed)
+
+
+@pytest.mark.parametrize(("name", "value", "kind"), [
+    ("seed", "x", "int"), ("seed", 1.0, "int"), ("seed", True, "int"), ("seed", None, "int"),
+    ("model.num_layers", "4", "int"), ("optimizer.learning_rate", "1e-3", "float"),
+    ("optimizer.learning_rate", True, "float"), ("data.prepared", 3, "str"), ("objective", None, "str"),
+    ("data.mixture.scenes", "much", "float")])
+def test_wrong_type(name, value, kind):
+    assert message(**{name.replace(".", "__"): value}) == f"config key '{name}' must be {kind}, got {value!r}"
+
+
+def test_wrong_kind_of_group():
+    assert message(model=3) == "config key 'model' must be a group of keys, got 3"
+    assert message(data__mixture=3) == "config key 'data.mixture' must map names to numbers, got 3"
+
+
+def test_whole_numbers_are_floats_too():
+    cfg = config.from_dict(tree(diffusion__loss_weight=5))
+    assert type(cfg.diffusion.loss_weight) is float
+
+
+# ---------------------------------------------------------------- values
+
+@pytest.mark.parametrize("name", config.CHOICES)
+def test_choices_are_listed(name):
+    choices = config.CHOICES[name]
+    assert message(**{name.replace(".", "__"): "nonsense"}) == (
+        f"{name} = 'nonsense'; choices: {', '.join(choices)}")
+    for choice in choices:
+        config.from_dict(tree(**{name.replace(".", "__"): choice}))
+
+
+@pytest.mark.parametrize(("small", "value", "large", "of"), [
+    ("model.num_heads", 3, "model.d_model", 128), ("model.num_kv_heads", 3, "model.num_heads", 4),
+    ("model.patch_size", 3, "model.latent_size", 8), ("train.num_microbatches", 3, "train.batch_size", 4)])
+def test_divisibility(small, value, large, of):
+    assert message(**{small.replace(".", "__"): value}) == f"{small} = {value} must divide {large} = {of}"
+
+
+def test_head_dim_is_even():
+    assert message(model__d_model=12, model__num_heads=4) == (
+        "model.d_model / model.num_heads = 3 must be even for RoPE")
+
+
+def numbers() -> list[str]:
+    """Every numeric leaf of the config."""
+    cfg = config.from_dict(tree())
+    out = []
+    for group in dataclasses.fields(cfg):
+        value = getattr(cfg, group.name)
+        if dataclasses.is_dataclass(value):
+            out += [f"{group.name}.{k}" for k, v in vars(value).items() if type(v) in (int, float)]
+        elif type(value) in (int, float):
+            out.append(group.name)
+    return out
+
+
+@pytest.mark.parametrize("name", numbers())
+def test_negative_numbers_are_rejected(name):
+    kind = type(config._get(config.from_dict(tree()), name))
+    for value in (kind(-2), *([float("nan"), float("inf")] if kind is float else [])):
+        assert message(**{name.replace(".", "__"): value}) == f"{name} = {value} must be positive and finite"
+
+
+ZERO = ("seed", "optimizer.warmup_steps", "train.eval_every", "train.diagnostics_every",
+        "data.caption_dropout", "diffusion.loss_weight", "sampling.guidance_scale")
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_zero_where_it_means_off(name):
+    kind = type(config._get(config.from_dict(tree()), name))
+    assert config._get(config.from_dict(tree(**{name.replace(".", "__"): kind(0)})), name) == 0
+
+
+@pytest.mark.parametrize("name", ["model.num_layers", "train.num_steps", "train.batch_size", "train.log_every",
+                                  "train.checkpoint_every", "data.seq_len", "mesh.data", "mesh.fsdp"])
+def test_zero_where_it_means_nothing(name):
+    assert message(**{name.replace(".", "__"): 0}) == f"{name} = 0 must be positive and finite"
+
+
+@pytest.mark.parametrize("name", ["data.caption_dropout", "data.image_first_fraction",
+                                  "data.image_first_max_t", "optimizer.ema_decay"])
+def test_fractions(name):
+    assert message(**{name.replace(".", "__"): 1.01}) == f"{name} = 1.01 must be at most 1"
+    config.from_dict(tree(**{name.replace(".", "__"): 1.0}))
+
+
+def test_b2_is_below_one():
+    for value in (1.0, 2.0):
+        assert message(optimizer__b2=value) == f"optimizer.b2 = {value} must be below 1"
+
+
+def test_more_sampling_steps_than_timesteps():
+    assert message(sampling__num_inference_steps=1001) == (
+        "sampling.num_inference_steps = 1001 must be at most diffusion.num_timesteps = 1000")
+
+
+@pytest.mark.parametrize("mixture", [{}, {"scenes": 0.0}, {"scenes": -1.0, "glosses": 2.0},
+                                     {"scenes": float("nan")}, {"scenes": float("inf")}])
+def test_mixture_without_a_share(mixture):
+    assert message(data__mixture=mixture) == "data.mixture must give at least one source a positive share"
+
+
+def test_fsdp_may_be_the_devices_left_over():
+    assert config.from_dict(tree(mesh__fsdp=-1)).mesh.fsdp == -1
+
+
+# ---------------------------------------------------------------- saved and loaded
+
+def test_round_trip_through_json(tmp_path):
+    cfg = config.from_dict(quickstart.get_config())
+    assert config.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+    config.save(cfg, tmp_path)
+    assert config.load(tmp_path) == cfg
+    assert hash(config.load(tmp_path)) == hash(cfg)  # jitted functions take it as a static argument
+
+
+def test_load_from_a_folder_that_is_no_workdir(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json not found: --workdir must be the workdir of"):
+        config.load(tmp_path)
+
+
+# ---------------------------------------------------------------- experiments
+
+def variants(experiment: str) -> list[str | None]:
+    """What `pick` offers; [None] where the experiment takes no argument."""
+    try:
+        importlib.import_module(f"experiments.{experiment}").get_config("?")
+    except ValueError as e:
+        return re.search(r"unknown variant '\?'; choices: (.+)", str(e))[1].split(", ")
+    return [None]
+
+
+EXPERIMENTS = [(path.stem, variant) for path in sorted((ROOT / "experiments").glob("*.py"))
+               if path.stem not in ("__init__", "common") for variant in variants(path.stem)]
+
+
+def describe(experiment: str, variant: str | None) -> str:
+    """Name, shape, dtype and logical axes of every parameter; allocates nothing."""
+    tree = importlib.import_module(f"experiments.{experiment}").get_config(variant)
+    cfg = config.from_dict(tree)
+    params = jax.eval_shape(make_objective(cfg).init, jax.random.key(0))
+    lines = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+            params, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)):
+        axes = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else ()
+        value = nn.meta.unbox(leaf)
+        lines.append(f"{'/'.join(key.key for key in path)} {'x'.join(map(str, value.shape))} {value.dtype} "
+                     f"{','.join(map(str, axes)) or '-'}\n")
+    return "".join(lines)
+
+
+def golden_path(experiment: str, variant: str | None) -> Path:
+    return TESTDATA / f"{'_'.join(filter(None, (experiment, variant)))}.txt"
+
+
+@pytest.mark.parametrize(("experiment", "variant"), EXPERIMENTS)
+def test_experiment_declares_its_parameters(experiment, variant):
+    path = golden_path(experiment, variant)
+    assert path.exists(), f"new experiment: run `python -m tests.update_golden` and commit {path}"
+    assert describe(experiment, variant) == path.read_text()
+
+
+def test_no_golden_file_without_an_experiment():
+    assert {path.name for path in TESTDATA.glob("*.txt")} == {golden_path(*x).name for x in EXPERIMENTS}
+
+
+@pytest.mark.parametrize("experiment", sorted({name for name, _ in EXPERIMENTS}))
+def test_the_docstring_is_the_command(experiment):
+    doc = importlib.import_module(f"experiments.{experiment}").__doc__
+    assert f"python -m tfusion.train --config=experiments/{experiment}.py" in re.sub(r"\s+", " ", doc)

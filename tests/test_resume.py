@@ -1,0 +1,297 @@
+"""Resumed = uninterrupted, bit by bit; and nothing already saved is lost when a run goes wrong."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from tests.conftest import tiny_config, tiny_dict
+from tfusion import config, sharding
+from tfusion.errors import UserError
+from tfusion.objectives import make_objective
+from tfusion.training import checkpoint, loop, metrics
+from tfusion.training import state as states
+from tfusion.training.optimizer import make_optimizer
+
+ROOT = Path(__file__).parents[1]
+STEPS, EVERY = 6, 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles(tmp_path_factory):
+    """Every run is the same program: compile it once, and without much optimisation."""
+    settings = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+                "jax_persistent_cache_min_compile_time_secs": 0.0, "jax_disable_most_optimizations": True}
+    before = {"jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 1.0,
+              "jax_disable_most_optimizations": False}
+    for values in (settings, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is settings:
+            yield
+
+
+def mesh():
+    return sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
+
+
+def train(cfg, workdir, objective=None):
+    with jax.set_mesh(mesh()):
+        return jax.device_get(loop.train(cfg, objective or make_objective(cfg), workdir, mesh()))
+
+
+def run_config(root):
+    """A checkpoint falls between two log lines: the losses before it must not be in the line after it."""
+    cfg = tiny_config(root)
+    return dataclasses.replace(cfg, train=dataclasses.replace(
+        cfg.train, num_steps=STEPS, checkpoint_every=EVERY, log_every=2, eval_every=2, diagnostics_every=0))
+
+
+@pytest.fixture(scope="module")
+def whole(prepared_root, tmp_path_factory):
+    """(config, workdir, last state) of a run that nothing disturbed. Tests work on copies."""
+    cfg, workdir = run_config(prepared_root), tmp_path_factory.mktemp("whole")
+    return cfg, workdir, train(cfg, workdir)
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    return Path(shutil.copytree(whole[1], tmp_path / "run"))
+
+
+def interrupt_after(monkeypatch, num_batches: int):
+    """The run dies when it asks for one batch more."""
+    real = loop.pipeline.batches
+
+    def batches(rows, first_row, num, *rest):
+        if num <= 2:  # the held-out batches
+            return real(rows, first_row, num, *rest)
+        return cut(real(rows, first_row, num, *rest))
+
+    def cut(iterator):
+        for _ in range(num_batches):
+            yield next(iterator)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.pipeline, "batches", batches)
+
+
+def lines(workdir) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("perf/") and k != "data/wait_fraction"}
+            for row in rows]
+
+
+def saved_steps(workdir) -> list[int]:
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def digest(folder) -> dict:
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), (_, y) in zip(*(jax.tree_util.tree_leaves_with_path(t) for t in (a, b))):
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+def test_resumed_equals_uninterrupted(whole, tmp_path, monkeypatch, capsys):
+    cfg, workdir, state = whole
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, EVERY + 2)
+        train(cfg, tmp_path)
+    assert saved_steps(tmp_path) == [EVERY]
+    assert max(line["step"] for line in lines(tmp_path)) == EVERY + 1  # past the checkpoint
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "train/lm_lo')  # killed while writing
+    resumed = train(cfg, tmp_path)
+    assert f"resumed from step {EVERY}" in capsys.readouterr().out
+    assert_same_bits(resumed, state)  # parameters, optimizer, moving average, step
+    assert lines(tmp_path) == lines(workdir)
+    assert [line["step"] for line in lines(tmp_path) if "train/lm_loss" in line] == [2, 3, 4, 6]
+    assert (tmp_path / "summary.json").read_text() == (workdir / "summary.json").read_text()
+    assert saved_steps(tmp_path) == saved_steps(workdir) == [EVERY, STEPS]
+
+
+def test_a_finished_run_is_left_as_it_is(whole, copied):
+    cfg, workdir, state = whole
+    assert_same_bits(train(cfg, copied), state)
+    assert lines(copied) == lines(workdir)
+    assert digest(copied / "checkpoints") == digest(workdir / "checkpoints")
+
+
+def victims(folder) -> dict:
+    """Files whose loss must be noticed: the largest of the state, its index, the small meta."""
+    files = [p for p in (folder / "state").rglob("*") if p.is_file()]
+    return {"data": max(files, key=lambda p: p.stat().st_size), "index": folder / "state/manifest.ocdbt",
+            "tree": folder / "state/_METADATA", "meta": folder / "meta/metadata"}
+
+
+@pytest.mark.parametrize("victim", ["data", "index", "tree", "meta"])
+def test_truncated_checkpoint_is_one_line(whole, copied, victim):
+    cfg, folder = whole[0], copied / "checkpoints"
+    before = digest(folder / str(EVERY))
+    path = victims(folder / str(STEPS))[victim]
+    os.truncate(path, path.stat().st_size // 2)
+    metrics_before = (copied / "metrics.jsonl").read_text()
+    with pytest.raises(UserError) as e:
+        train(cfg, copied)
+    message = str(e.value)
+    assert f"{folder / str(STEPS)} cannot be read" in message and "\n" not in message
+    assert f"delete that folder to resume from step {EVERY}" in message
+    assert digest(folder / str(EVERY)) == before
+    assert (copied / "metrics.jsonl").read_text() == metrics_before
+
+
+def test_deleting_the_broken_checkpoint_goes_on_from_the_older(whole, copied):
+    cfg, workdir, state = whole
+    shutil.rmtree(copied / "checkpoints" / str(STEPS))
+    assert_same_bits(train(cfg, copied), state)
+    assert lines(copied) == lines(workdir)
+
+
+CHANGES = {"model.d_ff": 128, "model.num_layers": 3, "model.patch_positions": "none",
+           "diffusion.prediction": "eps", "data.tokenizer": "default", "optimizer.ema_decay": 0.0}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_model_is_one_line(whole, copied, name):
+    group, key = name.split(".")
+    cfg = whole[0]
+    old = getattr(getattr(cfg, group), key)
+    changed = dataclasses.replace(getattr(cfg, group), **{key: CHANGES[name]})
+    before = digest(copied)
+    with pytest.raises(UserError, match=rf"was saved with {re.escape(name)} = {old}, .* {CHANGES[name]}: "
+                                        "set it back, or start in another --workdir$"):
+        train(dataclasses.replace(cfg, **{group: changed}), copied)
+    assert digest(copied) == before
+
+
+def test_nan_stops_before_it_is_saved(whole, tmp_path):
+    """NaN in step 5; checkpoints at 3 and 6, losses looked at only at 6: the error still names step 5."""
+    cfg, workdir, state = whole
+    rare = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, log_every=STEPS, eval_every=0,
+                                                              diagnostics_every=0))
+    real = make_objective(cfg)
+
+    def loss(params, batch, key):
+        losses = real.loss(params, batch, key)
+        bad = batch.row_ids_B[0] >= 4 * cfg.train.batch_size
+        total, count = losses["lm_loss"]
+        return {**losses, "lm_loss": (jnp.where(bad, jnp.nan, total), count)}
+
+    with pytest.raises(UserError, match=r"^step 5: lm_loss.* not finite; the last checkpoint is untouched"):
+        train(rare, tmp_path, real._replace(loss=loss))
+    assert saved_steps(tmp_path) == [EVERY]
+    assert_same_bits(train(cfg, tmp_path), state)  # resumed from the last good one, without the fault
+    assert [line for line in lines(tmp_path) if line["step"] > EVERY] == [
+        line for line in lines(workdir) if line["step"] > EVERY]
+
+
+@pytest.mark.parametrize("bad", ["lm_loss", "diffusion_loss", "grad_norm"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_the_error_names_the_first_bad_step_and_loss(bad, value):
+    losses = metrics.Losses()
+    fine = {name: (np.float32(1), 1) for name in ("lm_loss", "diffusion_loss", "grad_norm")}
+    losses.add(6, fine)
+    losses.add(7, {**fine, bad: (np.float32(value), 1)})
+    losses.add(8, {name: (np.float32(value), 1) for name in fine})
+    with pytest.raises(UserError, match=f"^step 7: {bad} is not finite"):
+        losses.flush()
+
+
+# ---------------------------------------------------------------- real processes
+
+SLOW_STEPS, SLOW_EVERY = 60, 10
+
+
+class Process:
+    """`python -m tfusion.train` on an experiment file in tmp_path."""
+
+    def __init__(self, experiment: Path, workdir: Path):
+        self.workdir = workdir
+        self.log = workdir.with_suffix(".stderr").open("ab+")
+        self.log.seek(0, os.SEEK_END)
+        self.start = self.log.tell()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tfusion.train", f"--config={experiment}", f"--workdir={workdir}"],
+            cwd=ROOT, stderr=self.log, stdout=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"})
+
+    def wait_for_checkpoint(self, after: int) -> int:
+        """Returns the first checkpoint past step `after` as soon as it is listed."""
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.stderr()
+            steps = saved_steps(self.workdir) if (self.workdir / "checkpoints").is_dir() else []
+            if steps and steps[-1] > after:
+                return steps[-1]
+            time.sleep(0.02)
+        raise AssertionError("no checkpoint within 300 s")
+
+    def end(self, with_signal=None) -> int:
+        if with_signal is not None:
+            self.process.send_signal(with_signal)
+        return self.process.wait(300)
+
+    def stderr(self) -> str:
+        self.log.seek(self.start)
+        return self.log.read().decode()
+
+
+def last_state(cfg, workdir):
+    objective, tx = make_objective(cfg), make_optimizer(cfg.optimizer, cfg.train.num_steps)
+    checkpoints = checkpoint.Checkpoints(workdir)
+    with jax.set_mesh(mesh()):
+        target = states.restore_target(objective, tx, cfg.optimizer.ema_decay > 0, mesh())
+        state = jax.device_get(checkpoints.restore(target, cfg)[0])
+    checkpoints.close()
+    return state
+
+
+@pytest.mark.slow
+def test_killed_then_interrupted_equals_uninterrupted(prepared_root, tmp_path):
+    tree = tiny_dict(prepared_root)
+    tree.train.update(num_steps=SLOW_STEPS, checkpoint_every=SLOW_EVERY, log_every=3, eval_every=20,
+                      diagnostics_every=30)
+    experiment = tmp_path / "tiny.py"
+    experiment.write_text("import json\nfrom ml_collections import ConfigDict\n\n\ndef get_config(arg=None):\n"
+                          f"    return ConfigDict(json.loads({json.dumps(tree.to_dict())!r}))\n")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    process = Process(experiment, whole)
+    assert process.end() == 0, process.stderr()
+
+    process = Process(experiment, broken)
+    killed_at = process.wait_for_checkpoint(after=0)
+    assert process.end(signal.SIGKILL) == -signal.SIGKILL
+
+    process = Process(experiment, broken)
+    interrupted_at = process.wait_for_checkpoint(after=killed_at)
+    assert process.end(signal.SIGINT) == 1
+    errors = [x for x in re.split(r"[\r\n]+", process.stderr()) if x.strip().startswith("error:")]
+    assert errors == ["error: interrupted; run the same command again to go on from the last checkpoint"]
+    assert "Traceback" not in process.stderr()
+    assert killed_at < interrupted_at < SLOW_STEPS, "both blows fell in mid-run"
+
+    process = Process(experiment, broken)
+    assert process.end() == 0, process.stderr()
+    assert lines(broken) == lines(whole)
+    cfg = config.from_dict(tree)
+    assert_same_bits(last_state(cfg, broken), last_state(cfg, whole))
