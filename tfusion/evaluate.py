@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from tfusion import distributed
 from tfusion.data import pipeline
 from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError, run
@@ -87,6 +88,7 @@ def write_mask(cfg, tokenizer, folder: Path) -> None:
 def main() -> None:
     if WORKDIR.value is None:
         raise UserError("--workdir=DIR is needed: the workdir of a trained Transfusion")
+    distributed.start_process()
     began, workdir = time.perf_counter(), Path(WORKDIR.value)
     cfg, params = load_run(workdir)
     if cfg.objective != "transfusion":

@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from tfusion import config
+from tfusion import config, distributed
 from tfusion.data import prepared
 from tfusion.data.sources import make_source
 from tfusion.data.tokenizers import load_tokenizer
@@ -39,6 +39,7 @@ def fit_codec(workdir: str, cfg: config.Config) -> LatentCodec:
 def main() -> None:
     if CONFIG.value is None or AUTOENCODER.value is None:
         raise UserError("--config=experiments/FILE.py and --autoencoder=WORKDIR are both needed; see --help")
+    distributed.start_process()
     began, cfg = time.perf_counter(), config.from_dict(CONFIG.value)
     tokenizer = load_tokenizer(cfg.data.tokenizer)
     if tokenizer.vocab_size != cfg.model.text_vocab_size:

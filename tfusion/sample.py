@@ -17,6 +17,7 @@ import numpy as np
 from absl import flags
 from PIL import Image, UnidentifiedImageError
 
+from tfusion import distributed
 from tfusion.config import CHOICES
 from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError, run
@@ -82,6 +83,7 @@ def write(rows: list, prompts: list[str], codec, tokenizer, out: Path) -> None:
 def main() -> None:
     if WORKDIR.value is None or not (PROMPTS.value or IMAGES.value or NUM_DOCUMENTS.value):
         raise UserError("--workdir=DIR and one of --prompt, --image, --num_documents are needed; see --help")
+    distributed.start_process()
     cfg, params = load_run(WORKDIR.value)
     if cfg.objective != "transfusion":
         raise UserError(f"{WORKDIR.value} holds a run with objective = '{cfg.objective}', not 'transfusion'")

@@ -3,6 +3,7 @@
   python -m tfusion.train --config=experiments/quickstart.py --workdir=runs/quickstart/transfusion
   python -m tfusion.train --config=experiments/transfusion.py:0.16b --workdir=/tmp/x --dry_run
   ... --config.train.num_steps=100 overrides one value
+  ... --profile=100:5 writes a trace of five steps, which TensorBoard and xprof open
 """
 
 from pathlib import Path
@@ -11,13 +12,26 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from tfusion import config, sharding
+from tfusion import config, distributed, sharding
 from tfusion.errors import UserError, run
 from tfusion.objectives import make_objective
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "experiments/FILE.py[:variant]")
 WORKDIR = flags.DEFINE_string("workdir", None, "where checkpoints, metrics and the config go")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "build and compile, print parameters and one batch, exit")
+
+PROFILE = flags.DEFINE_string("profile", None, "START:N traces N steps from step START into WORKDIR/profile")
+
+
+def profiled_steps(text: str | None, num_steps: int):
+    """'START:N' -> (START, N). Raises UserError where the run has no such steps."""
+    if text is None:
+        return None
+    start, _, n = text.partition(":")
+    if not (start.isdigit() and n.isdigit() and int(n) > 0 and int(start) + int(n) <= num_steps):
+        raise UserError(f"--profile={text} must be START:N with START + N at most train.num_steps = "
+                        f"{num_steps}, such as --profile=10:3")
+    return int(start), int(n)
 
 
 def writable_folder(path: str) -> Path:
@@ -35,6 +49,7 @@ def writable_folder(path: str) -> Path:
 def main() -> None:
     if CONFIG.value is None or WORKDIR.value is None:
         raise UserError("--config=experiments/FILE.py and --workdir=DIR are both needed; see --help")
+    distributed.start_process()
     cfg = config.from_dict(CONFIG.value)
     workdir = writable_folder(WORKDIR.value)
     mesh = sharding.make_mesh(cfg.mesh)
@@ -46,7 +61,7 @@ def main() -> None:
             dry_run(cfg, objective, mesh)
         else:
             from tfusion.training.loop import train
-            train(cfg, objective, workdir, mesh)
+            train(cfg, objective, workdir, mesh, profiled_steps(PROFILE.value, cfg.train.num_steps))
 
 
 if __name__ == "__main__":

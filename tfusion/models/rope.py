@@ -4,15 +4,20 @@ B batch, T tokens, H heads, E head dimension.
 """
 
 import jax.numpy as jnp
+import numpy as np
 
 THETA = 10_000.0  # Llama 1 and 2
 
 
 def rope_tables(positions_BT, head_dim: int):
-    """(cos, sin), float32 (B, T, E/2), of the angle position * theta^(-2i/E)."""
-    frequency = THETA ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions_BT.astype(jnp.float32)[..., None] * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+    """(cos, sin), float32 (B, T, E/2), of the angle position * theta^(-2i/E).
+
+    Read from tables of constants (a document is never longer than its row, so positions are below T):
+    computed in place, sines would be computed anew in every layer that XLA fuses them into.
+    """
+    frequency = THETA ** (-np.arange(0, head_dim, 2) / head_dim)
+    angle = np.arange(positions_BT.shape[1])[:, None] * frequency
+    return tuple(jnp.asarray(f(angle), jnp.float32)[positions_BT] for f in (np.cos, np.sin))
 
 
 def apply_rope(x_BTHE, tables):

@@ -12,7 +12,6 @@ knows neither the noise nor the losses (objectives/transfusion.py).
 B batch, T tokens, D d_model, V vocabulary, I image slots, N patches per image, h w c latent.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -68,10 +67,8 @@ class Transfusion(nn.Module):
         x_BTD = scatter_patches(x_BTD, adapter.encode(x_t_BIhwc.astype(dtype), t_BI), positions)
         x_BTD = constrain(x_BTD, "batch", "length", "hidden")
 
-        # The barrier keeps XLA from computing sines and masks anew in every layer that reads them.
-        rope, intervals = jax.lax.optimization_barrier((
-            rope_tables(batch.positions_BT, cfg.head_dim),
-            key_intervals(batch.segment_ids_BT, batch.image_ids_BT, cfg.image_attention)))
+        rope = rope_tables(batch.positions_BT, cfg.head_dim)
+        intervals = key_intervals(batch.segment_ids_BT, batch.image_ids_BT, cfg.image_attention)
         h_BTD = Decoder(cfg, name="decoder")(x_BTD, rope, intervals)
 
         h_BIND = gather_patches(h_BTD, positions, x_t_BIhwc.shape[1])

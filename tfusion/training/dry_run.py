@@ -43,5 +43,9 @@ def dry_run(cfg: Config, objective: Objective, mesh) -> None:
     state = states.restore_target(objective, tx, ema, mesh)
     began = time.perf_counter()
     step = jax.jit(steps.make_train_step(objective, tx, cfg), donate_argnums=0)
-    step.lower(state, sharding.put_batch(batch, mesh)).compile()
-    print(f"the training step compiles in {time.perf_counter() - began:.1f} s; --dry_run stops here")
+    compiled = step.lower(state, sharding.put_batch(batch, mesh)).compile()
+    print(f"the training step compiles in {time.perf_counter() - began:.1f} s")
+    memory = compiled.memory_analysis()
+    for name in ("argument", "output", "alias", "temp"):
+        print(f"memory.{name:12s} {getattr(memory, name + '_size_in_bytes') / 2**20:10.1f} MiB per device")
+    print("--dry_run stops here")

@@ -57,56 +57,88 @@ def start_state(cfg: config.Config, objective: Objective, tx, mesh, checkpoints)
     return restored
 
 
-def train(cfg: config.Config, objective: Objective, workdir: Path, mesh) -> states.TrainState:
-    """Trains to cfg.train.num_steps, from the workdir's latest checkpoint where there is one."""
+class Log:
+    """Losses and rates of the steps since the last line; a line is written when its step has finished."""
+
+    def __init__(self, cfg: config.Config, objective: Objective, rows, workdir: Path, first: int, totals):
+        self.cfg, self.objective, self.rows = cfg, objective, rows
+        self.writer, self.losses = metrics.Writer(workdir, first), metrics.Losses()
+        self.speed = metrics.Throughput(cfg, totals)
+        self.learning_rate = learning_rate_schedule(cfg.optimizer, cfg.train.num_steps)
+        self.bar = tqdm(total=cfg.train.num_steps, initial=first, desc=workdir.name, unit="step",
+                        mininterval=1.0, dynamic_ncols=True)
+
+    def line(self, step: int) -> None:
+        """Waits for the step's losses and writes everything since the last line. Raises on a NaN."""
+        values = self.losses.means("train/")
+        values |= self.speed.report() | self.rows.stats(step * self.cfg.train.batch_size - 1)
+        values["train/learning_rate"] = float(self.learning_rate(step - 1))
+        self.writer.write(step, values)
+        self.bar.set_postfix({k: f"{values['train/' + k]:.3f}" for k in self.objective.weights
+                              if values.get("train/" + k) is not None}, refresh=False)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.writer.close()
+
+
+def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile=None) -> states.TrainState:
+    """Trains to cfg.train.num_steps, from the workdir's latest checkpoint where there is one.
+
+    profile: (step, n) writes a trace of n steps to `<workdir>/profile`, for TensorBoard or xprof.
+    """
     began, t = time.perf_counter(), cfg.train
     tx = make_optimizer(cfg.optimizer, t.num_steps)
-    learning_rate = learning_rate_schedule(cfg.optimizer, t.num_steps)
     rows, held = pipeline.open_rows(cfg, objective, "train"), Held(cfg, objective, mesh)
     checkpoints = checkpoint.Checkpoints(workdir)
     state, next_row, totals = start_state(cfg, objective, tx, mesh, checkpoints)
     config.save(cfg, workdir)
     first = int(state.step)
-    writer, losses, speed = metrics.Writer(workdir, first), metrics.Losses(), metrics.Throughput(cfg, totals)
+    log = Log(cfg, objective, rows, workdir, first, totals)
     train_step = jax.jit(steps.make_train_step(objective, tx, cfg), donate_argnums=0)
     batches = pipeline.batches(rows, next_row, t.num_steps - first, t.batch_size,
                                jax.process_index(), jax.process_count())
-    bar = tqdm(range(first, t.num_steps), initial=first, total=t.num_steps, desc=workdir.name,
-               unit="step", mininterval=1.0, dynamic_ncols=True)
+    late = None  # a step whose line is written once the next step is under way: the device never waits
     try:
-        for step in bar:
+        for step in range(first, t.num_steps):
+            if profile and step == profile[0]:
+                jax.profiler.start_trace(workdir / "profile")
             waited = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - waited
-            state, step_losses = train_step(state, sharding.put_batch(batch, mesh))
-            losses.add(step + 1, step_losses)
-            speed.add(batch, waited)
+            state, losses = train_step(state, sharding.put_batch(batch, mesh))
             next_row += t.batch_size
+            if late:
+                log.line(late)
+                late = None
+            done = step + 1
+            log.losses.add(done, losses)
+            log.speed.add(batch, waited)
+            log.bar.update()
+            if profile and done == sum(profile):
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
 
-            done, pause = step + 1, time.perf_counter()
             saving = due(done, t.checkpoint_every, t.num_steps)
-            if saving or due(done, t.log_every, t.num_steps):  # a resumed run has no losses from before it
-                values = losses.means("train/")
+            evaluating = due(done, t.eval_every, t.num_steps)
+            diagnosing = due(done, t.diagnostics_every, t.num_steps)
+            if saving or evaluating or diagnosing or done == t.num_steps:
+                log.line(done)  # raises on a NaN before a broken state replaces a good checkpoint
                 pause = time.perf_counter()
-                values |= speed.report() | rows.stats(next_row - 1)
-                values["train/learning_rate"] = float(learning_rate(step))
-                writer.write(done, values)
-                bar.set_postfix({k: f"{values['train/' + k]:.3f}" for k in objective.weights
-                                 if values.get("train/" + k) is not None}, refresh=False)
-            if due(done, t.eval_every, t.num_steps):
-                writer.write(done, held.evaluate(state))
-            if due(done, t.diagnostics_every, t.num_steps):
-                writer.write(done, held.diagnose(state))
-            if saving:
-                losses.flush()  # raises before a broken state replaces a good checkpoint
-                checkpoints.save(state, next_row, speed.total, cfg)
-            speed.pause(time.perf_counter() - pause)
+                if evaluating:
+                    log.writer.write(done, held.evaluate(state))
+                if diagnosing:
+                    log.writer.write(done, held.diagnose(state))
+                if saving:
+                    checkpoints.save(state, next_row, log.speed.total, cfg)
+                log.speed.pause(time.perf_counter() - pause)
+            elif due(done, t.log_every, t.num_steps):
+                late = done
     finally:
-        bar.close()
         checkpoints.close()
-        writer.close()
+        log.close()
     params = sum(x.size for x in jax.tree.leaves(state.params))
-    summary = {"num_params": params, "steps": t.num_steps, **speed.total}
+    summary = {"num_params": params, "steps": t.num_steps, **log.speed.total}
     (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     metrics.write_timing(workdir, f"train from step {first}" if first else "train",
                          time.perf_counter() - began)
