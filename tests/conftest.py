@@ -1,4 +1,4 @@
-"""Eight fake CPU devices for every test, a one-device mesh around each, rank promotion is an error."""
+"""Eight fake CPU devices for every test, a one-device mesh around each."""
 
 import os
 
@@ -14,8 +14,6 @@ from tfusion import config, sharding
 from tfusion.data import prepared
 from tfusion.data.sources import make_source
 from tfusion.data.tokenizers import load_tokenizer
-
-jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +78,7 @@ def read_state(workdir: Path) -> dict:
     import jax
     import orbax.checkpoint as ocp
 
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with ocp.PyTreeCheckpointer() as checkpointer, warnings.catch_warnings(action="ignore"):
         tree = checkpointer.restore((workdir / "checkpoints" / str(STEPS) / "state").absolute())
     return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
@@ -164,6 +165,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return worker(args.worker)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     with tempfile.TemporaryDirectory() as folder, worktree(args.base) as base:
         print(f"[1/2] {args.base}: {STEPS} steps", flush=True)
         old = run_tree(base, Path(folder) / "base")

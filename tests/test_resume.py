@@ -226,14 +226,12 @@ class Process:
     """`python -m tfusion.train` on an experiment file in tmp_path."""
 
     def __init__(self, experiment: Path, workdir: Path):
-        self.workdir = workdir
-        self.log = workdir.with_suffix(".stderr").open("ab+")
-        self.log.seek(0, os.SEEK_END)
-        self.start = self.log.tell()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tfusion.train", f"--config={experiment}", f"--workdir={workdir}"],
-            cwd=ROOT, stderr=self.log, stdout=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"})
+        self.workdir, self.log = workdir, workdir.with_suffix(".stderr")
+        command = [sys.executable, "-m", "tfusion.train", f"--config={experiment}", f"--workdir={workdir}"]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=log,
+                                            stdout=subprocess.DEVNULL)
 
     def wait_for_checkpoint(self, after: int) -> int:
         """Returns the first checkpoint past step `after` as soon as it is listed."""
@@ -252,8 +250,7 @@ class Process:
         return self.process.wait(300)
 
     def stderr(self) -> str:
-        self.log.seek(self.start)
-        return self.log.read().decode()
+        return self.log.read_text()
 
 
 def last_state(cfg, workdir):

@@ -16,15 +16,16 @@ def run(main) -> None:
     def parse(argv):
         try:
             return flags.FLAGS(argv)
-        except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
+        except (AttributeError, KeyError) as e:  # ml_collections, on --config.no.such.key
+            _fail(f"unknown config key {_text(e)}")
+        except (flags.Error, TypeError, ValueError) as e:
             _fail(e)
 
     def guarded(argv):
         if len(argv) > 1:
             _fail(f"unexpected argument '{argv[1]}'; flags look like --workdir=DIR (--help lists them)")
         logging.set_verbosity(logging.WARNING)  # orbax is talkative
-        # and leaves the other reads of a broken checkpoint to asyncio, which logs a traceback for each
-        stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
+        _hush_orbax()
         try:
             main()
         except (UserError, OSError) as e:
@@ -35,8 +36,21 @@ def run(main) -> None:
     app.run(guarded, flags_parser=parse)
 
 
+def _hush_orbax() -> None:
+    """A broken checkpoint fails at its first array; orbax leaves the other reads to end with tracebacks."""
+    stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
+    default = sys.unraisablehook
+    sys.unraisablehook = lambda x: str(x.exc_value) == "Event loop is closed" or default(x)
+
+
+def _text(error) -> str:
+    """The message, on one line; of a traceback in it (the config file's own error) only the last line."""
+    while getattr(error, "args", None) and isinstance(error, KeyError | AttributeError):
+        error = error.args[0]  # KeyError's own text is a repr; AttributeError may hold a KeyError
+    head, trace, rest = str(error).partition("Traceback (most recent call last):")
+    return " ".join((head + rest.strip().splitlines()[-1] if trace else head).split())
+
+
 def _fail(error) -> None:
-    text = " ".join(str(error.args[0] if getattr(error, "args", None) and isinstance(error, KeyError)
-                        else error).split())
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {_text(error)}", file=sys.stderr)
     sys.exit(1)

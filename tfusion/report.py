@@ -6,11 +6,11 @@
 Parts of the run that are absent are left out of the page and named at its foot.
 """
 
-import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
+from tfusion.errors import UserError, run
 from tfusion.reporting.quickstart import write_report
 from tfusion.reporting.records import ReportError
 
@@ -20,18 +20,16 @@ _WORKDIR = flags.DEFINE_string(
 _OUT = flags.DEFINE_string("out", None, "The HTML file to write; default: WORKDIR/report.html.")
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Writes the page, or says in one line why it cannot."""
-    if len(argv) > 1:
-        sys.exit(f"report: unexpected argument {argv[1]!r}; try --help")
     root = Path(_WORKDIR.value)
     out = Path(_OUT.value) if _OUT.value else root / "report.html"
     try:
         write_report(root, out)
-    except (ReportError, OSError) as error:
-        sys.exit(f"report: {error}")
+    except ReportError as error:
+        raise UserError(str(error)) from error
     print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main)

@@ -41,7 +41,7 @@ def test_keyed_uniform_is_uniform_along_every_key(place):
     keys[place] = np.arange(N)
     u = np.sort(keyed_uniform(*keys))
     distance = np.abs(u - (np.arange(N) + 0.5) / N).max()
-    assert 0 <= u[0] and u[-1] < 1 and distance < 1.95 / np.sqrt(N)
+    assert u[0] >= 0 and u[-1] < 1 and distance < 1.95 / np.sqrt(N)
 
 
 @pytest.mark.parametrize("place", range(5))

@@ -41,8 +41,8 @@ def posterior_mean(x_B2, a):
 
 
 ERRORS = {  # of 1 %: in size, in a fresh random direction, in one fixed direction
-    "none": (1.0, 0.0, 0.0), "larger": (1.01, 0.0, 0.0), "smaller": (0.99, 0.0, 0.0),
-    "random": (1.0, 0.01, 0.0), "fixed": (1.0, 0.0, 0.01)}
+    "none": (1.0, 0.0, 0.0), "larger": (1.01, 0.0, 0.0), "random": (1.0, 0.01, 0.0),
+    "fixed": (1.0, 0.0, 0.01)}
 
 
 def denoiser(prediction: str, factor=1.0, random=0.0, fixed=0.0):

@@ -19,6 +19,14 @@ from tfusion.objectives.autoencoder import kl_divergence
 from tfusion.types import ImageBatch
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """Compiling is nine tenths of the time here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @functools.cache
 def tiny():
     """(cfg, objective, jitted loss, params), compiled once; 8 x 8 pictures, 2 x 2 x 3 latents."""

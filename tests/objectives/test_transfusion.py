@@ -23,6 +23,14 @@ N, BOI, EOI = 4, 20, 21
 PATCHES = [PAD] * N
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """Compiling is nine tenths of the time here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def image(value: float = 0.5):
     return np.full((4, 4, 2), value, np.float32)
 
@@ -145,6 +153,14 @@ def test_t_stays_within_its_limit_and_on_the_grid(max_t, num_timesteps):
     assert t.max() <= max_t + 1e-6 and (t > 0).all() == (max_t > 0)
     if max_t:
         assert n.min() < 1.5 + 0.01 * num_timesteps and t.max() > 0.97 * max_t
+
+
+@pytest.mark.parametrize("u, expected", [(0.0, 0.5), (1 - 2**-24, 0.001)])
+def test_t_is_never_zero_at_the_ends_of_u(monkeypatch, u, expected):
+    """u is in [0, 1): its 0 must become the largest t, not the clean t = 0 of a slot without loss."""
+    monkeypatch.setattr(jax.random, "uniform", lambda key: jnp.float32(u))
+    t, _ = objective.draw_noise(jax.random.key(0), np.arange(2), np.full((2, 1), 0.5, np.float32), (1,), 1000)
+    np.testing.assert_allclose(t, expected, rtol=1e-5)
 
 
 def test_max_t_belongs_to_its_slot():

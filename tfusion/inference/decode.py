@@ -70,6 +70,8 @@ def start_rows(cfg: Config, prompts: list, seed: int, max_len: int) -> Rows:
             image_ids[row, len(ids) + 1 : len(ids) + 1 + N] = slot + 1
             ids += [m.boi] + [PAD] * N + [m.eoi]
             slot += 1
+        if slot == I and ids[-1] == m.boi:
+            raise UserError(f"prompt {row} has data.max_images = {I} images already, no slot for another")
         if len(ids) > T:
             raise UserError(f"prompt {row} is {len(ids)} positions long, there is room for {T}: shorten it")
         tokens[row, : len(ids)] = ids

@@ -1,0 +1,322 @@
+"""From prepared sources to batches: order, sharing over processes, fractions, splits, errors."""
+
+import dataclasses
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from tfusion.data import packing, pipeline, transforms
+from tfusion.data.sources import make_source
+from tfusion.errors import UserError
+from tfusion.objectives import make_objective
+from tfusion.types import BOS
+
+
+def replace(cfg, group: str, **changes):
+    return dataclasses.replace(cfg, **{group: dataclasses.replace(getattr(cfg, group), **changes)})
+
+
+def open_rows(cfg, split: str = "train"):
+    return pipeline.open_rows(cfg, make_objective(cfg), split)
+
+
+def assert_same(a, b):
+    for name, x, y in zip(a._fields, a, b):
+        np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+def one_batch(cfg, number: int, split: str = "train"):
+    """The first `number` rows of a run."""
+    rows = open_rows(cfg, split)
+    return packing.stack_rows([rows[row] for row in range(number)])
+
+
+def batches(cfg, first: int, number: int, size: int = 8, **process):
+    return list(pipeline.batches(open_rows(cfg), first, number, size, **process))
+
+
+def test_rows_do_not_depend_on_the_order_of_reading(cfg):
+    """Over three windows: in order, backwards, and in a jumbled order with repeats."""
+    forwards, backwards, jumbled = (open_rows(cfg) for _ in range(3))
+    wanted = [0, 1, 31, 32, 33, 70, 95]
+    expected = {row: forwards[row] for row in wanted}
+    for row in reversed(wanted):
+        assert_same(backwards[row], expected[row])
+    for row in (70, 0, 95, 33, 70, 31, 0):
+        assert_same(jumbled[row], expected[row])
+
+
+@pytest.mark.parametrize("first", [8, 13, 40])
+def test_a_run_can_start_at_any_row(cfg, first):
+    """Also across a window's end and in the middle of a batch: batch k holds rows first + 8 k onwards."""
+    whole = batches(cfg, 0, 8)
+    rows = {int(row): (batch, i) for batch in whole for i, row in enumerate(batch.row_ids_B)}
+    for k, batch in enumerate(batches(cfg, first, 2)):
+        np.testing.assert_array_equal(batch.row_ids_B, first + 8 * k + np.arange(8))
+        for i, row in enumerate(batch.row_ids_B):
+            source, j = rows[int(row)]
+            for x, y in zip(batch, source):
+                np.testing.assert_array_equal(x[i], y[j])
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 4])
+def test_shares_of_the_processes_make_the_global_batch(cfg, num_processes):
+    shares = [batches(cfg, 28, 2, process=p, num_processes=num_processes) for p in range(num_processes)]
+    for whole, *parts in zip(batches(cfg, 28, 2), *shares):
+        assert_same(type(whole)(*(np.concatenate(x) for x in zip(*parts))), whole)
+
+
+def test_seeds_and_splits_give_other_rows(cfg):
+    plain = open_rows(cfg)[0]
+    for other in (open_rows(dataclasses.replace(cfg, seed=1))[0], open_rows(cfg, "heldout")[0]):
+        assert (plain.tokens_BT != other.tokens_BT).any()
+
+
+def placed_lengths(rows, windows: int) -> np.ndarray:
+    """Positions that each source takes in the first windows."""
+    total = np.zeros(len(rows.sources))
+    for window in range(windows):
+        for source, epoch, record in itertools.chain(*rows.plan(window).rows):
+            total[source] += len(rows.example(source, epoch, record).tokens_L)
+    return total
+
+
+@pytest.mark.parametrize("mixture", [
+    {"glosses": 0.12, "scenes": 0.66, "stories": 0.22}, {"glosses": 0.5, "scenes": 0.25, "stories": 0.25}])
+def test_window_gives_the_mixtures_token_shares(cfg, mixture):
+    """Within 4 % of the whole, what the window had to drop (no image slot left) included."""
+    cfg = replace(cfg, "data", mixture=mixture, window_rows=256, max_images=8)
+    placed = placed_lengths(open_rows(cfg), 1)
+    np.testing.assert_allclose(placed / placed.sum(), list(mixture.values()), atol=0.04)
+    assert placed.sum() > 0.9 * 256 * cfg.data.seq_len
+
+
+def test_shares_do_not_forget_dropped_captions(cfg):
+    """Without half of their captions pictures are short, so more of them make the same share."""
+    cfg = replace(cfg, "data", mixture={"glosses": 0.5, "scenes": 0.5}, window_rows=256, max_images=16,
+                  caption_dropout=0.5)
+    placed = placed_lengths(open_rows(cfg), 1)
+    np.testing.assert_allclose(placed / placed.sum(), 0.5, atol=0.04)
+
+
+def test_a_source_without_share_is_left_out(cfg):
+    rows = open_rows(replace(cfg, "data", mixture={"glosses": 0.0, "scenes": 1.0, "stories": 0.0}))
+    assert [source.name for source in rows.sources] == ["scenes"]
+
+
+def test_planned_lengths_are_the_documents(cfg):
+    """The coin thrown for the plan is the coin thrown at reading, so rows are as long as planned."""
+    cfg = replace(cfg, "data", caption_dropout=0.5, image_first_fraction=0.5)
+    rows = open_rows(cfg)
+    for index, documents in enumerate(rows.plan(0).rows):
+        examples = [rows.example(*document) for document in documents]
+        used = sum(len(example.tokens_L) for example in examples)
+        assert used <= cfg.data.seq_len
+        assert (rows[index].segment_ids_BT > 0).sum() == used
+        assert rows[index].segment_ids_BT.max() == len(documents)
+
+
+def documents_of(batch):
+    """(number of scored positions, first token after BOS, max_t of its images) per document with images."""
+    for row, segments in enumerate(batch.segment_ids_BT):
+        for number in range(1, segments.max() + 1):
+            here = np.flatnonzero(segments == number)
+            images = np.isin(batch.image_start_BI[row], here)
+            if images.any():
+                yield (batch.loss_mask_BT[row, here].sum(), batch.tokens_BT[row, here[1]],
+                       set(batch.max_t_BI[row, images].tolist()))
+
+
+def test_caption_dropout_and_image_first_come_out(cfg):
+    """Fractions of documents, within 0.05: no LM loss for 0.3 of them, and of the others 0.4 start with a
+    picture, with its noise limited to 0.5."""
+    cfg = replace(cfg, "data", caption_dropout=0.3, image_first_fraction=0.4, image_first_max_t=0.5)
+    seen = list(documents_of(one_batch(cfg, 256)))
+    dropped = [scored == 0 for scored, _, _ in seen]
+    kept = [(token, limits) for scored, token, limits in seen if scored]
+    first = [token == cfg.model.boi for token, _ in kept]
+    assert len(seen) > 600
+    assert abs(np.mean(dropped) - 0.3) < 0.05 and abs(np.mean(first) - 0.4) < 0.05
+    assert all(limits == ({0.5} if token == cfg.model.boi else {1.0}) for token, limits in kept)
+    assert all(token == cfg.model.boi and limits == {1.0} for scored, token, limits in seen if not scored)
+
+
+def test_captions_are_dropped_in_training_only(cfg):
+    cfg = replace(cfg, "data", caption_dropout=1.0)
+    train, heldout = (list(documents_of(one_batch(cfg, 8, split))) for split in ("train", "heldout"))
+    assert train and all(scored == 0 for scored, _, _ in train)
+    assert heldout and all(scored > 0 for scored, _, _ in heldout)
+
+
+def captured_candidates(cfg, windows: int, monkeypatch):
+    """What every window offers to the planner, before any of it is dropped."""
+    offered = []
+
+    def keep(seed, window, candidates, *sizes):
+        offered.append(candidates)
+        return packing.Plan([], 0, 0, 0)
+
+    monkeypatch.setattr(packing, "plan_window", keep)
+    rows = open_rows(cfg)
+    for window in range(windows):
+        rows.plan(window)
+    return rows, offered
+
+
+def test_every_record_once_per_epoch(cfg, monkeypatch):
+    """In a new order each epoch, also where an epoch ends inside a window."""
+    rows, offered = captured_candidates(cfg, 12, monkeypatch)
+    for index, source in enumerate(rows.sources):
+        epochs, records = (np.concatenate([getattr(c[index], name) for c in offered])
+                           for name in ("epochs", "records"))
+        complete = epochs.max()
+        orders = [records[epochs == epoch] for epoch in range(complete)]
+        assert complete == 0 or (np.diff(epochs) >= 0).all()
+        for order in orders:
+            np.testing.assert_array_equal(np.sort(order), np.arange(len(source)))
+        assert all((a != b).any() for a, b in itertools.pairwise(orders))
+        assert complete >= 2 or source.name == "glosses"
+
+
+def test_sources_are_shuffled_apart(cfg, monkeypatch):
+    """Two sources of the same length are not read in the same order."""
+    rows, offered = captured_candidates(cfg, 6, monkeypatch)
+    assert len(rows.sources[0]) == len(rows.sources[1])
+    a, b = (np.concatenate([c[i].records for c in offered])[:50] for i in (0, 1))
+    assert (a != b).sum() > 40
+
+
+def labels_of(source) -> set:
+    return {(s.relation, s.nouns, s.canvas) for record in range(len(source)) for s in source.scenes(record)}
+
+
+@pytest.mark.parametrize("name", ["scenes", "stories"])
+def test_held_out_scenes_are_never_in_train(cfg, name):
+    """By their labels (relation, nouns, canvas), not by their pixels."""
+    train, heldout = (labels_of(make_source(name, cfg.data, split)) for split in ("train", "heldout"))
+    assert len(train) > 100 and len(heldout) > 100 and not train & heldout
+
+
+def test_held_out_scenes_are_the_same_combinations_for_both_sources(cfg):
+    """A story must not show what the scenes keep back."""
+    labels = {(name, split): labels_of(make_source(name, cfg.data, split))
+              for name in ("scenes", "stories") for split in ("train", "heldout")}
+    assert not labels["scenes", "heldout"] & labels["stories", "train"]
+    assert not labels["stories", "heldout"] & labels["scenes", "train"]
+
+
+def test_held_out_glosses_are_never_in_train(cfg):
+    train, heldout = ({text for (text,) in make_source("glosses", cfg.data, s)} for s in ("train", "heldout"))
+    assert heldout and not train & heldout
+    assert 0.01 < len(heldout) / len(train | heldout) < 0.03
+
+
+def test_rows_keep_the_contract(cfg):
+    """Each document opens with BOS, patches hold the pad id and stand where their slot says."""
+    batch = one_batch(cfg, 32)
+    packing.check_batch(batch, cfg.model.vocab_size, cfg.model.num_patches)
+    starts = (batch.positions_BT == 0) & (batch.segment_ids_BT > 0)
+    assert (batch.tokens_BT[starts] == BOS).all()
+    assert (batch.tokens_BT[batch.image_ids_BT > 0] == 0).all()
+    for row, slot in np.argwhere(batch.image_start_BI < cfg.data.seq_len):
+        start = batch.image_start_BI[row, slot]
+        assert batch.tokens_BT[row, start - 1] == cfg.model.boi
+        assert batch.tokens_BT[row, start + cfg.model.num_patches] == cfg.model.eoi
+        assert batch.latents_BIhwc[row, slot].any() and batch.max_t_BI[row, slot] > 0
+
+
+def test_long_texts_are_cut_and_counted(cfg):
+    """Texts of 60 bytes in rows of 40 positions."""
+    cfg = replace(cfg, "data", mixture={"glosses": 1.0}, seq_len=40)
+    rows = open_rows(cfg)
+    plan, lengths = rows.plan(0), rows.sources[0].text_tokens + 2
+    assert plan.num_cut > 0.8 * plan.num_documents and (lengths > 40).mean() > 0.8
+    assert rows.stats(0)["data/cut_documents"] == plan.num_cut / plan.num_documents
+    assert not any(rows[row].loss_mask_BT[-1] for row in range(32))
+
+
+def test_cut_texts_still_fill_the_rows(cfg):
+    """A text cut at 40 counts as 40, not 60, when a window is told how many texts it needs."""
+    rows = open_rows(replace(cfg, "data", mixture={"glosses": 1.0}, seq_len=40))
+    assert np.mean([(rows[row].segment_ids_BT > 0).mean() for row in range(32)]) > 0.9
+
+
+def test_dropped_documents_are_counted(cfg):
+    rows = open_rows(replace(cfg, "data", max_images=3))
+    plan = rows.plan(1)
+    assert plan.num_dropped == plan.num_documents - sum(map(len, plan.rows)) > 0
+    assert rows.stats(cfg.data.window_rows)["data/dropped_documents"] == plan.num_dropped / plan.num_documents
+
+
+ERRORS = {  # changes, what the message must name
+    "document with images longer than a row": (
+        {"data": {"seq_len": 60}}, ("record", "positions", "data.seq_len = 60", "never cut")),
+    "more images than slots": ({"data": {"max_images": 2}}, ("3 images", "data.max_images = 2")),
+    "token id beyond the vocabulary": (
+        {"model": {"text_vocab_size": 100}}, ("token id", "model.text_vocab_size = 100", "tokenizer")),
+    "other latents": ({"model": {"latent_channels": 8}}, ("(4, 4, 4)", "(4, 4, 8)", "model.latent_*")),
+    "source that was not prepared": (
+        {"data": {"mixture": {"scenes": 0.5, "photos": 0.5}}}, ("photos", "data.mixture")),
+    "folder that is not there": ({"data": {"prepared": "/nowhere"}}, ("/nowhere", "data.prepared")),
+}
+
+
+@pytest.mark.parametrize("changes, parts", ERRORS.values(), ids=ERRORS.keys())
+def test_data_that_does_not_fit_is_refused(cfg, changes, parts):
+    for group, values in changes.items():
+        cfg = replace(cfg, group, **values)
+    with pytest.raises(UserError) as error:
+        open_rows(cfg)
+    assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value)
+
+
+def test_a_broken_token_on_disk_is_refused_with_its_row(cfg, tmp_path):
+    """Where meta.json promises less than tokens.npy holds, the batch's own check speaks up."""
+    root = shutil.copytree(cfg.data.prepared, tmp_path / "prepared")
+    path = root / "scenes" / "train" / "tokens.npy"
+    np.save(path, np.load(path) + 300)
+    meta = json.loads((root / "scenes" / "train" / "meta.json").read_text())
+    assert meta["max_token_id"] < 260
+    with pytest.raises(UserError, match=r"row \d+, position \d+: token id \d+ is outside"):
+        batches(replace(cfg, "data", prepared=str(root)), 0, 1)
+
+
+def image_cfg(cfg):
+    """Pictures are 32 pixels wide: latents of 4 at 8 pixels each."""
+    return dataclasses.replace(replace(cfg, "autoencoder", downsample=8), objective="autoencoder")
+
+
+def test_autoencoder_rows_show_every_picture_once_per_epoch(cfg):
+    cfg = image_cfg(cfg)
+    rows = open_rows(cfg)
+    count = len(rows.images)
+    assert count == 200 and int(rows[7].row_ids_B) == 7
+
+    def epoch(number: int):
+        return [rows[row].images_BHWC.tobytes() for row in range(number * count, (number + 1) * count)]
+
+    stored = sorted(image.tobytes() for image in rows.images)
+    assert sorted(epoch(0)) == sorted(epoch(1)) == stored and epoch(0) != epoch(1)
+
+
+def test_autoencoder_batches_are_shared_like_any_other(cfg):
+    cfg = image_cfg(cfg)
+    (whole,), *parts = (batches(cfg, 3, 1, process=p, num_processes=n) for p, n in ((0, 1), (0, 2), (1, 2)))
+    assert whole.images_BHWC.shape == (8, 32, 32, 3) and whole.images_BHWC.dtype == np.uint8
+    assert_same(type(whole)(*(np.concatenate(x) for x in zip(*(part[0] for part in parts)))), whole)
+
+
+def test_autoencoder_of_another_picture_size_is_refused(cfg):
+    with pytest.raises(UserError, match=r"32 pixels wide.*= 16"):
+        open_rows(replace(image_cfg(cfg), "autoencoder", downsample=4))
+
+
+def test_noise_limit_where_the_picture_comes_first(cfg):
+    """Only there, and as the config says."""
+    cfg = replace(cfg, "data", image_first_fraction=1.0, caption_dropout=0.0, image_first_max_t=0.3)
+    limits = {limit for _, _, each in documents_of(one_batch(cfg, 8)) for limit in each}
+    assert limits == {float(np.float32(0.3))}
+    assert transforms.puts_image_first(cfg.data, 0, 0, 0, np.arange(9)).all()

@@ -1,0 +1,169 @@
+"""A user's mistake ends in one line on stderr that begins with `error:`, status 1, no traceback.
+
+The verbs are run as a user runs them, but forked from one process that has imported jax and the rest
+already: the first import takes seconds, a mistake milliseconds.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from absl import app
+
+from tests.conftest import tiny_config
+from tfusion import config, errors, sharding
+from tfusion.objectives import make_objective
+from tfusion.training import checkpoint
+from tfusion.training import state as states
+from tfusion.training.optimizer import make_optimizer
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("TMP", "PREPARED", "BROKEN")  # in arguments: replaced by paths
+
+DRIVER = """
+import json, os, runpy, sys
+import ml_collections.config_flags, tfusion.inference.autoencoder, tfusion.inference.decode
+import tfusion.training.loop
+
+for name, verb, args in json.load(sys.stdin):
+    pid = os.fork()
+    if not pid:
+        for stream in (1, 2):
+            os.dup2(os.open(f"{sys.argv[1]}/{name}.{stream}", os.O_WRONLY | os.O_CREAT), stream)
+        sys.argv = [verb, *args]
+        runpy.run_module(f"tfusion.{verb}", run_name="__main__", alter_sys=True)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    open(f"{sys.argv[1]}/{name}.status", "w").write(str(status))
+"""
+
+TRAIN = ["--config=experiments/quickstart.py", "--workdir=TMP/run"]
+SMALL = [*TRAIN, "--config.data.tokenizer=byte", "--config.data.prepared=PREPARED"]
+PREPARE = ["--config=experiments/quickstart.py", "--config.data.prepared=TMP/data"]
+CASES = {  # name: (verb, arguments, what the line says)
+    "unknown_key": ("train", [*TRAIN, "--config.model.num_layrs=3"],
+                    ["unknown config key 'num_layrs' Did you mean \"num_layers\""]),
+    "unknown_group": ("train", [*TRAIN, "--config.modl.num_layers=3"], ["modl"]),
+    "wrong_type": ("train", [*TRAIN, "--config.seed=x"], ["seed", "x"]),
+    "wrong_float": ("train", [*TRAIN, "--config.optimizer.learning_rate=fast"], ["learning_rate", "fast"]),
+    "bad_choice": ("train", [*TRAIN, "--config.model.remat=half"], ["remat = 'half'; choices: none, full"]),
+    "bad_mesh": ("train", [*TRAIN, "--config.mesh.data=3"], ["mesh data=3", "does not fit 1 devices"]),
+    "no_config": ("train", ["--workdir=TMP/run"], ["--config", "--workdir"]),
+    "no_workdir": ("train", TRAIN[:1], ["--config", "--workdir"]),
+    "no_such_file": ("train", ["--config=experiments/nope.py", "--workdir=TMP/run"], ["experiments/nope.py"]),
+    "unknown_variant": ("train", ["--config=experiments/quickstart.py:huge", "--workdir=TMP/run"],
+                        ["unknown variant 'huge'; choices: transfusion, autoencoder"]),
+    "unknown_flag": ("train", [*TRAIN, "--wrkdir=x"], ["wrkdir"]),
+    "loose_argument": ("train", [*TRAIN, "workdir=x"], ["unexpected argument 'workdir=x'"]),
+    "below_a_file": ("train", [TRAIN[0], "--workdir=TMP/file/run"], ["TMP/file/run is not writable"]),
+    "no_prepared": ("train", [*TRAIN, "--config.data.prepared=TMP/none"],
+                    ["TMP/none/meta.json not found", "tfusion.prepare"]),
+    "other_latents": ("train", SMALL, ["PREPARED holds latents of shape (4, 4, 4)", "(8, 8, 8)"]),
+    "unknown_source": ("train", [*SMALL, "--config.model.latent_size=4", "--config.model.latent_channels=4",
+                                 "--config.data.mixture.scenes=0", "--config.data.mixture.stories=0",
+                                 "--config.data.prepared=TMP/half"], ["names 'glosses'"]),
+    "broken_checkpoint": ("train", ["--config=TMP/tiny.py", "--workdir=BROKEN"],
+                          ["BROKEN/checkpoints/0 cannot be read", "delete that folder to start again"]),
+    "other_model": ("train", ["--config=TMP/tiny.py", "--workdir=BROKEN", "--config.model.num_layers=3"],
+                    ["saved with model.num_layers = 2, the config has 3"]),
+    "other_tokenizer": ("prepare", [*PREPARE, "--autoencoder=TMP/none", "--config.data.tokenizer=byte"],
+                        ["data.tokenizer = 'byte' has 260 pieces, model.text_vocab_size = 1022"]),
+    "no_tokenizer": ("prepare", [*PREPARE, "--autoencoder=TMP/none", "--config.data.tokenizer=TMP/none.model"],
+                     ["TMP/none.model"]),
+    "no_autoencoder": ("prepare", [*PREPARE, "--autoencoder=TMP/none"], ["TMP/none/config.json not found"]),
+    "autoencoder_not_given": ("prepare", PREPARE, ["--autoencoder"]),
+    "sample_no_run": ("sample", ["--workdir=TMP/none", "--num_documents=1"], ["TMP/none"]),
+    "evaluate_no_run": ("evaluate", ["--workdir=TMP/none"], ["TMP/none"]),
+    "report_no_run": ("report", ["--workdir=TMP/none"], ["TMP/none"]),
+}
+
+
+def broken_run(cfg, workdir: Path) -> None:
+    """A workdir whose only checkpoint lost half of its largest file."""
+    mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
+    tx = make_optimizer(cfg.optimizer, cfg.train.num_steps)
+    with jax.set_mesh(mesh):
+        state = states.init_state(make_objective(cfg), tx, True, 0, mesh)
+        checkpoints = checkpoint.Checkpoints(workdir)
+        checkpoints.save(state, 0, {}, cfg)
+        checkpoints.close()
+    largest = max((p for p in (workdir / "checkpoints").rglob("*") if p.is_file()),
+                  key=lambda p: p.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+@pytest.fixture(scope="module")
+def outcomes(prepared_root, tmp_path_factory):
+    """{name: (status, stdout, stderr, function that puts paths into a text)} of every case."""
+    tmp, logs, broken = (tmp_path_factory.mktemp(x) for x in ("tmp", "logs", "broken"))
+    cfg = tiny_config(prepared_root)
+    broken_run(cfg, broken)
+    (tmp / "file").touch()
+    (tmp / "half").mkdir()
+    (tmp / "half" / "meta.json").write_text((prepared_root / "meta.json").read_text())
+    tree = json.dumps(cfg.to_dict())
+    (tmp / "tiny.py").write_text("import json\nfrom ml_collections import ConfigDict\n\n\n"
+                                 f"def get_config(arg=None):\n    return ConfigDict(json.loads({tree!r}))\n")
+    paths = dict(zip(FOLDERS, map(str, (tmp, prepared_root, broken))))
+
+    def filled(text: str) -> str:
+        for name, path in paths.items():
+            text = text.replace(name, path)
+        return text
+
+    cases = [(name, verb, [filled(x) for x in args]) for name, (verb, args, _) in CASES.items()]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "-c", DRIVER, str(logs)], input=json.dumps(cases), cwd=ROOT,
+                          env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return {name: (int((logs / f"{name}.status").read_text()), *((logs / f"{name}.{x}").read_text()
+                                                                 for x in (1, 2)), filled) for name in CASES}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_mistake_is_one_line(outcomes, name):
+    status, stdout, stderr, filled = outcomes[name]
+    assert status == 1, stderr
+    assert "Traceback" not in stderr + stdout
+    assert [line for line in stderr.splitlines() if line.strip()] == [stderr.strip()], "more than one line"
+    assert stderr.startswith("error: ")
+    for words in CASES[name][2]:
+        assert filled(words) in stderr
+
+
+def failing_with(error, monkeypatch, capsys) -> tuple[int, str]:
+    def main():
+        raise error
+
+    monkeypatch.setattr(app, "run", lambda guarded, flags_parser: guarded(["verb"]))
+    with pytest.raises(SystemExit) as e:
+        errors.run(main)
+    return e.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "line"), [
+    (errors.UserError("what,\n  where"), "error: what, where\n"),
+    (errors.UserError(), "error: \n"),
+    (FileNotFoundError(2, "No such file or directory", "x.npy"),
+     "error: [Errno 2] No such file or directory: 'x.npy'\n"),
+    (PermissionError(13, "Permission denied", "/x"), "error: [Errno 13] Permission denied: '/x'\n"),
+    (KeyboardInterrupt(), "error: interrupted; run the same command again to go on from the last checkpoint\n"),
+])
+def test_errors_of_the_user(error, line, monkeypatch, capsys):
+    assert failing_with(error, monkeypatch, capsys) == (1, line)
+
+
+def test_errors_of_ours_keep_their_traceback(monkeypatch, capsys):
+    """A bug is not dressed up as a user's mistake."""
+    monkeypatch.setattr(app, "run", lambda guarded, flags_parser: guarded(["verb"]))
+    with pytest.raises(ZeroDivisionError):
+        errors.run(lambda: 1 / 0)
+
+
+def test_interrupting_leaves_the_default_handler():
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
