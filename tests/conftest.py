@@ -19,7 +19,7 @@ from tfusion.data.tokenizers import load_tokenizer
 @pytest.fixture(autouse=True)
 def one_device_mesh():
     """Model code asks for a mesh; tests that want another enter it themselves."""
-    mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
+    mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1, 1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         yield mesh
 

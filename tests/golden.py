@@ -94,7 +94,7 @@ def train_here(folder: Path) -> list[dict]:
     write_data(folder / "data")
     cfg = config.from_dict(tiny_tree(folder / "data"))
     (folder / "run").mkdir()
-    mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
+    mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1, 1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         train(cfg, make_objective(cfg), folder / "run", mesh)
     return read_metrics(folder / "run")

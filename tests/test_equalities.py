@@ -46,7 +46,7 @@ def quick_compiles():
 
 
 def make_mesh(sizes):
-    return sharding.make_mesh(config.MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    return sharding.make_mesh(config.MeshConfig(*sizes, 1), jax.devices()[: int(np.prod(sizes))])
 
 
 def with_value(cfg, name: str, value):

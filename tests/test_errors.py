@@ -85,7 +85,7 @@ CASES = {  # name: (verb, arguments, what the line says)
 
 def broken_run(cfg, workdir: Path) -> None:
     """A workdir whose only checkpoint lost half of its largest file."""
-    mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
+    mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1, 1), jax.devices()[:1])
     tx = make_optimizer(cfg.optimizer, cfg.train.num_steps)
     with jax.set_mesh(mesh):
         state = states.init_state(make_objective(cfg), tx, True, 0, mesh)

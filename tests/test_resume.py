@@ -46,7 +46,7 @@ def quick_compiles(tmp_path_factory):
 
 
 def mesh():
-    return sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
+    return sharding.make_mesh(config.MeshConfig(1, 1, 1, 1), jax.devices()[:1])
 
 
 def train(cfg, workdir, objective=None):

@@ -32,7 +32,7 @@ def test_unknown_logical_axis_raises():
     with pytest.raises(UserError, match="'head'"):
         sharding.constrain(jnp.zeros((2, 2)), "batch", "head")
     with pytest.raises(UserError, match="'mpl'"):
-        sharding.shardings({"w": boxed((8, 8), "embed", "mpl")}, sharding.make_mesh(MeshConfig(2, 2, 2)))
+        sharding.shardings({"w": boxed((8, 8), "embed", "mpl")}, sharding.make_mesh(MeshConfig(2, 2, 2, 1)))
 
 
 def test_spec_names_mesh_axes():
@@ -41,7 +41,7 @@ def test_spec_names_mesh_axes():
 
 
 def test_every_rule_names_axes_of_the_mesh():
-    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2, 1))
     for axes in sharding.RULES.values():
         assert set((axes,) if isinstance(axes, str) else axes or ()) <= set(mesh.axis_names)
 
@@ -54,7 +54,7 @@ def test_constrain_without_a_mesh_raises():
 
 def test_entering_the_mesh_the_old_way_raises():
     """`with mesh:` drops constraints in silence; here it is as if there were no mesh."""
-    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2, 1))
 
     def old_way():
         with mesh:
@@ -65,7 +65,7 @@ def test_entering_the_mesh_the_old_way_raises():
 
 
 def test_constrain_shards():
-    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2, 1))
     with jax.set_mesh(mesh):
         lowered = jax.jit(lambda x: sharding.constrain(x, "batch", "mlp")).lower(jnp.zeros((8, 4)))
         assert "sdy.sharding_constraint" in lowered.as_text()
@@ -74,21 +74,21 @@ def test_constrain_shards():
 
 
 def test_axes_are_auto():
-    assert sharding.make_mesh(MeshConfig(2, 2, 2)).axis_types == (AxisType.Auto,) * 3
+    assert sharding.make_mesh(MeshConfig(2, 2, 2, 1)).axis_types == (AxisType.Auto,) * 4
 
 
 def test_fsdp_takes_the_devices_left_over():
-    assert dict(sharding.make_mesh(MeshConfig(2, -1, 1)).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(sharding.make_mesh(MeshConfig(2, -1, 1, 1)).shape) == {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (2, 2, 1), (4, 4, 1), (3, -1, 1), (16, -1, 1)])
 def test_mesh_that_does_not_fit_raises(sizes):
     with pytest.raises(UserError, match=r"does not fit 8 devices; set mesh\.\*"):
-        sharding.make_mesh(MeshConfig(*sizes))
+        sharding.make_mesh(MeshConfig(*sizes, 1))
 
 
 def test_indivisible_dimension_names_the_parameter():
-    mesh = sharding.make_mesh(MeshConfig(1, 4, 2))
+    mesh = sharding.make_mesh(MeshConfig(1, 4, 2, 1))
     tree = {"decoder": {"wq_kernel": boxed((8, 6), "embed", "heads"), "odd": boxed((6, 8), "embed", None)}}
     with pytest.raises(UserError, match=r"'odd'\]: axis 'embed' of size 6 does not divide over 4.*\(fsdp\)"):
         sharding.shardings(tree, mesh)
@@ -96,27 +96,27 @@ def test_indivisible_dimension_names_the_parameter():
 
 def test_the_model_on_a_mesh_it_does_not_divide_over(cfg):
     params = jax.eval_shape(make_objective(cfg).init, jax.random.key(0))  # 2 kv heads of 8
-    sharding.shardings(params, sharding.make_mesh(MeshConfig(1, 1, 8)))
+    sharding.shardings(params, sharding.make_mesh(MeshConfig(1, 1, 8, 1)))
     odd = {"w": boxed((cfg.model.patch_values, 12), "patch", "mlp")}
     with pytest.raises(UserError, match=r"\['w'\]: axis 'mlp' of size 12 does not divide over 8"):
-        sharding.shardings(odd, sharding.make_mesh(MeshConfig(1, 1, 8)))
+        sharding.shardings(odd, sharding.make_mesh(MeshConfig(1, 1, 8, 1)))
 
 
 def test_unboxed_leaves_are_replicated():
-    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2, 1))
     got = sharding.shardings({"step": jax.ShapeDtypeStruct((), jnp.int32)}, mesh)
     assert got["step"].spec == PartitionSpec()
 
 
 def test_batch_size_that_does_not_divide_raises():
-    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2, 1))
     sharding.check_batch_size(8, mesh)
     with pytest.raises(UserError, match=r"= 6 does not divide over 4 devices \(data x fsdp\)"):
         sharding.check_batch_size(6, mesh)
 
 
 def test_put_batch_round_trip():
-    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2, 1))
     rng = np.random.default_rng(0)
     batch = ImageBatch(np.arange(8, dtype=np.int32), rng.integers(0, 256, (8, 4, 4, 3), np.uint8))
     got = sharding.put_batch(batch, mesh)

@@ -136,6 +136,7 @@ class MeshConfig:
     data: int
     fsdp: int  # -1: the devices left over
     tensor: int
+    sequence: int  # context parallelism: positions of a row over devices
 
 
 @dataclasses.dataclass(frozen=True)

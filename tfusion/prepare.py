@@ -1,6 +1,8 @@
 """Tokenises and encodes the sources of an experiment into the folder it trains from (data.prepared).
 
   python -m tfusion.prepare --config=experiments/quickstart.py --autoencoder=runs/quickstart/autoencoder
+  python -m tfusion.prepare --config=experiments/quickstart.py --inspect=rows.png     draws what is prepared:
+      the attention mask of the first packed rows, and which blocks the attention kernels run
 """
 
 import shutil
@@ -13,16 +15,21 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from tfusion import config, distributed
-from tfusion.data import prepared
+from tfusion.data import pipeline, prepared
 from tfusion.data.sources import make_source
 from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError, run
 from tfusion.inference.autoencoder import FILE, LatentCodec
+from tfusion.objectives import make_objective
+from tfusion.reporting.inspect_rows import draw_rows
 from tfusion.training.checkpoint import load_run
 from tfusion.training.metrics import write_timing
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "experiments/FILE.py[:variant]")
 AUTOENCODER = flags.DEFINE_string("autoencoder", None, "workdir of a trained autoencoder")
+INSPECT = flags.DEFINE_string("inspect", None, "PNG to draw packed rows of the prepared data to, and exit")
+INSPECT_ROWS = flags.DEFINE_integer("inspect_rows", 2, "how many rows to draw", lower_bound=1)
+INSPECT_BLOCK = flags.DEFINE_integer("inspect_block", 16, "side of a kernel block", lower_bound=1)
 STATISTICS_IMAGES = 4096
 
 
@@ -36,11 +43,21 @@ def fit_codec(workdir: str, cfg: config.Config) -> LatentCodec:
     return LatentCodec.fit(run_cfg, params, np.stack(images))
 
 
+def inspect(cfg: config.Config, path: Path) -> None:
+    rows = pipeline.open_rows(cfg, make_objective(cfg), "train")
+    batch = next(pipeline.batches(rows, 0, 1, INSPECT_ROWS.value))
+    print(draw_rows(batch, cfg.model.image_attention, INSPECT_BLOCK.value, path))
+    print(f"wrote {path}")
+
+
 def main() -> None:
-    if CONFIG.value is None or AUTOENCODER.value is None:
-        raise UserError("--config=experiments/FILE.py and --autoencoder=WORKDIR are both needed; see --help")
+    if CONFIG.value is None or not (AUTOENCODER.value or INSPECT.value):
+        raise UserError("--config=experiments/FILE.py and --autoencoder=WORKDIR (or --inspect=FILE.png) are "
+                        "needed; see --help")
     distributed.start_process()
     began, cfg = time.perf_counter(), config.from_dict(CONFIG.value)
+    if INSPECT.value:
+        return inspect(cfg, Path(INSPECT.value))
     tokenizer = load_tokenizer(cfg.data.tokenizer)
     if tokenizer.vocab_size != cfg.model.text_vocab_size:
         raise UserError(f"data.tokenizer = '{cfg.data.tokenizer}' has {tokenizer.vocab_size} pieces, "

@@ -15,9 +15,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tfusion.config import MeshConfig
 from tfusion.errors import UserError
 
+AXES = ("data", "fsdp", "sequence", "tensor")
+
 RULES = {  # logical axis -> mesh axes
     "batch": ("data", "fsdp"),
-    "length": None,
+    "length": "sequence",
     "images": None,
     "hidden": None,  # an activation's width
     "embed": "fsdp",  # a parameter's width
@@ -34,18 +36,19 @@ RULES = {  # logical axis -> mesh axes
 
 
 def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over all devices; fsdp = -1 takes what is left.
+    """A (data, fsdp, sequence, tensor) mesh over all devices; fsdp = -1 takes what is left.
 
     Raises ValueError where the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    fixed = cfg.data * cfg.tensor
+    fixed = cfg.data * cfg.sequence * cfg.tensor
     fsdp = len(devices) // fixed if cfg.fsdp == -1 else cfg.fsdp
     if fixed * fsdp != len(devices):
-        raise UserError(f"mesh data={cfg.data} x fsdp={cfg.fsdp} x tensor={cfg.tensor} does not fit "
-                         f"{len(devices)} devices; set mesh.* so that the product is {len(devices)}")
-    return jax.make_mesh((cfg.data, fsdp, cfg.tensor), ("data", "fsdp", "tensor"),
-                         axis_types=(AxisType.Auto,) * 3, devices=devices)
+        raise UserError(f"mesh data={cfg.data} x fsdp={cfg.fsdp} x sequence={cfg.sequence} x "
+                        f"tensor={cfg.tensor} does not fit {len(devices)} devices; set mesh.* so that the "
+                        f"product is {len(devices)}")
+    return jax.make_mesh((cfg.data, fsdp, cfg.sequence, cfg.tensor), AXES,
+                         axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def spec(*names: str | None) -> PartitionSpec:
@@ -63,6 +66,26 @@ def constrain(x, *names: str | None):
             return x
         raise RuntimeError("constrain() needs a mesh: wrap the call in `with jax.set_mesh(mesh)`")
     return jax.lax.with_sharding_constraint(x, spec(*names))
+
+
+def is_split(name: str) -> bool:
+    """Whether the current mesh spreads a logical axis over more than one device."""
+    mesh, axes = jax.sharding.get_abstract_mesh(), RULES[name]
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    return not mesh.empty and math.prod(mesh.shape[axis] for axis in axes) > 1
+
+
+def sharded(fn, in_axes, out_axes):
+    """shard_map by logical axes: fn sees one device's part of every array.
+
+    in_axes: one tuple of logical axis names per argument; out_axes: of the one result. An axis named None
+    is whole on every device: what was split is gathered on the way in, its gradient summed on the way back.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return fn
+    return jax.shard_map(fn, in_specs=tuple(spec(*axes) for axes in in_axes), out_specs=spec(*out_axes),
+                         check_vma=False)
 
 
 def shardings(abstract_tree, mesh: Mesh):
@@ -96,6 +119,12 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     if batch_size % parts:
         raise UserError(f"train.batch_size / train.num_microbatches = {batch_size} does not divide over "
                          f"{parts} devices (data x fsdp); change train.batch_size or mesh.*")
+
+
+def check_length(seq_len: int, mesh: Mesh) -> None:
+    if seq_len % mesh.shape["sequence"]:
+        raise UserError(f"data.seq_len = {seq_len} does not divide over mesh.sequence = "
+                        f"{mesh.shape['sequence']}; change one of them")
 
 
 def put_batch(batch, mesh: Mesh):

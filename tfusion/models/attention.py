@@ -1,28 +1,22 @@
-"""Attention over key intervals: query q sees the keys k_start[q] <= k < k_end[q].
+"""Attention over key intervals on a mesh: rows over batch, heads over heads, positions over length.
 
-B batch, T tokens, H query heads, K key/value heads (H a multiple of K), G = H / K, E head dimension.
+Context parallelism is in the axes alone: each device has a slice of the queries and gathers all keys and
+values of its rows (their gradients are summed back), with the queries' intervals in whole-row positions.
+A ring would hide that gather behind compute, but its steps are uneven under this mask, and keys and
+values, a fraction of the activations with grouped heads, fit.
+
+B batch, T positions, H query heads, K key/value heads, E head dimension.
 """
 
-import jax
-import jax.numpy as jnp
+from tfusion.kernels import interval_attention
+from tfusion.sharding import sharded
 
-HIDDEN = -1e9  # added to the logit of a key out of sight; every query sees itself, so no row is empty
+QUERIES = ("batch", "length", "heads", "head_dim")
+KEYS = ("batch", None, "kv_heads", "head_dim")
+BOUNDS = ("batch", "length")
 
 
 def attention(q_BTHE, k_BTKE, v_BTKE, k_start_BT, k_end_BT):
-    """softmax(q k^T / sqrt(E)) v over each query's interval; softmax in float32. Returns (B, T, H, E)."""
-    B, T, H, E = q_BTHE.shape
-    K, G = k_BTKE.shape[2], H // k_BTKE.shape[2]
-    keys = jnp.arange(T, dtype=jnp.int32)
-    visible_BTS = (k_start_BT[..., None] <= keys) & (keys < k_end_BT[..., None])
-    bias_BTS = jnp.where(visible_BTS, 0.0, HIDDEN).astype(jnp.float32)
-    # Batch and heads folded, heads in front of positions: the batched matmul that XLA:CPU runs fastest.
-    q = (q_BTHE * E**-0.5).reshape(B, T, K, G, E).transpose(0, 2, 3, 1, 4).reshape(B * K, G * T, E)
-    k = k_BTKE.transpose(0, 2, 1, 3).reshape(B * K, T, E)
-    v = v_BTKE.transpose(0, 2, 1, 3).reshape(B * K, T, E)
-    logits = jnp.einsum("nqe,nse->nqs", q, k, preferred_element_type=jnp.float32)
-    logits = (logits.reshape(B, K * G, T, T) + bias_BTS[:, None]).reshape(B * K, G * T, T)
-    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
-    weights = (weights / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
-    out = jnp.einsum("nqs,nse->nqe", weights, v)
-    return out.reshape(B, K, G, T, E).transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)
+    """softmax(q k^T / sqrt(E)) v over each query's interval k_start <= k < k_end. Returns (B, T, H, E)."""
+    kernel = sharded(interval_attention.attention, (QUERIES, KEYS, KEYS, BOUNDS, BOUNDS), QUERIES)
+    return kernel(q_BTHE, k_BTKE, v_BTKE, k_start_BT, k_end_BT)

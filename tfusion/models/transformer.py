@@ -10,7 +10,7 @@ from flax import linen as nn
 from tfusion.config import ModelConfig
 from tfusion.models.attention import attention
 from tfusion.models.rope import apply_rope
-from tfusion.sharding import constrain
+from tfusion.sharding import constrain, is_split
 
 NORM_EPS = 1e-5
 
@@ -22,7 +22,13 @@ REMAT_POLICIES = {  # what the backward pass finds kept; the rest of a block is 
 
 
 def linear(x, w):
-    """x (..., D) @ w (D, F) in x's dtype. Two-dimensional: XLA:CPU's gradients are twice as fast so."""
+    """x (..., D) @ w (D, F) in x's dtype.
+
+    Two-dimensional, for XLA:CPU's gradients are twice as fast so; but a row split over devices stays as it
+    is, for merging it with the batch would gather it.
+    """
+    if is_split("length"):
+        return jnp.einsum("...d,df->...f", x, w.astype(x.dtype))
     return (x.reshape(-1, x.shape[-1]) @ w.astype(x.dtype)).reshape(*x.shape[:-1], w.shape[-1])
 
 

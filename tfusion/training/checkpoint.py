@@ -96,7 +96,7 @@ def load_run(workdir):
     checkpoints = Checkpoints(workdir) if folder.is_dir() else None
     if checkpoints is None or checkpoints.latest() is None:
         raise UserError(f"no checkpoint in {folder}: run `python -m tfusion.train --workdir={workdir}` first")
-    mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1), jax.devices()[:1])
+    mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1, 1), jax.devices()[:1])
     tx = make_optimizer(cfg.optimizer, cfg.train.num_steps)
     target = states.restore_target(make_objective(cfg), tx, cfg.optimizer.ema_decay > 0, mesh)
     state, _, _ = checkpoints.restore(target, cfg)
