@@ -90,7 +90,7 @@ def broken_run(cfg, workdir: Path) -> None:
     with jax.set_mesh(mesh):
         state = states.init_state(make_objective(cfg), tx, True, 0, mesh)
         checkpoints = checkpoint.Checkpoints(workdir)
-        checkpoints.save(state, 0, {}, cfg)
+        checkpoints.save(state, 0, {}, {}, cfg)
         checkpoints.close()
     largest = max((p for p in (workdir / "checkpoints").rglob("*") if p.is_file()),
                   key=lambda p: p.stat().st_size)

@@ -1,13 +1,14 @@
 """The configuration of a run: frozen dataclasses, built once from the experiment's ConfigDict.
 
 Every knob has its value in the experiment file; nothing here supplies a default. Derived numbers are
-properties. `from_dict` raises ValueError with one line naming the key and the choices.
+properties. `from_dict` raises UserError with one line naming the key and the choices.
 """
 
 import dataclasses
 import difflib
 import json
 import math
+import os
 import typing
 from pathlib import Path
 
@@ -180,11 +181,22 @@ def load(workdir) -> Config:
     path = Path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"{path} not found: --workdir must be the workdir of a training run")
-    return from_dict(json.loads(path.read_text()))
+    try:
+        tree = json.loads(path.read_text())
+    except ValueError as e:
+        raise UserError(f"{path} is broken ({e}): resume the run with its --config to write it again") from e
+    return from_dict(tree)
 
 
 def save(cfg: Config, workdir) -> None:
-    (Path(workdir) / "config.json").write_text(json.dumps(cfg.to_dict(), indent=2) + "\n")
+    replace_text(Path(workdir) / "config.json", json.dumps(cfg.to_dict(), indent=2) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file in one move: whoever is killed meanwhile leaves the old one whole."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
 
 
 def _build(cls, tree, prefix: str):

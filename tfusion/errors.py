@@ -37,10 +37,11 @@ def run(main) -> None:
 
 
 def _hush_orbax() -> None:
-    """A broken checkpoint fails at its first array; orbax leaves the other reads to end with tracebacks."""
+    """A broken checkpoint fails at its first array. Orbax leaves the other reads to end as they will, each
+    with a traceback of its own, from asyncio or from a destructor; neither can be acted upon.
+    """
     stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
-    default = sys.unraisablehook
-    sys.unraisablehook = lambda x: str(x.exc_value) == "Event loop is closed" or default(x)
+    sys.unraisablehook = lambda _: None
 
 
 def _text(error) -> str:

@@ -50,7 +50,7 @@ def both_ways(cfg, params, codec, tokenizer, folder: Path) -> dict:
     again = codec.decode(codec.encode(real))
     np.savez_compressed(folder / "reconstructions.npz", images=real[:16], reconstructions=again[:16])
     _, ceiling = scenes.generation_metrics(world, held, again, level)
-    first = scenes.switches(cfg, params, tokenizer, held[: scenes.CHUNK])
+    first = scenes.switches(cfg, params, tokenizer, held)
     return metrics | more | {
         "mode_switch": statistics.share("After a whole caption, LM mode goes into diffusion mode", first),
         "autoencoder_sprites": ceiling["generation_sprites"] | {

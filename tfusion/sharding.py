@@ -38,7 +38,7 @@ RULES = {  # logical axis -> mesh axes
 def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
     """A (data, fsdp, sequence, tensor) mesh over all devices; fsdp = -1 takes what is left.
 
-    Raises ValueError where the sizes do not multiply to the number of devices.
+    Raises UserError where the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     fixed = cfg.data * cfg.sequence * cfg.tensor
@@ -52,7 +52,7 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
 
 
 def spec(*names: str | None) -> PartitionSpec:
-    """Logical axis names -> PartitionSpec. Raises ValueError on a name that has no rule."""
+    """Logical axis names -> PartitionSpec. Raises UserError on a name that has no rule."""
     for name in names:
         if name is not None and name not in RULES:
             raise UserError(f"unknown logical axis '{name}'; known: {', '.join(RULES)}")
@@ -91,7 +91,7 @@ def sharded(fn, in_axes, out_axes):
 def shardings(abstract_tree, mesh: Mesh):
     """Shardings for a tree of shapes, some boxed with logical axis names by `nn.Partitioned` boxes.
 
-    Raises ValueError where a dimension is not divisible by the mesh axes it is sharded over.
+    Raises UserError where a dimension is not divisible by the mesh axes it is sharded over.
     """
 
     def one(path, leaf):

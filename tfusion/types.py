@@ -12,7 +12,7 @@ import numpy as np
 
 FORMAT_VERSION = 1
 
-PAD, BOS, EOS, UNK = 0, 1, 2, 3
+PAD, BOS, EOS = 0, 1, 2
 
 
 class Batch(NamedTuple):

@@ -320,3 +320,18 @@ def test_noise_limit_where_the_picture_comes_first(cfg):
     limits = {limit for _, _, each in documents_of(one_batch(cfg, 8)) for limit in each}
     assert limits == {float(np.float32(0.3))}
     assert transforms.puts_image_first(cfg.data, 0, 0, 0, np.arange(9)).all()
+
+
+def test_a_share_of_no_document_is_an_error(cfg):
+    """A source that would never appear is told, not dropped."""
+    with pytest.raises(UserError, match=r"data.mixture.stories = 1e-06 is less than one document"):
+        open_rows(replace(cfg, "data", mixture={"scenes": 1.0, "stories": 1e-6}))
+
+
+def test_choices_belong_to_the_source_not_to_its_place_in_the_mixture(cfg):
+    """Adding a source changes no other source's coins or order."""
+    alone = open_rows(replace(cfg, "data", mixture={"scenes": 1.0}))
+    beside = open_rows(replace(cfg, "data", mixture={"glosses": 0.5, "scenes": 0.5}))
+    records = np.arange(50)
+    np.testing.assert_array_equal(alone._drops(0, 0, records), beside._drops(1, 0, records))
+    assert [alone._order[0][i] for i in range(50)] == [beside._order[1][i] for i in range(50)]

@@ -5,7 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from tfusion.data.prepared import PreparedSource, read_meta, write_meta, write_source
+from tfusion.data.prepared import (
+    PreparedSource,
+    check_identity,
+    identity,
+    read_meta,
+    write_meta,
+    write_source,
+)
 from tfusion.errors import UserError
 from tfusion.types import FORMAT_VERSION
 
@@ -48,8 +55,8 @@ def test_sizes_are_known_without_reading(source):
     assert len(source) == 5
     np.testing.assert_array_equal(source.text_tokens, [2, 1, 5, 0, 1])
     np.testing.assert_array_equal(source.images, [1, 0, 2, 1, 0])
-    assert source.meta == {"records": 5, "tokens": 9, "images": 4, "mean_text_tokens": 9 / 5,
-                           "mean_images": 4 / 5, "max_token_id": ord("i")}
+    assert source.meta == {"records": 5, "tokens": 9, "images": 4,
+                           "max_token_id": ord("i")}
 
 
 def test_reading_twice_gives_fresh_arrays(source):
@@ -96,3 +103,27 @@ def test_other_format_version_is_refused(tmp_path):
     (tmp_path / "meta.json").write_text(json.dumps(meta | {"format_version": FORMAT_VERSION + 1}))
     text = message(read_meta, tmp_path)
     assert f"version {FORMAT_VERSION + 1}" in text and f"reads {FORMAT_VERSION}" in text and "prepare" in text
+
+
+def test_data_of_another_autoencoder_are_refused(tmp_path):
+    """A run must not go on, or be decoded, with latents that mean something else."""
+    write_meta(tmp_path, "byte", "tok", "ae", (4, 4, 4))
+    trained_on = identity(read_meta(tmp_path))
+    check_identity(trained_on, tmp_path, "run")
+    check_identity({}, tmp_path / "nowhere", "an autoencoder's run")
+    write_meta(tmp_path, "byte", "tok", "another", (4, 4, 4))
+    with pytest.raises(UserError, match="run was trained on data of another autoencoder than"):
+        check_identity(trained_on, tmp_path, "run")
+
+
+def test_truncated_files_are_one_line(tmp_path):
+    write_meta(tmp_path, "byte", "tok", "ae", (4, 4, 4))
+    meta = tmp_path / "meta.json"
+    meta.write_text(meta.read_text()[:20])
+    with pytest.raises(UserError, match=r"is broken .* run `python -m tfusion.prepare` again"):
+        read_meta(tmp_path)
+    write_source(tmp_path / "s" / "train", [["abc"]], lambda texts: [[5, 6, 7] for _ in texts], None)
+    tokens = tmp_path / "s" / "train" / "tokens.npy"
+    tokens.write_bytes(tokens.read_bytes()[:-4])
+    with pytest.raises(UserError, match=r"tokens\.npy is missing or broken"):
+        PreparedSource(tmp_path, "s", "train")

@@ -8,6 +8,7 @@ import pytest
 import sentencepiece
 
 from tfusion.data import packs, scenes, tokenizers
+from tfusion.errors import UserError
 
 LLAMA = Path(__file__).parents[3] / "shared/golden/tokenizer.llama2"
 TEXTS = [
@@ -99,7 +100,7 @@ def test_a_file_that_is_no_model_is_named(tmp_path, content):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nope\.model' not found; give 'default'"):
+    with pytest.raises(UserError, match=r"nope\.model' not found; give 'default'"):
         tokenizers.load_tokenizer(str(tmp_path / "nope.model"))
 
 
@@ -133,7 +134,7 @@ def test_a_model_without_pad_pads_with_zero(tmp_path):
 
 def test_a_model_without_bos_is_refused(tmp_path):
     path = train_tiny(tmp_path / "x.model", bos_id=-1, eos_id=1)
-    with pytest.raises(ValueError, match=r"has bos id -1 and eos id 1; .* bos_id and eos_id >= 0"):
+    with pytest.raises(UserError, match=r"has bos id -1 and eos id 1; .* bos_id=1 and eos_id=2"):
         tokenizers.load_tokenizer(path)
 
 

@@ -319,6 +319,23 @@ def test_verdicts_and_faults_are_shown(run):
     assert "Not one visible pair breaks this rule." in text
 
 
+def test_a_wanted_metric_without_a_value_is_not_reached(run):
+    """Nothing could be scored (n = 0): the page says so, and is written all the same."""
+    path = run / "transfusion/evaluation/metrics.json"
+    evaluation = json.loads(path.read_text())
+    unscored = {"value": None, "n": 0, "low": None, "high": None}
+    evaluation["metrics"]["sprites"] |= unscored
+    evaluation["metrics"]["fid"] |= unscored  # nothing is wanted of this one
+    path.write_text(json.dumps(evaluation))
+    text = report(run)
+    assert "Below what was wanted: 2 of 6, painted: exactly the right objects, painted:" in text
+    assert text.count('<span class="good">✓</span>') == 4
+    assert text.count('<span class="bad">✗</span>') == 2
+    row = text[text.index("<td>painted: exactly the right objects") :]
+    row = row[: row.index("</tr>")]
+    assert '<td class="value">–<small>n = 0</small>' in row and "✗" in row and "≥ 0.8" in row
+
+
 def test_a_leak_in_the_mask_is_counted(run):
     path = run / "transfusion/evaluation/mask.npz"
     arrays = dict(np.load(path))

@@ -113,7 +113,7 @@ def stack_rows(rows: list):
 
 
 def check_batch(batch: Batch, vocab_size: int, num_patches: int, max_scored: int) -> None:
-    """Raises ValueError where a batch breaks the data contract (types.Batch), naming row and position."""
+    """Raises UserError where a batch breaks the data contract (types.Batch), naming row and position."""
 
     def fail(mask, text):
         row, position = (int(x) for x in np.argwhere(mask)[0])

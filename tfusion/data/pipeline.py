@@ -6,13 +6,14 @@ position in the data is therefore one integer, the next row, for any number of p
 
 import functools
 import threading
+import zlib
 
 import grain
 import numpy as np
 
 from tfusion.config import Config
-from tfusion.data import packing, transforms
-from tfusion.data.prepared import PreparedSource, read_meta
+from tfusion.data import packing, prepared, transforms
+from tfusion.data.prepared import PreparedSource
 from tfusion.data.sources import make_source
 from tfusion.errors import UserError
 from tfusion.types import ImageBatch
@@ -31,17 +32,23 @@ class PackedRows:
         self.seed = cfg.seed if split == "train" else cfg.seed + 1
         self.dropout = split == "train"
         names = [name for name, share in data.mixture.items() if share > 0]
-        meta = read_meta(data.prepared)
+        meta = prepared.read_meta(data.prepared)
         if tuple(meta["latent_shape"]) != cfg.model.latent_shape:
             raise UserError(f"{data.prepared} holds latents of shape {tuple(meta['latent_shape'])}, the "
                              f"model expects {cfg.model.latent_shape}: change model.latent_* or prepare again")
+        self.identity = prepared.identity(meta)
         self.sources = [PreparedSource(data.prepared, name, split) for name in names]
-        self._order = [grain.MapDataset.range(len(source)).seed(self.seed + 1000 * i).shuffle().repeat()
-                       for i, source in enumerate(self.sources)]
+        self._keys = [zlib.crc32(name.encode()) for name in names]  # the source's, whatever stands beside it
+        self._order = [grain.MapDataset.range(len(source)).seed(self.seed ^ key).shuffle().repeat()
+                       for key, source in zip(self._keys, self.sources)]
         self._check()
         means = [self._mean_length(source) for source in self.sources]
         self.per_window = packing.documents_per_window(
             [data.mixture[name] for name in names], means, data.window_rows, data.seq_len)
+        for name, count in zip(names, self.per_window):
+            if count == 0:
+                raise UserError(f"data.mixture.{name} = {data.mixture[name]} is less than one document per "
+                                f"data.window_rows = {data.window_rows} rows: raise one of them")
         self._lock = threading.Lock()
         self.plan = functools.lru_cache(WINDOWS_KEPT)(self._plan)
 
@@ -50,7 +57,8 @@ class PackedRows:
         some = slice(None, None, max(1, len(source) // MEAN_SAMPLE))
         text, images = source.text_tokens[some], source.images[some]
         keep = 1 - self.cfg.data.caption_dropout * self.dropout
-        whole = np.minimum(self.objective.length(text, images), self.cfg.data.seq_len)
+        limit = packing.text_limit(self.cfg.data.seq_len, self.cfg.data.max_scored)
+        whole = np.minimum(self.objective.length(text, images), limit)
         return float(np.where(images > 0, self.objective.length(keep * text, images), whole).mean())
 
     def _check(self) -> None:
@@ -89,12 +97,12 @@ class PackedRows:
                                    data.max_scored, data.max_images)
 
     def _drops(self, source: int, epoch, record):
-        drops = transforms.drops_caption(self.cfg.data, self.seed, source, epoch, record)
+        drops = transforms.drops_caption(self.cfg.data, self.seed, self._keys[source], epoch, record)
         return drops & self.dropout
 
     def example(self, source: int, epoch: int, record: int):
         """One document, arranged and laid out."""
-        first = transforms.puts_image_first(self.cfg.data, self.seed, source, epoch, record)
+        first = transforms.puts_image_first(self.cfg.data, self.seed, self._keys[source], epoch, record)
         document = transforms.arrange(
             self.sources[source].read(record), bool(self._drops(source, epoch, record)), bool(first),
             self.cfg.data.image_first_max_t)
@@ -125,6 +133,7 @@ class ImageRows:
 
     def __init__(self, cfg: Config, objective, split: str):
         del objective
+        self.identity = {}
         source = make_source("scenes", cfg.data, split)
         self.images = np.stack([source[i][1] for i in range(len(source))])
         size = cfg.image_size

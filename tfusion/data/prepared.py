@@ -2,7 +2,7 @@
 
 `<root>/meta.json`                     tokenizer and autoencoder fingerprints, latent shape, format version
 `<root>/autoencoder.npz`               the autoencoder that made the latents (params, mean, std)
-`<root>/<source>/<split>/meta.json`    counts, mean lengths, largest token id
+`<root>/<source>/<split>/meta.json`    counts, largest token id
                         tokens.npy     int32 (tokens,): all texts, one after the other
                         parts.npy      int64 (parts, 2): (start, stop) in tokens, or (-1, index) in latents
                         records.npy    int64 (records, 3): one past the last part, text tokens, images
@@ -54,7 +54,6 @@ def write_source(folder: Path, records, encode_text, encode_images) -> dict:
     if images:
         np.save(folder / "latents.npy", encode_images(np.stack(images)).astype(np.float32))
     meta = {"records": len(rows), "tokens": len(tokens), "images": len(images),
-            "mean_text_tokens": float(rows[:, 1].mean()), "mean_images": float(rows[:, 2].mean()),
             "max_token_id": int(tokens.max(initial=0))}
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     return meta
@@ -66,17 +65,45 @@ def write_meta(root: Path, tokenizer: str, fingerprint: str, autoencoder: str, l
     (root / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise UserError(f"{path} is broken ({e}): run `python -m tfusion.prepare` again") from e
+
+
+def _map_array(path: Path):
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, EOFError, OSError) as e:
+        raise UserError(f"{path} is missing or broken ({e}): run `python -m tfusion.prepare` again") from e
+
+
 def read_meta(root) -> dict:
-    """The meta of a prepared data set. Raises FileNotFoundError or ValueError, one line each."""
+    """The meta of a prepared data set. Raises UserError where it is absent, broken or of another version."""
     path = Path(root) / "meta.json"
     if not path.exists():
         raise UserError(f"{path} not found: data.prepared must name a folder written by "
                                 "`python -m tfusion.prepare`")
-    meta = json.loads(path.read_text())
+    meta = _read_json(path)
     if meta["format_version"] != FORMAT_VERSION:
         raise UserError(f"{path} has format version {meta['format_version']}, this code reads "
                          f"{FORMAT_VERSION}: run `python -m tfusion.prepare` again")
     return meta
+
+
+def identity(meta: dict) -> dict:
+    """What a model trained on the data depends on: the tokenizer and the autoencoder that made them."""
+    return {name: meta[name] for name in ("tokenizer_fingerprint", "autoencoder_fingerprint")}
+
+
+def check_identity(trained_on: dict, root, where) -> None:
+    """Raises UserError where a folder's data are not those that the model was trained on."""
+    now = identity(read_meta(root)) if trained_on else {}
+    changed = [name.removesuffix("_fingerprint") for name in now if now[name] != trained_on[name]]
+    if changed:
+        raise UserError(f"{where} was trained on data of another {' and '.join(changed)} than {root} now "
+                        "holds: restore that folder, or train in another --workdir")
 
 
 class PreparedSource:
@@ -87,11 +114,11 @@ class PreparedSource:
         if not (self.folder / "meta.json").exists():
             raise UserError(f"{self.folder} not found: data.mixture names '{name}'; run "
                                     "`python -m tfusion.prepare` with the same config, or leave it out")
-        self.meta = json.loads((self.folder / "meta.json").read_text())
-        self._tokens, self._parts, self._records = (
-            np.load(self.folder / f"{x}.npy", mmap_mode="r") for x in ("tokens", "parts", "records"))
-        has_images = (self.folder / "latents.npy").exists()
-        self._latents = np.load(self.folder / "latents.npy", mmap_mode="r") if has_images else None
+        self.meta = _read_json(self.folder / "meta.json")
+        names = ("tokens", "parts", "records") + ("latents",) * (self.meta["images"] > 0)
+        arrays = {name: _map_array(self.folder / f"{name}.npy") for name in names}
+        self._tokens, self._parts, self._records = (arrays[x] for x in ("tokens", "parts", "records"))
+        self._latents = arrays.get("latents")
 
     def __len__(self) -> int:
         return len(self._records)

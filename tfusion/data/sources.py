@@ -15,12 +15,15 @@ from tfusion.data.scenes import Scene, World, make_scene, render
 from tfusion.errors import UserError
 
 SCENES_SEED, STORIES_SEED = 0, 1
-HELDOUT_SCENES = 512
+HELDOUT_SCENES = 1024
 STORIES_PER_SCENE = 0.25  # a quarter as many stories as scenes: each has two or three pictures
 
 
 def world_of(cfg: DataConfig) -> World:
-    return World(num_sprites=cfg.num_sprites, jitter=cfg.jitter)
+    try:
+        return World(num_sprites=cfg.num_sprites, jitter=cfg.jitter)
+    except ValueError as e:
+        raise UserError(f"data.num_sprites = {cfg.num_sprites}, data.jitter = {cfg.jitter}: {e}") from e
 
 
 class Scenes:
@@ -59,11 +62,12 @@ def stories(cfg: DataConfig, split: str) -> Scenes:
 
 
 def glosses(cfg: DataConfig, split: str) -> list:
-    """WordNet glosses, text only; one in fifty is held out by a hash of its text."""
+    """WordNet glosses, text only; one in fifty definitions is held out, with all the words it defines."""
     del cfg
 
     def is_held_out(text: str) -> bool:
-        return int(hashlib.md5(text.encode()).hexdigest(), 16) % 50 == 0
+        definition = text.split(": ", 1)[-1]
+        return int(hashlib.md5(definition.encode()).hexdigest(), 16) % 50 == 0
 
     return [[text] for text in packs.read_glosses() if is_held_out(text) == (split == "heldout")]
 

@@ -12,6 +12,8 @@ from typing import Protocol
 import sentencepiece
 
 from tfusion.data import packs
+from tfusion.errors import UserError
+from tfusion.types import BOS, EOS
 
 
 class Tokenizer(Protocol):
@@ -77,13 +79,12 @@ class SentencePieceTokenizer:
     """Any SentencePiece model with bos and eos; one without a pad (Llama 2's) pads with id 0.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the file is not a SentencePiece model, or the model lacks bos or eos.
+      UserError: there is no such file, it is not a SentencePiece model, or bos and eos are not 1 and 2.
     """
 
     def __init__(self, path: str | Path):
         if not Path(path).is_file():
-            raise FileNotFoundError(
+            raise UserError(
                 f"tokenizer {str(path)!r} not found; give 'default', 'byte' or the path of a "
                 "SentencePiece model"
             )
@@ -95,17 +96,17 @@ class SentencePieceTokenizer:
         except RuntimeError:
             self.vocab_size = 0
         if not self.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"tokenizer {str(path)!r} is not a SentencePiece model; give 'default', 'byte' or "
                 "the path of a file such as tokenizer.model"
             )
         self.pad = max(self._processor.pad_id(), 0)
         self.bos, self.eos = self._processor.bos_id(), self._processor.eos_id()
         self.unk = self._processor.unk_id()
-        if min(self.bos, self.eos) < 0:
-            raise ValueError(
-                f"tokenizer {str(path)!r} has bos id {self.bos} and eos id {self.eos}; documents "
-                "need both, train the model with bos_id and eos_id >= 0"
+        if (self.bos, self.eos) != (BOS, EOS):
+            raise UserError(
+                f"tokenizer {str(path)!r} has bos id {self.bos} and eos id {self.eos}; rows are laid out "
+                f"with {BOS} and {EOS}: train the model with bos_id={BOS} and eos_id={EOS}"
             )
         self.fingerprint = hashlib.sha256(model).hexdigest()
 
@@ -134,8 +135,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """Opens a tokenizer: 'byte', 'default' (the shipped model), or a SentencePiece model's path.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the file is not a usable SentencePiece model.
+      UserError: there is no such file, or it is not a usable SentencePiece model.
     """
     if name == "byte":
         return ByteTokenizer()

@@ -55,26 +55,31 @@ def linear_losses(cfg: Config, gaussian, batch) -> dict:
     return jax.device_get(diffusion_losses(prediction, target, t, batch.max_t_BI))
 
 
-def scored_pairs(batch):
-    """(token, next token) at every scored position, each (n,)."""
-    following = np.roll(batch.tokens_BT, -1, axis=1)
-    return batch.tokens_BT[batch.loss_mask_BT], following[batch.loss_mask_BT]
+def scored_pairs(batch, with_images: bool):
+    """(token, next token) at every scored position of documents with or without images, each (n,)."""
+    B, T = batch.tokens_BT.shape
+    has_image = np.zeros((B, T + 1), bool)  # by document
+    row, position = np.nonzero(batch.image_ids_BT)
+    has_image[row, batch.segment_ids_BT[row, position]] = True
+    chosen = np.take_along_axis(has_image, batch.segment_ids_BT, axis=1) == with_images
+    chosen &= batch.loss_mask_BT
+    return batch.tokens_BT[chosen], np.roll(batch.tokens_BT, -1, axis=1)[chosen]
 
 
 class Ngrams:
-    """Unigram with add-one smoothing, and a bigram interpolated with it."""
+    """Unigram with add-one smoothing, and a bigram interpolated with it, of one kind of document."""
 
-    def __init__(self, vocab_size: int):
-        self.pairs = np.zeros((vocab_size, vocab_size))
+    def __init__(self, vocab_size: int, with_images: bool):
+        self.pairs, self.with_images = np.zeros((vocab_size, vocab_size)), with_images
 
     def add(self, batch) -> None:
-        np.add.at(self.pairs, scored_pairs(batch), 1)
+        np.add.at(self.pairs, scored_pairs(batch, self.with_images), 1)
 
     def losses(self, batches: list) -> tuple[float, float]:
         """(unigram, bigram), mean nats per scored token. The bigram's weight is the best for these very
         tokens, which favours the baseline.
         """
-        a, b = (np.concatenate(x) for x in zip(*(scored_pairs(batch) for batch in batches)))
+        a, b = (np.concatenate(x) for x in zip(*(scored_pairs(batch, self.with_images) for batch in batches)))
         counts = self.pairs.sum(0)
         unigram = ((counts + 1) / (counts.sum() + len(counts)))[b]
         bigram = self.pairs[a, b] / np.maximum(self.pairs.sum(1), 1)[a]

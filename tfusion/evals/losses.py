@@ -16,7 +16,6 @@ from tfusion.training.metrics import Losses
 from tfusion.training.step import make_eval_step
 
 TEXT_BATCHES, DIFFUSION_BATCHES = 64, 128
-BASELINE_ROWS = 8192  # training rows whose tokens the n-grams count
 
 
 def only(cfg: Config, source: str) -> Config:
@@ -26,9 +25,10 @@ def only(cfg: Config, source: str) -> Config:
     return dataclasses.replace(cfg, data=data)
 
 
-def read(cfg: Config, split: str, batches: int) -> list:
+def read(cfg: Config, split: str, batches: int):
+    """The first batches of a split, one after the other."""
     rows = pipeline.open_rows(cfg, make_objective(cfg), split)
-    return list(pipeline.batches(rows, 0, batches, cfg.train.batch_size))
+    return pipeline.batches(rows, 0, batches, cfg.train.batch_size)
 
 
 def model_losses(cfg: Config, params, batches: list) -> dict:
@@ -41,7 +41,7 @@ def model_losses(cfg: Config, params, batches: list) -> dict:
 
 def diffusion_report(cfg: Config, params) -> tuple[dict, dict]:
     """(metrics, {'bins': linear losses, 'model': model losses} by noise level) on held-out rows."""
-    batches = read(cfg, "heldout", DIFFUSION_BATCHES)
+    batches = list(read(cfg, "heldout", DIFFUSION_BATCHES))
     gaussian, linear = fit_gaussian(cfg), Losses()
     for batch in tqdm(batches, desc="linear baseline", unit="batch"):
         linear.add(0, linear_losses(cfg, gaussian, batch))
@@ -49,25 +49,36 @@ def diffusion_report(cfg: Config, params) -> tuple[dict, dict]:
     names = [f"diffusion_loss_bin{i}" for i in range(NUM_BINS)]
     ratios = [ours[name] / theirs[name] for name in names]
     title = "Diffusion loss / that of the best linear predictor, "
+    images = int(sum((batch.max_t_BI > 0).sum() for batch in batches))
     return {
-        "diffusion_loss": statistics.number("Held-out diffusion loss", ours["diffusion_loss"], "lower"),
+        "diffusion_loss": statistics.number(
+            "Held-out diffusion loss", ours["diffusion_loss"], "lower", n=images),
         "diffusion_vs_linear": statistics.number(
-            title + "all noise levels", ours["diffusion_loss"] / theirs["diffusion_loss"], "lower", 0.75),
+            title + "all noise levels", ours["diffusion_loss"] / theirs["diffusion_loss"], "lower", 0.75,
+            images),
         "diffusion_vs_linear_worst_bin": statistics.number(
-            title + "worst noise level", max(ratios), "lower", 0.75),
+            title + "worst noise level", max(ratios), "lower", 0.75, images),
     }, {"bins": [theirs[name] for name in names], "model": [ours[name] for name in names]}
+
+
+def count_ngrams(cfg: Config) -> dict[str, Ngrams]:
+    """{title: n-grams of the very rows trained on}: of documents with images, and of the others."""
+    ngrams = {"captions": Ngrams(cfg.model.vocab_size, True), "glosses": Ngrams(cfg.model.vocab_size, False)}
+    for batch in tqdm(read(cfg, "train", cfg.train.num_steps), desc="n-grams", unit="batch",
+                      total=cfg.train.num_steps):
+        for counts in ngrams.values():
+            counts.add(batch)
+    return ngrams
 
 
 def text_report(cfg: Config, params) -> tuple[dict, dict]:
     """(metrics, n-gram table): language-model loss on held-out captions and glosses, nats per token."""
     table, tokens = {}, {}
+    ngrams = count_ngrams(cfg)
     for title, source in (("captions", "scenes"), ("glosses", "glosses")):
         if cfg.data.mixture.get(source):
-            ngrams = Ngrams(cfg.model.vocab_size)
-            for batch in read(only(cfg, source), "train", BASELINE_ROWS // cfg.train.batch_size):
-                ngrams.add(batch)
-            batches = read(only(cfg, source), "heldout", TEXT_BATCHES)
-            unigram, bigram = ngrams.losses(batches)
+            batches = list(read(only(cfg, source), "heldout", TEXT_BATCHES))
+            unigram, bigram = ngrams[title].losses(batches)
             table[title] = {"model": model_losses(cfg, params, batches)["lm_loss"], "unigram": unigram,
                             "bigram": bigram}
             tokens[title] = int(sum(b.loss_mask_BT.sum() for b in batches))

@@ -32,9 +32,15 @@ def in_chunks(cfg: Config, params, prompts: list, title: str, **options) -> list
 
 
 def held_out(cfg: Config, n: int):
-    """(world, n held-out scenes, their pictures uint8 (n, H, W, 3))."""
+    """(world, n held-out scenes of different captions, their pictures uint8 (n, H, W, 3)); fewer than n
+    where the source has no more.
+    """
     source = scenes_source(cfg.data, "heldout")
-    scenes = [source.scenes(i)[0] for i in range(min(n, len(source)))]
+    distinct = {}
+    for i in range(len(source)):
+        scene = source.scenes(i)[0]
+        distinct.setdefault(scene.caption, scene)
+    scenes = list(distinct.values())[:n]
     return source.world, scenes, np.stack([render(source.world, scene) for scene in scenes])
 
 
@@ -72,7 +78,8 @@ def chance(world, scenes: list, images) -> dict:
         told += [score_caption(world, s, scenes[j].caption) for s, j in zip(scenes, others)]
     mean = {name: float(np.mean([s[name] for s in drawn])) for name in ("canvas", "sprites")}
     return mean | {"caption_canvas": float(np.mean([s["canvas"] for s in told])),
-                   "caption_all": float(np.mean([s["all"] for s in told])), "relation": 0.25}
+                   "caption_all": float(np.mean([s["all"] for s in told])),
+                   "relation": 1 / 4}  # by symmetry: which of two relations, and which of them first
 
 
 def generation_metrics(world, scenes: list, images, level: dict) -> tuple[list, dict]:

@@ -90,6 +90,8 @@ def verdict(metric: dict[str, Any]) -> bool | None:
     """Whether a metric is as good as wanted; None when nothing is asked of it."""
     if metric["want"] is None:
         return None
+    if metric["value"] is None:  # nothing to measure it on
+        return False
     if metric["better"] == "higher":
         return metric["value"] >= metric["want"]
     return metric["value"] <= metric["want"]

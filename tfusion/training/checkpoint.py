@@ -10,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from tfusion import config, sharding
+from tfusion.data.prepared import check_identity
 from tfusion.errors import UserError
 from tfusion.objectives import make_objective
 from tfusion.training import state as states
@@ -29,13 +30,14 @@ class Checkpoints:
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, state, next_row: int, totals: dict, cfg: config.Config) -> None:
+    def save(self, state, next_row: int, totals: dict, identity: dict, cfg: config.Config) -> None:
         """Starts saving; returns as soon as the state is copied off the device.
 
-        next_row: the position in the data. totals: tokens, images, ... trained on so far.
+        next_row: the position in the data. totals: tokens, images, ... trained on so far. identity: what
+        made the data (data/prepared.py).
         """
         meta = {"format_version": FORMAT_VERSION, "next_row": next_row, "totals": totals,
-                "config": cfg.to_dict()}
+                "identity": identity, "config": cfg.to_dict()}
         self._manager.save(int(state.step), args=ocp.args.Composite(
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
 
@@ -50,6 +52,7 @@ class Checkpoints:
             raise UserError(f"{self.folder / str(step)} has format version {meta['format_version']}, this "
                             f"code reads {FORMAT_VERSION}: use the code that wrote it")
         check_same(meta["config"], cfg, self.folder)
+        check_identity(meta["identity"], cfg.data.prepared, self.folder)
         state = self._read(step, state=ocp.args.StandardRestore(target)).state
         return state, meta["next_row"], meta["totals"]
 

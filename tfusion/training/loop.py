@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from tfusion import config, sharding
 from tfusion.data import pipeline
+from tfusion.errors import UserError
 from tfusion.objectives.base import Objective
 from tfusion.training import checkpoint, metrics
 from tfusion.training import state as states
@@ -26,8 +27,11 @@ class Held:
         self.diagnostics_step = jax.jit(steps.make_diagnostics(objective, cfg))
 
     def _batches(self, number: int):
-        for batch in pipeline.batches(self.rows, 0, number, self.cfg.train.batch_size,
-                                      jax.process_index(), jax.process_count()):
+        """The first rows, in batches of the size that a training step holds at once."""
+        t = self.cfg.train
+        for batch in pipeline.batches(self.rows, 0, number * t.num_microbatches,
+                                      t.batch_size // t.num_microbatches, jax.process_index(),
+                                      jax.process_count()):
             yield sharding.put_batch(batch, self.mesh)
 
     def evaluate(self, state) -> dict:
@@ -53,6 +57,9 @@ def start_state(cfg: config.Config, objective: Objective, tx, mesh, checkpoints)
         return states.init_state(objective, tx, ema, cfg.seed, mesh), 0, None
     target = states.restore_target(objective, tx, ema, mesh)
     restored = checkpoints.restore(target, cfg)
+    if int(restored[0].step) > cfg.train.num_steps:
+        raise UserError(f"{checkpoints.folder} is at step {int(restored[0].step)}, beyond train.num_steps = "
+                        f"{cfg.train.num_steps}: raise it, or start in another --workdir")
     print(f"resumed from step {int(restored[0].step)} of {cfg.train.num_steps}")
     return restored
 
@@ -130,7 +137,7 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile
                 if diagnosing:
                     log.writer.write(done, held.diagnose(state))
                 if saving:
-                    checkpoints.save(state, next_row, log.speed.total, cfg)
+                    checkpoints.save(state, next_row, log.speed.total, rows.identity, cfg)
                 log.speed.pause(time.perf_counter() - pause)
             elif due(done, t.log_every, t.num_steps):
                 late = done

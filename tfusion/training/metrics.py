@@ -12,7 +12,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from tfusion import accelerators
-from tfusion.config import Config
+from tfusion.config import Config, replace_text
 from tfusion.errors import UserError
 from tfusion.training.flops import training_flops
 from tfusion.types import Batch
@@ -108,7 +108,7 @@ class Writer:
         if self._path.exists():
             lines = [line for line in self._path.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
-            self._path.write_text("".join(line + "\n" for line in kept))
+            replace_text(self._path, "".join(line + "\n" for line in kept))
 
     def write(self, step: int, values: dict) -> None:
         rounded = {k: None if v is None else float(f"{v:.7g}") for k, v in values.items()}

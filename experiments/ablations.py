@@ -1,0 +1,21 @@
+"""Ablations of the Transfusion paper at 0.76B.
+
+  python -m tfusion.train --config=experiments/ablations.py:causal_images --workdir=/mnt/runs/causal_images
+
+causal_images: table 5, no bidirectional attention inside images. noise_limit: table 8, t <= 500 where the
+image precedes its caption.
+"""
+
+from experiments.common import base, pick
+
+VARIANTS = ("causal_images", "noise_limit")
+
+
+def get_config(arg=None):
+    variant = pick(arg, VARIANTS, "causal_images")
+    config = base()  # the 0.76B size
+    if variant == "causal_images":
+        config.model.image_attention = "causal"
+    else:
+        config.data.image_first_max_t = 0.5
+    return config

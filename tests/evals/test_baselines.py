@@ -1,0 +1,188 @@
+"""The baselines: the linear denoiser against the analytic least error of a Gaussian, n-grams against counts."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from tfusion.data import prepared
+from tfusion.diffusion import process, schedule
+from tfusion.evals import baselines
+from tfusion.objectives.transfusion import NUM_BINS, draw_noise
+from tfusion.training.step import EVAL_STREAM, noise_key
+from tfusion.types import Batch
+
+SHAPE, D = (2, 2, 2), 8
+VALUES = np.array([0.01, 0.05, 0.2, 0.5, 1.0, 1.5, 2.0, 4.0])
+N = 20_000
+
+
+def known_gaussian():
+    rng = np.random.default_rng(0)
+    vectors = np.linalg.qr(rng.normal(size=(D, D)))[0]
+    return rng.normal(size=D), VALUES, vectors
+
+
+def draw(gaussian, n, seed):
+    mean, values, vectors = gaussian
+    z = np.random.default_rng(seed).normal(size=(n, D))
+    return (mean + z * np.sqrt(values) @ vectors.T).reshape(n, *SHAPE).astype(np.float32)
+
+
+def least_error(prediction, a):
+    """Least mean squared error per element of any predictor of the target from x_t, a of any shape.
+
+    Along an eigenvector, x0 given x_t has variance l (1 - a) / (a l + 1 - a); eps is off by sqrt(a / (1 - a))
+    as much as x0, and v by 1 / sqrt(1 - a).
+    """
+    a = np.asarray(a, np.float64)[..., None]
+    variance = VALUES * (1 - a) / (a * VALUES + 1 - a)
+    return (variance * {"eps": a, "v": 1.0}[prediction] / (1 - a)).mean(-1)
+
+
+def with_prediction(cfg, prediction):
+    return dataclasses.replace(
+        cfg, diffusion=dataclasses.replace(cfg.diffusion, prediction=prediction),
+        model=dataclasses.replace(cfg.model, latent_size=2, latent_channels=2))
+
+
+def noisy(gaussian, prediction, a, n=N):
+    """(x_t, target, a) of n samples at one noise level."""
+    x0, eps = draw(gaussian, n, 1), np.random.default_rng(2).normal(size=(n, *SHAPE)).astype(np.float32)
+    level = np.full(n, a)
+    a32 = level.astype(np.float32)
+    target = process.target(prediction, x0, eps, a32)
+    return np.asarray(process.add_noise(x0, eps, a32)), np.asarray(target), level
+
+
+def error(prediction, target):
+    return float(np.mean((np.asarray(prediction, np.float64) - target) ** 2))
+
+
+@pytest.mark.parametrize("t", [0.05, 0.3, 0.6, 0.9, 1.0])
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_the_linear_predictor_reaches_the_least_error(cfg, prediction, t):
+    gaussian, a = known_gaussian(), float(schedule.alpha_bar(t))
+    x_t, target, level = noisy(gaussian, prediction, a)
+    out = baselines.linear_prediction(with_prediction(cfg, prediction), gaussian, x_t, level)
+    assert error(out, target) == pytest.approx(least_error(prediction, a), rel=0.02)
+
+
+@pytest.mark.parametrize("t", [0.2, 0.7])
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_no_other_linear_map_beats_it(cfg, prediction, t):
+    gaussian, rng = known_gaussian(), np.random.default_rng(3)
+    x_t, target, level = noisy(gaussian, prediction, float(schedule.alpha_bar(t)))
+    out = np.asarray(baselines.linear_prediction(with_prediction(cfg, prediction), gaussian, x_t, level))
+    best, flat = error(out, target), (x_t - x_t.mean(0)).reshape(N, D)
+    for _ in range(20):
+        change = flat @ rng.normal(size=(D, D)) / D + rng.normal(size=D) / D
+        for size in (-0.2, 0.2):
+            assert error(out + size * change.reshape(out.shape), target) > best
+    for size in (-0.2, 0.2):
+        assert error(out + size, target) > best and error(out * (1 + size), target) > best
+
+
+def test_at_the_noisiest_it_is_the_trivial_predictor(cfg):
+    """Nothing of x0 is left: v = -x0 is the data's mean, and eps is x_t."""
+    gaussian, a = known_gaussian(), float(schedule.alpha_bar(1.0))
+    x_t, target, level = noisy(gaussian, "v", a)
+    trivial = error(-gaussian[0].reshape(SHAPE), target)
+    assert error(baselines.linear_prediction(with_prediction(cfg, "v"), gaussian, x_t, level),
+                 target) == pytest.approx(trivial, rel=2e-3)
+    out = baselines.linear_prediction(with_prediction(cfg, "eps"), gaussian, x_t, level)
+    assert error(out, x_t) < 1e-3
+
+
+@pytest.fixture(scope="module")
+def gaussian_root(tmp_path_factory):
+    """A prepared data set whose latents are drawn from the known Gaussian; captions alone beside it."""
+    root = tmp_path_factory.mktemp("gaussian")
+    image = np.zeros((1, 1, 3), np.uint8)
+    prepared.write_source(root / "scenes/train", [["a", image]] * N, lambda texts: [[5]] * len(texts),
+                          lambda images: draw(known_gaussian(), len(images), 4))
+    prepared.write_source(root / "glosses/train", [["a"]] * 3, lambda texts: [[5]] * len(texts), None)
+    return root
+
+
+def gaussian_config(cfg, prediction, root):
+    data = dataclasses.replace(cfg.data, prepared=str(root), mixture={"scenes": 0.5, "glosses": 0.5})
+    return dataclasses.replace(with_prediction(cfg, prediction), data=data)
+
+
+def test_fit_finds_the_gaussian(cfg, gaussian_root):
+    mean, values, vectors = baselines.fit_gaussian(gaussian_config(cfg, "v", gaussian_root))
+    true_mean, true_values, true_vectors = known_gaussian()
+    np.testing.assert_allclose(mean, true_mean, atol=0.06)
+    np.testing.assert_allclose(np.sort(values), true_values, rtol=0.05)
+    covariance = true_vectors * true_values @ true_vectors.T
+    np.testing.assert_allclose(vectors * values @ vectors.T, covariance, atol=0.1)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_losses_on_held_out_rows(cfg, gaussian_root, prediction):
+    """Everything together: fitted, on the evaluation's own noise, by noise level, unused slots left out."""
+    cfg, rows = gaussian_config(cfg, prediction, gaussian_root), 6000
+    latents = draw(known_gaussian(), rows * 2, 5).reshape(rows, 2, *SHAPE)
+    max_t = np.ones((rows, 2), np.float32)
+    max_t[::3, 1], latents[::3, 1] = 0, 1e3  # unused slots: whatever lies there must not count
+    zeros = np.zeros((rows, 1), np.int32)
+    batch = Batch(np.arange(rows, dtype=np.int32), zeros, zeros, zeros, zeros, zeros == 1, latents,
+                  np.zeros((rows, 2), np.int32), max_t)
+    losses = baselines.linear_losses(cfg, baselines.fit_gaussian(cfg), batch)
+    t, _ = draw_noise(noise_key(cfg.seed, EVAL_STREAM), batch.row_ids_B, max_t, SHAPE,
+                      cfg.diffusion.num_timesteps)
+    used = np.asarray(t)[max_t > 0]
+    want = least_error(prediction, schedule.alpha_bar(used))
+    total, count = losses["diffusion_loss"]
+    assert count == len(used) * D
+    assert total / count == pytest.approx(want.mean(), rel=0.02)
+    for i in range(NUM_BINS):
+        here = (used > i / NUM_BINS) & (used <= (i + 1) / NUM_BINS)
+        total, count = losses[f"diffusion_loss_bin{i}"]
+        assert count == pytest.approx(here.sum() * D, abs=2 * D)  # t on a bin's edge, in float32
+        assert total / count == pytest.approx(want[here].mean(), rel=0.05)
+
+
+def text(tokens, mask):
+    tokens, mask = np.array([tokens], np.int32), np.array([mask], bool)
+    zeros = np.zeros_like(tokens)
+    return Batch(zeros[:, 0], tokens, zeros, zeros, zeros, mask, np.zeros((1, 1, *SHAPE), np.float32),
+                 zeros[:, :1], np.zeros((1, 1), np.float32))
+
+
+def trained():
+    """Scored pairs of a vocabulary of 4: 0 -> 1 twice, 1 -> 2, 2 -> 1; the others are not scored."""
+    ngrams = baselines.Ngrams(4)
+    ngrams.add(text([0, 1, 2, 1, 3, 3], [1, 1, 1, 0, 0, 0]))
+    ngrams.add(text([0, 1, 3, 0], [1, 0, 0, 0]))
+    return ngrams
+
+
+UNIGRAM = (1 / 8, 4 / 8, 2 / 8, 1 / 8)  # add one to (0, 3, 1, 0)
+
+
+def test_only_scored_pairs_are_counted():
+    want = np.zeros((4, 4))
+    want[0, 1], want[1, 2], want[2, 1] = 2, 1, 1
+    np.testing.assert_array_equal(trained().pairs, want)
+
+
+def test_ngram_losses_by_hand():
+    # Scored: 0 -> 1 and 1 -> 2, both certain to a bigram, whose best weight is then the largest.
+    unigram, bigram = trained().losses([text([0, 1, 2, 3], [1, 1, 0, 0])])
+    assert unigram == pytest.approx(-(math.log(UNIGRAM[1]) + math.log(UNIGRAM[2])) / 2)
+    assert bigram == pytest.approx(-(math.log(0.95 + 0.05 / 2) + math.log(0.95 + 0.05 / 4)) / 2)
+    # Scored: 0 -> 2 and, after a token never seen, 3 -> 1: a bigram is no help, its least weight is best.
+    unigram, bigram = trained().losses([text([0, 2, 3, 1], [1, 0, 1, 0])])
+    assert unigram == pytest.approx(-(math.log(1 / 4) + math.log(1 / 2)) / 2)
+    assert bigram == pytest.approx(-(math.log(0.95 / 4) + math.log(0.95 / 2)) / 2)
+
+
+def test_ngram_losses_are_means_over_tokens_not_over_batches():
+    batches = [text([0, 1, 0, 1, 0, 1], [1, 0, 1, 0, 1, 0]), text([0, 3, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0])]
+    unigram, bigram = trained().losses(batches)
+    assert unigram == pytest.approx(-(3 * math.log(1 / 2) + math.log(1 / 8)) / 4)
+    # p(1 | 0) = w + (1 - w) / 2, p(3 | 0) = (1 - w) / 8: least at w = 0.5.
+    assert bigram == pytest.approx(-(3 * math.log(0.75) + math.log(0.5 / 8)) / 4)

@@ -1,0 +1,204 @@
+"""Interval attention in plain jax.numpy: what a CPU runs, and every platform without a kernel of its own.
+
+Small rows take the dense form. Longer ones go block by block (FlashAttention-2, arXiv 2307.08691): memory
+grows with T + S, and key blocks outside a query block's range (block_map.py) are not computed. One pass of
+the backward makes dq, dk and dv together, because blocks run one after another here.
+
+B batch, T queries, S keys, H query heads, K key/value heads, G = H / K, E head dimension; Q, M queries and
+keys of a block. Blocks are computed with heads in front, (K, G * Q, ...), the batched matmul that XLA:CPU
+runs fastest.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+from tfusion.kernels.block_map import key_bounds, num_blocks, pad_intervals
+
+DENSE_UP_TO = 512 * 512  # T * S; above, blocks
+BLOCK_Q, BLOCK_K = 256, 256
+HIDDEN = -1e30  # not -inf: the difference of two must stay a number
+
+
+def forward(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, *, softcap, dense=None):
+    """out_BTHE in q's dtype and lse_BHT in float32."""
+    if _is_dense(q_BTHE, k_BSKE, dense):
+        return _forward_dense(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, softcap)
+    return _forward_blocks(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, softcap)
+
+
+def backward(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, out_BTHE, lse_BHT, dout_BTHE, *, softcap,
+             dense=None):
+    """dq_BTHE, dk_BSKE, dv_BSKE in the dtypes of q, k and v."""
+    run = _backward_dense if _is_dense(q_BTHE, k_BSKE, dense) else _backward_blocks
+    return run(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, out_BTHE, lse_BHT, dout_BTHE, softcap)
+
+
+def _is_dense(q, k, dense):
+    return q.shape[1] * k.shape[1] <= DENSE_UP_TO if dense is None else dense
+
+
+def _logits(spec, a, b, softcap):
+    """Products of scaled queries and keys, float32."""
+    logits = jnp.einsum(spec, a, b)
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def _group(x_BTHE, K: int):
+    """(B, T, K * G, E) -> (B * K, G * T, E) in float32."""
+    B, T, H, E = x_BTHE.shape
+    x = x_BTHE.astype(jnp.float32).reshape(B, T, K, H // K, E)
+    return x.transpose(0, 2, 3, 1, 4).reshape(B * K, H // K * T, E)
+
+
+def _ungroup(x, B: int, T: int, dtype):
+    """(B * K, G * T, E) -> (B, T, K * G, E)."""
+    E = x.shape[-1]
+    return x.reshape(B, -1, T, E).transpose(0, 2, 1, 3).astype(dtype)
+
+
+def _bias(k_start, k_end, key):
+    """0 where start <= key < end, else HIDDEN: added to logits, XLA:CPU fuses it with the product before."""
+    return jnp.where((k_start <= key) & (key < k_end), 0.0, HIDDEN)
+
+
+def _forward_dense(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, softcap):
+    (B, T, H, E), (S, K) = q_BTHE.shape, k_BSKE.shape[1:3]
+    logits = _logits("nqe,nke->nqk", _group(q_BTHE, K) * E**-0.5, _group(k_BSKE, K), softcap)
+    bias = _bias(k_start_BT[..., None], k_end_BT[..., None], jnp.arange(S, dtype=jnp.int32).reshape(1, 1, S))
+    logits = logits.reshape(B, H, T, S) + bias[:, None]
+    top = logits.max(-1, keepdims=True)
+    weights = jnp.exp(logits - top)
+    total = weights.sum(-1, keepdims=True)
+    out = jnp.einsum("nqk,nke->nqe", weights.reshape(B * K, -1, S), _group(v_BSKE, K))
+    out = out / total.reshape(B * K, -1, 1)
+    return _ungroup(out, B, T, q_BTHE.dtype), (top + jnp.log(total))[..., 0]
+
+
+def _backward_dense(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, out_BTHE, lse_BHT, dout_BTHE, softcap):
+    """Keys and values are repeated for each head: the mask would otherwise cost a division per element."""
+    (B, T, H, E), (S, K) = q_BTHE.shape, k_BSKE.shape[1:3]
+    k, v = (_group(jnp.repeat(x, H // K, axis=2), H) for x in (k_BSKE, v_BSKE))
+    key = jnp.arange(S, dtype=jnp.int32).reshape(1, S, 1)
+    bias = _bias(k_start_BT[:, None], k_end_BT[:, None], key)[:, None] - lse_BHT[:, :, None]
+    dq, dk, dv = _gradients(_group(q_BTHE, H) * E**-0.5, k, v, _group(out_BTHE, H), _group(dout_BTHE, H),
+                            bias.reshape(B * H, S, T), softcap)
+    dk, dv = (x.reshape(B * K, H // K, S, E).sum(1) for x in (dk, dv))
+    return (_ungroup(dq * E**-0.5, B, T, q_BTHE.dtype), _ungroup(dk, B, S, k_BSKE.dtype),
+            _ungroup(dv, B, S, v_BSKE.dtype))
+
+
+def _gradients(q, k, v, out, dout, bias, softcap):
+    """dq (but for the factor E^-0.5), dk, dv of some queries and keys; q comes scaled, bias holds -logsumexp.
+
+    Scores are held as (n, keys, queries): dk and dv are then plain products. The third product would sum
+    over the leading axis of a large array, which XLA:CPU does at half the speed, so the small factor is
+    transposed; the barriers keep the compiler from undoing that.
+    """
+    logits = _logits("nke,nqe->nkq", k, q, softcap)
+    p = jnp.exp(logits + bias)
+    delta = (out * dout).sum(-1)[:, None]
+    ds = p * (jnp.einsum("nke,nqe->nkq", v, dout) - delta)
+    if softcap is not None:
+        ds *= 1 - jnp.square(logits / softcap)
+    k_T = lax.optimization_barrier(k.swapaxes(1, 2))
+    dq_T = lax.optimization_barrier(jnp.einsum("nek,nkq->neq", k_T, ds))
+    return dq_T.swapaxes(1, 2), jnp.einsum("nkq,nqe->nke", ds, q), jnp.einsum("nkq,nqe->nke", p, dout)
+
+
+def _pad(x, axis: int, block: int):
+    extra = num_blocks(x.shape[axis], block) * block - x.shape[axis]
+    return jnp.pad(x, [(0, extra if a == axis else 0) for a in range(x.ndim)]) if extra else x
+
+
+def _queries(x_BTHE, b, i, K: int):
+    """Block i of row b, (K, G * Q, E)."""
+    return _group(lax.dynamic_slice_in_dim(lax.dynamic_index_in_dim(x_BTHE, b), i * BLOCK_Q, BLOCK_Q, 1), K)
+
+
+def _per_query(x_BHT, b, i, K: int):
+    """Block i of row b, (K, G * Q)."""
+    x = lax.dynamic_slice_in_dim(lax.dynamic_index_in_dim(x_BHT, b, keepdims=False), i * BLOCK_Q, BLOCK_Q, 1)
+    return x.reshape(K, -1)
+
+
+def _keys(x_BSKE, b, j):
+    """Block j of row b, (K, M, E)."""
+    S, K, E = x_BSKE.shape[1:]
+    x = lax.dynamic_slice(x_BSKE, (b, j * BLOCK_K, 0, 0), (1, min(BLOCK_K, S), K, E))
+    return x[0].astype(jnp.float32).swapaxes(0, 1)
+
+
+def _intervals(k_start_BT, k_end_BT, b, i, G: int):
+    """Of block i of row b, for each of the G heads' copies: (G * Q,)."""
+    rows = (lax.dynamic_index_in_dim(x, b, keepdims=False) for x in (k_start_BT, k_end_BT))
+    return (jnp.tile(lax.dynamic_slice_in_dim(x, i * BLOCK_Q, BLOCK_Q), G) for x in rows)
+
+
+def _forward_blocks(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, softcap):
+    (B, T, H, E), K = q_BTHE.shape, k_BSKE.shape[2]
+    G, count = H // K, num_blocks(T, BLOCK_Q)
+    q, k, v = _pad(q_BTHE, 1, BLOCK_Q), _pad(k_BSKE, 1, BLOCK_K), _pad(v_BSKE, 1, BLOCK_K)
+    bounds = key_bounds(k_start_BT, k_end_BT, BLOCK_Q, BLOCK_K)
+    intervals = pad_intervals(k_start_BT, k_end_BT, BLOCK_Q)
+
+    def query_block(n):
+        b, i = n // count, n % count
+        q_n = _queries(q, b, i, K) * E**-0.5
+        k_start, k_end = (x[:, None] for x in _intervals(*intervals, b, i, G))
+
+        def key_block(j, carry):
+            top, total, acc = carry
+            key = j * BLOCK_K + jnp.arange(BLOCK_K, dtype=jnp.int32).reshape(1, -1)
+            logits = _logits("nqe,nke->nqk", q_n, _keys(k, b, j), softcap)
+            logits += _bias(k_start, k_end, key)[None]
+            new_top = jnp.maximum(top, logits.max(-1))
+            weights, rescale = jnp.exp(logits - new_top[..., None]), jnp.exp(top - new_top)
+            acc = rescale[..., None] * acc + jnp.einsum("nqk,nke->nqe", weights, _keys(v, b, j))
+            return new_top, rescale * total + weights.sum(-1), acc
+
+        empty = jnp.full((K, G * BLOCK_Q), HIDDEN), jnp.zeros((K, G * BLOCK_Q)), jnp.zeros_like(q_n)
+        top, total, acc = lax.fori_loop(bounds.start[b, i], bounds.end[b, i], key_block, empty)
+        out = _ungroup(acc / total[..., None], 1, BLOCK_Q, q.dtype)[0]
+        return out, (top + jnp.log(total)).reshape(H, BLOCK_Q)
+
+    out, lse = lax.map(query_block, jnp.arange(B * count))
+    lse_BHT = lse.reshape(B, count, H, BLOCK_Q).swapaxes(1, 2).reshape(B, H, -1)
+    return out.reshape(B, -1, H, E)[:, :T], lse_BHT[:, :, :T]
+
+
+def _backward_blocks(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, out_BTHE, lse_BHT, dout_BTHE, softcap):
+    (B, T, H, E), (S, K) = q_BTHE.shape, k_BSKE.shape[1:3]
+    G, count = H // K, num_blocks(T, BLOCK_Q)
+    q, out, dout = (_pad(x, 1, BLOCK_Q) for x in (q_BTHE, out_BTHE, dout_BTHE))
+    k, v = _pad(k_BSKE, 1, BLOCK_K), _pad(v_BSKE, 1, BLOCK_K)
+    lse = _pad(lse_BHT, 2, BLOCK_Q)
+    bounds = key_bounds(k_start_BT, k_end_BT, BLOCK_Q, BLOCK_K)
+    intervals = pad_intervals(k_start_BT, k_end_BT, BLOCK_Q)
+
+    def query_block(dk_dv, n):
+        b, i = n // count, n % count
+        q_n, out_n, dout_n = (_queries(x, b, i, K) for x in (q, out, dout))
+        q_n, lse_n = q_n * E**-0.5, _per_query(lse, b, i, K)[:, None]
+        k_start, k_end = (x[None] for x in _intervals(*intervals, b, i, G))
+
+        def key_block(j, carry):
+            dq, dk, dv = carry
+            key = j * BLOCK_K + jnp.arange(BLOCK_K, dtype=jnp.int32).reshape(-1, 1)
+            bias = _bias(k_start, k_end, key)[None] - lse_n
+            more = _gradients(q_n, _keys(k, b, j), _keys(v, b, j), out_n, dout_n, bias, softcap)
+            return dq + more[0], _add_keys(dk, b, j, more[1]), _add_keys(dv, b, j, more[2])
+
+        dq, *dk_dv = lax.fori_loop(bounds.start[b, i], bounds.end[b, i], key_block,
+                                   (jnp.zeros_like(q_n), *dk_dv))
+        return tuple(dk_dv), _ungroup(dq * E**-0.5, 1, BLOCK_Q, q.dtype)[0]
+
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    (dk, dv), dq = lax.scan(query_block, (zeros, zeros), jnp.arange(B * count))
+    return (dq.reshape(B, -1, H, E)[:, :T], dk[:, :S].astype(k.dtype), dv[:, :S].astype(v.dtype))
+
+
+def _add_keys(x_BSKE, b, j, block):
+    """Adds (K, M, E) to key block j of row b, in place."""
+    at = (b, j * BLOCK_K, 0, 0)
+    block = block.swapaxes(0, 1)[None]
+    return lax.dynamic_update_slice(x_BSKE, lax.dynamic_slice(x_BSKE, at, block.shape) + block, at)
