@@ -127,6 +127,12 @@ def check_length(seq_len: int, mesh: Mesh) -> None:
                         f"{mesh.shape['sequence']}; change one of them")
 
 
+def check_heads(num_kv_heads: int, mesh: Mesh) -> None:
+    if num_kv_heads % mesh.shape["tensor"]:
+        raise UserError(f"model.num_kv_heads = {num_kv_heads} does not divide over mesh.tensor = "
+                        f"{mesh.shape['tensor']}: a head is not split; change one of them")
+
+
 def put_batch(batch, mesh: Mesh):
     """This process's rows (numpy, leading axis B / processes) -> global arrays sharded over rows."""
     sharding = batch_sharding(mesh)

@@ -55,6 +55,7 @@ def main() -> None:
     mesh = sharding.make_mesh(cfg.mesh)
     sharding.check_batch_size(cfg.train.batch_size // cfg.train.num_microbatches, mesh)
     sharding.check_length(cfg.data.seq_len, mesh)
+    sharding.check_heads(cfg.model.num_kv_heads, mesh)
     objective = make_objective(cfg)
     with jax.set_mesh(mesh):
         if DRY_RUN.value:

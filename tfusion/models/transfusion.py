@@ -63,7 +63,8 @@ class Transfusion(nn.Module):
                          std=0.02)
 
         positions = patch_positions(batch.image_start_BI, cfg.num_patches)
-        x_BTD = embedding_VD.astype(dtype)[batch.tokens_BT]
+        table_VD = constrain(embedding_VD.astype(dtype), "vocab", None)  # gathered over fsdp, once
+        x_BTD = table_VD[batch.tokens_BT]
         x_BTD = scatter_patches(x_BTD, adapter.encode(x_t_BIhwc.astype(dtype), t_BI), positions)
         x_BTD = constrain(x_BTD, "batch", "length", "hidden")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
 
 from tfusion import config, sharding
 from tfusion.data.prepared import check_identity
@@ -18,7 +19,10 @@ from tfusion.training.optimizer import make_optimizer
 from tfusion.types import FORMAT_VERSION
 
 KEPT = 2
-SAME_ON_RESUME = ("objective", "model", "diffusion.prediction", "data.tokenizer")
+SAME_ON_RESUME = (  # what the parameters mean, and what the position in the data counts in
+    "objective", "seed", "model.", "diffusion.prediction", "data.tokenizer", "data.mixture.", "data.seq_len",
+    "data.max_images", "data.max_scored", "data.window_rows")
+MAY_CHANGE = ("model.remat", "model.compute_dtype")
 
 
 class Checkpoints:
@@ -73,17 +77,13 @@ class Checkpoints:
 
 
 def check_same(saved: dict, cfg: config.Config, where) -> None:
-    """Raises UserError where a run is resumed with another model than it was saved with."""
-    for name in SAME_ON_RESUME:
-        old, new = saved, cfg.to_dict()
-        for part in name.split("."):
-            old, new = old[part], new[part]
-        changed = [k for k in new if old.get(k) != new[k]] if isinstance(new, dict) else [""] * (old != new)
-        if changed:
-            key = f"{name}.{changed[0]}".rstrip(".")
-            a, b = (old[changed[0]], new[changed[0]]) if isinstance(new, dict) else (old, new)
-            raise UserError(f"{where} was saved with {key} = {a}, the config has {b}: set it back, or start "
-                            "in another --workdir")
+    """Raises UserError where a run is resumed with another model or order of data than it was saved with."""
+    old, new = (flatten_dict(tree, sep=".") for tree in (saved, cfg.to_dict()))
+    for key in sorted({*old, *new}):
+        fixed = key.startswith(SAME_ON_RESUME) and key not in MAY_CHANGE
+        if fixed and old.get(key) != new.get(key):
+            raise UserError(f"{where} was saved with {key} = {old.get(key)}, the config has {new.get(key)}: "
+                            "set it back, or start in another --workdir")
     a, b = saved["optimizer"]["ema_decay"], cfg.optimizer.ema_decay
     if (a > 0) != (b > 0):  # one state holds a moving average, the other none
         raise UserError(f"{where} was saved with optimizer.ema_decay = {a}, the config has {b}: set it "
