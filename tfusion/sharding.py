@@ -76,16 +76,31 @@ def is_split(name: str) -> bool:
 
 
 def sharded(fn, in_axes, out_axes):
-    """shard_map by logical axes: fn sees one device's part of every array.
+    """shard_map by logical axes, for kernels, which the compiler cannot partition: fn sees one device's part.
 
-    in_axes: one tuple of logical axis names per argument; out_axes: of the one result. An axis named None
-    is whole on every device: what was split is gathered on the way in, its gradient summed on the way back.
+    in_axes: one tuple of logical axis names (or None) per argument; out_axes: of the one result. An axis
+    named None is whole on every device: what was split is gathered on the way in, and its gradient summed on
+    the way back. Mesh axes that some dimension does not divide over (a few rows to sample) are left out of
+    all arguments alike: those devices repeat the work.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return fn
-    return jax.shard_map(fn, in_specs=tuple(spec(*axes) for axes in in_axes), out_specs=spec(*out_axes),
-                         check_vma=False)
+
+    def parts(axes):
+        return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+    def run(*arguments):
+        uneven = {axes for x, names in zip(arguments, in_axes) for size, axes in zip(x.shape, spec(*names))
+                  if axes and size % parts(axes)}
+
+        def even(names):
+            return PartitionSpec(*(None if axes in uneven else axes for axes in spec(*names)))
+
+        return jax.shard_map(fn, in_specs=tuple(map(even, in_axes)), out_specs=even(out_axes),
+                             check_vma=False)(*arguments)
+
+    return run
 
 
 def shardings(abstract_tree, mesh: Mesh):

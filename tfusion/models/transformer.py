@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from tfusion.config import ModelConfig
+from tfusion.kernels.interval_attention import RESIDUAL_NAMES
 from tfusion.models.attention import attention
 from tfusion.models.rope import apply_rope
 from tfusion.sharding import constrain, is_split
@@ -15,7 +16,7 @@ from tfusion.sharding import constrain, is_split
 NORM_EPS = 1e-5
 
 REMAT_POLICIES = {  # what the backward pass finds kept; the rest of a block is computed again
-    "attention": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
+    "attention": jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": None,
 }
