@@ -145,16 +145,18 @@ def test_losses_on_held_out_rows(cfg, gaussian_root, prediction):
         assert total / count == pytest.approx(want[here].mean(), rel=0.05)
 
 
-def text(tokens, mask):
+def text(tokens, mask, segments=None, images=None):
     tokens, mask = np.array([tokens], np.int32), np.array([mask], bool)
     zeros = np.zeros_like(tokens)
-    return Batch(zeros[:, 0], tokens, zeros, zeros, zeros, mask, np.zeros((1, 1, *SHAPE), np.float32),
+    segments = zeros + 1 if segments is None else np.array([segments], np.int32)
+    images = zeros if images is None else np.array([images], np.int32)
+    return Batch(zeros[:, 0], tokens, segments, images, zeros, mask, np.zeros((1, 1, *SHAPE), np.float32),
                  zeros[:, :1], np.zeros((1, 1), np.float32))
 
 
 def trained():
     """Scored pairs of a vocabulary of 4: 0 -> 1 twice, 1 -> 2, 2 -> 1; the others are not scored."""
-    ngrams = baselines.Ngrams(4)
+    ngrams = baselines.Ngrams(4, with_images=False)
     ngrams.add(text([0, 1, 2, 1, 3, 3], [1, 1, 1, 0, 0, 0]))
     ngrams.add(text([0, 1, 3, 0], [1, 0, 0, 0]))
     return ngrams
@@ -167,6 +169,19 @@ def test_only_scored_pairs_are_counted():
     want = np.zeros((4, 4))
     want[0, 1], want[1, 2], want[2, 1] = 2, 1, 1
     np.testing.assert_array_equal(trained().pairs, want)
+
+
+def test_documents_with_images_are_counted_apart():
+    """A row of three documents, the middle one with an image (two patches)."""
+    row = text([0, 1, 0, 2, 0, 0, 3, 3, 0, 0], [1, 0, 1, 0, 0, 1, 0, 1, 0, 0], [1, 1, 2, 2, 2, 2, 2, 3, 3, 0],
+               [0, 0, 0, 0, 1, 1, 0, 0, 0, 0])
+    pairs = {}
+    for with_images in (True, False):
+        ngrams = baselines.Ngrams(4, with_images)
+        ngrams.add(row)
+        pairs[with_images] = {tuple(map(int, p)): ngrams.pairs[tuple(p)] for p in np.argwhere(ngrams.pairs)}
+    assert pairs == {True: {(0, 2): 1, (0, 3): 1}, False: {(0, 1): 1, (3, 0): 1}}
+    assert [a.tolist() for a in baselines.scored_pairs(row, False)] == [[0, 3], [1, 0]]
 
 
 def test_ngram_losses_by_hand():

@@ -34,7 +34,7 @@ def test_only_one_source_captions_first(cfg):
 
 def test_read_gives_documents_of_that_source_alone(cfg):
     for split in ("train", "heldout"):
-        batches = losses.read(losses.only(cfg, "glosses"), split, 2)
+        batches = list(losses.read(losses.only(cfg, "glosses"), split, 2))
         assert len(batches) == 2 and all(len(b.row_ids_B) == cfg.train.batch_size for b in batches)
         assert not any(b.image_ids_BT.any() for b in batches)
     assert any(b.image_ids_BT.any() for b in losses.read(losses.only(cfg, "scenes"), "heldout", 2))

@@ -71,9 +71,9 @@ def switches(cfg: Config, params, tokenizer, scenes: list) -> list[bool]:
 
 def chance(world, scenes: list, images) -> dict:
     """Measured chance levels of both directions."""
-    drawn, told = [], []
+    drawn, told, n = [], [], len(scenes)
     for shift in range(1, CHANCE_ROTATIONS + 1):
-        others = np.roll(np.arange(len(scenes)), shift * 7)
+        others = np.roll(np.arange(n), shift * n // (CHANCE_ROTATIONS + 1))
         drawn += [score_generation(world, s, images[j]) for s, j in zip(scenes, others)]
         told += [score_caption(world, s, scenes[j].caption) for s, j in zip(scenes, others)]
     mean = {name: float(np.mean([s[name] for s in drawn])) for name in ("canvas", "sprites")}

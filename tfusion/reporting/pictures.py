@@ -35,7 +35,7 @@ def pixel_image(image_hwc: np.ndarray, alt: str) -> str:
 
 
 def scale(
-    value: float,
+    value: float | None,
     low: float | None,
     high: float | None,
     chance: float | None,
@@ -43,7 +43,7 @@ def scale(
     good: bool,
 ) -> str:
     """Where a value stands: a dot with its interval on a line that also marks chance and goal."""
-    if not math.isfinite(value):
+    if value is None or not math.isfinite(value):
         return ""
     known = [x for x in (value, low, high, chance, want) if x is not None]
     start, end = min(known), max(known)

@@ -50,7 +50,7 @@ class Losses:
 
 
 class Throughput:
-    """Rates over the steps since the last report."""
+    """Rates over the steps since the last report, of the whole run: this process's share times processes."""
 
     def __init__(self, cfg: Config, totals: dict | None = None):
         self.cfg, self.peak = cfg, accelerators.peak_flops_per_sec(jax.devices()[0].device_kind)
@@ -67,15 +67,15 @@ class Throughput:
 
     def add(self, batch, waited: float) -> None:
         """Counts one host batch; waited: seconds the step waited for it."""
-        self._steps, self._waited = self._steps + 1, self._waited + waited
+        self._steps, self._waited, n = self._steps + 1, self._waited + waited, jax.process_count()
         if isinstance(batch, Batch):
-            self._positions += batch.tokens_BT.size
-            self.total["tokens"] += int((batch.segment_ids_BT > 0).sum())
-            self.total["patches"] += int((batch.image_ids_BT > 0).sum())
-            self.total["images"] += int((batch.max_t_BI > 0).sum())
-            self.total["flops"] += training_flops(self.cfg, batch)
+            self._positions += n * batch.tokens_BT.size
+            self.total["tokens"] += n * int((batch.segment_ids_BT > 0).sum())
+            self.total["patches"] += n * int((batch.image_ids_BT > 0).sum())
+            self.total["images"] += n * int((batch.max_t_BI > 0).sum())
+            self.total["flops"] += n * training_flops(self.cfg, batch)
         else:
-            self.total["images"] += len(batch.row_ids_B)
+            self.total["images"] += n * len(batch.row_ids_B)
 
     def report(self) -> dict:
         seconds = max(time.perf_counter() - self._since, 1e-9)

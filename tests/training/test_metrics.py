@@ -1,0 +1,138 @@
+"""Numbers out of a run: means, rates by a fake clock, metrics.jsonl and timing.json."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tfusion.errors import UserError
+from tfusion.training import metrics
+from tfusion.training.flops import training_flops
+from tfusion.types import Batch, ImageBatch
+
+
+def test_losses_divide_once_over_all_steps():
+    losses = metrics.Losses()
+    losses.add(1, {"a": (jnp.float32(3.0), jnp.float32(1.0)), "b": (0.0, 0.0)})
+    losses.flush()  # a checkpoint between log lines: nothing is lost, nothing counts twice
+    losses.add(2, {"a": (jnp.float32(1.0), jnp.float32(7.0)), "b": (0.0, 0)})
+    losses.add(3, {"c": (5.0, 2)})
+    assert losses.means("train/") == {"train/a": 0.5, "train/b": None, "train/c": 2.5}
+    losses.add(4, {"a": (6.0, 2)})
+    assert losses.means("") == {"a": 3.0}  # started over
+    assert losses.means("") == {}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_loss_that_is_not_finite_names_its_step(bad):
+    losses = metrics.Losses()
+    losses.add(6, {"lm_loss": (1.0, 1), "diffusion_loss": (2.0, 1)})
+    losses.add(7, {"lm_loss": (1.0, 1), "diffusion_loss": (jnp.float32(bad), 1)})
+    losses.add(8, {"lm_loss": (np.nan, 1), "diffusion_loss": (np.nan, 1)})
+    with pytest.raises(UserError, match=r"^step 7: diffusion_loss is not finite"):
+        losses.flush()
+
+
+class Clock:
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+def packed(cfg):
+    """A row of 10 positions: a document of 3 tokens and 4 patches, one of 1 token, 2 of padding."""
+    segments = np.array([[1] * 7 + [2] + [0, 0]], np.int32)
+    images = np.array([[0, 0, 1, 1, 1, 1, 0, 0, 0, 0]], np.int32)
+    zeros = np.zeros_like(segments)
+    latents = np.zeros((1, 2, *cfg.model.latent_shape), np.float32)
+    return Batch(np.zeros(1, np.int32), zeros, segments, images, zeros, segments == 2, latents,
+                 np.array([[2, 10]], np.int32), np.array([[1.0, 0.0]], np.float32))
+
+
+def test_rates_by_a_fake_clock(cfg, clock, monkeypatch):
+    asked = []
+    monkeypatch.setattr(metrics.accelerators, "peak_flops_per_sec", lambda kind: asked.append(kind) or 1e6)
+    speed, batch = metrics.Throughput(cfg), packed(cfg)
+    assert asked == [jax.devices()[0].device_kind]
+    for _ in range(4):
+        clock.now += 1.0
+        speed.add(batch, 0.25)
+    clock.now += 6.0
+    speed.pause(5.0)  # an evaluation: 10 seconds passed, 5 of them are training's
+    flops, out = training_flops(cfg, batch), speed.report()
+    assert out == pytest.approx({
+        "perf/step_ms": 1e3 * 5 / 4, "perf/tokens_per_sec": 4 * 8 / 5, "perf/patches_per_sec": 4 * 4 / 5,
+        "perf/images_per_sec": 4 / 5, "perf/model_flops_per_sec": 4 * flops / 5, "data/fill": 0.8,
+        "data/wait_fraction": 1.0 / 5, "perf/mfu": 4 * flops / 5 / (1e6 * jax.device_count())})
+
+    clock.now += 2.0  # rates start over, totals do not
+    speed.add(batch, 0.0)
+    out = speed.report()
+    assert out["perf/step_ms"] == pytest.approx(2e3) and out["perf/tokens_per_sec"] == pytest.approx(4)
+    assert speed.total == pytest.approx({"tokens": 40, "patches": 20, "images": 5, "flops": 5 * flops})
+
+
+def test_a_resumed_run_counts_on_and_its_rates_do_not_hold_the_past(cfg, clock):
+    speed = metrics.Throughput(cfg, {"tokens": 1000, "patches": 500, "images": 70, "flops": 1e9})
+    clock.now += 2.0
+    speed.add(packed(cfg), 0.0)
+    out = speed.report()
+    assert out["perf/tokens_per_sec"] == pytest.approx(4) and out["perf/images_per_sec"] == pytest.approx(0.5)
+    assert speed.total["tokens"] == 1008 and speed.total["images"] == 71
+    assert "perf/mfu" not in out  # a CPU has no known peak
+
+
+def test_the_autoencoders_batches_count_images_only(cfg, clock):
+    speed = metrics.Throughput(cfg)
+    speed.add(ImageBatch(np.arange(6, dtype=np.int32), np.zeros((6, 32, 32, 3), np.uint8)), 0.5)
+    clock.now += 2.0
+    assert speed.report() == pytest.approx(
+        {"perf/step_ms": 2e3, "perf/images_per_sec": 3.0, "data/wait_fraction": 0.25})
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_writer_adds_a_line_a_write_and_tensorboard_events(tmp_path):
+    writer = metrics.Writer(tmp_path, 0)
+    writer.write(1, {"train/lm_loss": 1.23456789, "train/empty": None})
+    assert lines(tmp_path) == [{"step": 1, "train/lm_loss": 1.234568, "train/empty": None}]  # there at once
+    writer.write(1, {"eval/lm_loss": 2.0})
+    writer.close()
+    assert lines(tmp_path)[1] == {"step": 1, "eval/lm_loss": 2.0}
+    (events,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
+    content = events.read_bytes()
+    assert b"train/lm_loss" in content and b"eval/lm_loss" in content and b"train/empty" not in content
+
+
+def test_writer_drops_what_came_after_the_restored_step(tmp_path):
+    writer = metrics.Writer(tmp_path, 0)
+    for step in (2, 4, 4, 6):
+        writer.write(step, {"x": float(step)})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "x"')  # killed while writing
+    writer = metrics.Writer(tmp_path, 4)
+    assert [row["step"] for row in lines(tmp_path)] == [2, 4, 4]
+    writer.write(6, {"x": 60.0})
+    writer.close()
+    assert lines(tmp_path)[2:] == [{"step": 4, "x": 4.0}, {"step": 6, "x": 60.0}]
+
+
+def test_timing_keeps_other_stages_and_replaces_its_own(tmp_path):
+    metrics.write_timing(tmp_path, "train", 1.26)
+    metrics.write_timing(tmp_path, "train from step 4", 2.0)
+    metrics.write_timing(tmp_path, "train", 3.0)
+    timing = json.loads((tmp_path / "timing.json").read_text())
+    assert {s["name"]: s["seconds"] for s in timing["stages"]} == {"train from step 4": 2.0, "train": 3.0}
+    assert len(timing["stages"]) == 2 and all(10 < s["peak_memory_mb"] < 1e6 for s in timing["stages"])
+    assert f"{jax.device_count()} x" in timing["machine"] and timing["versions"]["jax"] == jax.__version__
