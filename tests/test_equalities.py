@@ -20,20 +20,23 @@ from tests.conftest import tiny_config
 from tfusion import config, sharding
 from tfusion.data import packing, pipeline
 from tfusion.diffusion import process, schedule
+from tfusion.models import lm_head
 from tfusion.models.transfusion import Transfusion
 from tfusion.objectives import make_objective
-from tfusion.objectives.transfusion import diffusion_losses, draw_noise, lm_loss
+from tfusion.objectives.transfusion import diffusion_losses, draw_noise
 from tfusion.training import state as states
 from tfusion.training import step as steps
 from tfusion.training.optimizer import B1, CLIP_NORM, make_optimizer
 
 STEPS = 20
 LOSS_RTOL, GRADIENT_RTOL, CURVE_RTOL = 1e-5, 1e-4, 1e-4
-ONE = (1, 1, 1)
-MESHES = {  # (data, fsdp, tensor), micro-batches
-    "data2-fsdp2-tensor2": ((2, 2, 2), 1),
-    "fsdp8": ((1, 8, 1), 1),
-    "data4-tensor2-micro2": ((4, 1, 2), 2),
+ONE = (1, 1, 1, 1)
+MESHES = {  # (data, fsdp, tensor, sequence), micro-batches
+    "data2-fsdp2-tensor2": ((2, 2, 2, 1), 1),
+    "fsdp8": ((1, 8, 1, 1), 1),
+    "data4-tensor2-micro2": ((4, 1, 2, 1), 2),
+    "fsdp2-tensor2-sequence2": ((1, 2, 2, 2), 1),
+    "sequence4": ((1, 1, 1, 4), 1),
 }
 
 
@@ -46,7 +49,7 @@ def quick_compiles():
 
 
 def make_mesh(sizes):
-    return sharding.make_mesh(config.MeshConfig(*sizes, 1), jax.devices()[: int(np.prod(sizes))])
+    return sharding.make_mesh(config.MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
 
 
 def with_value(cfg, name: str, value):
@@ -170,7 +173,7 @@ def test_state_stays_in_its_shards(runs, name):
 
 
 def test_parameters_are_really_sharded(runs):
-    mesh = make_mesh((2, 2, 2))
+    mesh = make_mesh((2, 2, 2, 1))
     with jax.set_mesh(mesh):
         state = states.init_state(runs.objective, runs.tx, True, runs.cfg.seed, mesh)
     m, layers = runs.cfg.model, runs.cfg.model.num_layers
@@ -196,13 +199,13 @@ def test_parameters_are_really_sharded(runs):
 
 def test_lowered_step_has_sharding_constraints(runs):
     """`with mesh:` in place of `jax.set_mesh(mesh)` would leave none of them (see test_sharding.py)."""
-    mesh = make_mesh((2, 2, 2))
+    mesh = make_mesh((2, 2, 2, 1))
     with jax.set_mesh(mesh):
         state = states.restore_target(runs.objective, runs.tx, True, mesh)
         step = jax.jit(steps.make_train_step(runs.objective, runs.tx, runs.cfg), donate_argnums=0)
         text = step.lower(state, sharding.put_batch(runs.batch, mesh)).as_text()
     lines = [line for line in text.splitlines() if "sdy.sharding_constraint" in line]
-    rows, tensor = '[{"data", "fsdp"}, {}, ', '{"tensor"}'
+    rows, tensor = '[{"data", "fsdp"}, {"sequence"}, ', '{"tensor"}'
     B, T, m = *runs.batch.tokens_BT.shape, runs.cfg.model
 
     def count(spec, shape):
@@ -213,7 +216,11 @@ def test_lowered_step_has_sharding_constraints(runs):
     assert count("{}", (B, T, m.d_model)) >= 4  # the residual stream: into the decoder, after a block
     assert count(tensor + ", {}", (B, T, m.num_heads, m.head_dim)) >= 2  # heads
     assert count(tensor, (B, T, m.d_ff)) >= 2  # the MLP's hidden layer
-    assert count(tensor, (B, T, m.padded_vocab_size)) >= 2  # logits
+    table = f"[{tensor}, {{}}]> : tensor<{m.padded_vocab_size}x{m.d_model}xf32>"
+    assert sum(line.endswith(table) for line in lines) >= 2  # the embedding: split in vocabulary alone
+    queries, keys = f"{rows}{tensor}, {{}}]", f'[{{"data", "fsdp"}}, {{}}, {tensor}, {{}}]'
+    kernels = [line for line in text.splitlines() if "sdy.manual_computation" in line]
+    assert any(queries in line and keys in line for line in kernels)  # attention: queries split, keys whole
 
 
 # ---------------------------------------------------------------- one device
@@ -252,8 +259,9 @@ def test_microbatches_equal_one_batch(runs, whole, num_microbatches):
     assert_gradients_equal(got, whole[0])
 
 
-def test_scanned_with_remat_equals_unrolled(runs, whole):
-    got, losses = gradients(runs, remat="full")
+@pytest.mark.parametrize("remat", ["attention", "dots", "full"])
+def test_scanned_with_remat_equals_unrolled(runs, whole, remat):
+    got, losses = gradients(runs, remat=remat)
     assert_same_losses(losses, whole[1])
     assert_gradients_equal(got, whole[0])
 
@@ -349,7 +357,8 @@ def test_packed_rows_equal_each_document_alone(runs):
         x0 = batch.latents_BIhwc
         out = Transfusion(model).apply({"params": params}, batch, process.add_noise(x0, eps, a), t)
         target = process.target(runs.cfg.diffusion.prediction, x0, eps, a)
-        lm = lm_loss(out.logits_BTV, batch.tokens_BT, batch.loss_mask_BT)
+        lm = lm_head.next_token_loss(out.hidden_BTD, out.lm_head_DV, batch.tokens_BT, batch.loss_mask_BT,
+                                     data.max_scored, model.vocab_size)
         diffusion = diffusion_losses(out.prediction_BIhwc, target, t, batch.max_t_BI)["diffusion_loss"]
         return lm[0] + diffusion[0], (lm, diffusion, out)
 
@@ -360,9 +369,10 @@ def test_packed_rows_equal_each_document_alone(runs):
     for (a, n), (b, m) in zip(losses, losses_alone):
         assert n == m > 0
         assert float(a) == pytest.approx(float(b), rel=LOSS_RTOL)
+    logits, logits_alone = (np.asarray(lm_head.logits(x.hidden_BTD, x.lm_head_DV, model.vocab_size))
+                            for x in (out, out_alone))
     for i, (row, start, slot, n, k) in enumerate(places):
-        np.testing.assert_allclose(out.logits_BTV[row, start : start + n], out_alone.logits_BTV[i, :n],
-                                   rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(logits[row, start : start + n], logits_alone[i, :n], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(out.prediction_BIhwc[row, slot : slot + k],
                                    out_alone.prediction_BIhwc[i, :k], rtol=1e-4, atol=1e-5)
     assert_gradients_equal(grads, grads_alone)

@@ -168,7 +168,8 @@ def test_deleting_the_broken_checkpoint_goes_on_from_the_older(whole, copied):
 
 
 CHANGES = {"model.d_ff": 128, "model.num_layers": 3, "model.patch_positions": "none",
-           "diffusion.prediction": "eps", "data.tokenizer": "default", "optimizer.ema_decay": 0.0}
+           "diffusion.prediction": "eps", "data.tokenizer": "default",
+           "data.max_scored": 150, "optimizer.ema_decay": 0.0}
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -215,6 +216,102 @@ def test_the_error_names_the_first_bad_step_and_loss(bad, value):
     losses.add(8, {name: (np.float32(value), 1) for name in fine})
     with pytest.raises(UserError, match=f"^step 7: {bad} is not finite"):
         losses.flush()
+
+
+# ---------------------------------------------------------------- log lines, traces
+
+def with_train(cfg, **changes):
+    return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, **changes))
+
+
+def train_lines(workdir) -> dict:
+    """{step: line} of the lines with losses of training, which are in order and each there once."""
+    found = [line for line in lines(workdir) if "train/lm_loss" in line]
+    steps = [line["step"] for line in found]
+    assert steps == sorted(set(steps))
+    return dict(zip(steps, found))
+
+
+@pytest.fixture(scope="module")
+def every_step(whole, tmp_path_factory):
+    """Lines of each step, all but the last written while the next one runs."""
+    workdir = tmp_path_factory.mktemp("every_step")
+    cfg = with_train(whole[0], log_every=1, eval_every=0, checkpoint_every=STEPS)
+    state = train(cfg, workdir)
+    assert_same_bits(state, whole[2])
+    return train_lines(workdir)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(eval_every=0, checkpoint_every=STEPS),  # 2 and 4 are late
+    dict(eval_every=2, checkpoint_every=STEPS),  # none is
+    dict(eval_every=4, diagnostics_every=2, checkpoint_every=2),
+    dict(eval_every=3, diagnostics_every=0, checkpoint_every=STEPS),  # an evaluation between two lines
+], ids=["late", "evaluated", "saved", "between"])
+def test_log_lines_are_means_over_their_steps(whole, every_step, tmp_path, changes):
+    """Steps 2, 4, 6, each the mean over two steps by their counts, whether written at once or late."""
+    cfg = with_train(whole[0], log_every=2, **changes)
+    train(cfg, tmp_path)
+    assert list(every_step) == [1, 2, 3, 4, 5, 6]
+    got, objective = train_lines(tmp_path), make_objective(cfg)
+    assert list(got) == [2, 4, 6]
+    batches = list(loop.pipeline.batches(loop.pipeline.open_rows(cfg, objective, "train"), 0, STEPS,
+                                         cfg.train.batch_size))
+    counts = [objective.counts(batch) for batch in batches]
+    for step, line in got.items():
+        pair = step - 1, step
+        for name in ("lm_loss", "diffusion_loss", "grad_norm", "param_norm"):
+            values = [every_step[s][f"train/{name}"] for s in pair]
+            weights = [float(counts[s - 1].get(name, 1)) for s in pair]
+            assert line[f"train/{name}"] == pytest.approx(np.average(values, weights=weights), rel=1e-6), name
+        assert line["train/learning_rate"] == every_step[step]["train/learning_rate"]
+        filled = [(batches[s - 1].segment_ids_BT > 0).mean() for s in pair]
+        assert line["data/fill"] == pytest.approx(np.mean(filled), rel=1e-6)
+
+
+@pytest.mark.parametrize("broken_after", [4, 5])
+def test_resumed_equals_uninterrupted_with_late_lines(whole, tmp_path, monkeypatch, broken_after):
+    """Step 4's line is lost, or there, when the run dies: in the end it is there once."""
+    cfg = with_train(whole[0], eval_every=0)
+    train(cfg, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, broken_after)
+        train(cfg, tmp_path / "broken")
+    assert list(train_lines(tmp_path / "broken")) == ([2, 3] if broken_after == 4 else [2, 3, 4])
+    assert_same_bits(train(cfg, tmp_path / "broken"), whole[2])
+    assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
+    assert list(train_lines(tmp_path / "broken")) == [2, 3, 4, 6]
+
+
+def traces(workdir) -> list[Path]:
+    return [p for p in (workdir / "profile").rglob("*.xplane.pb") if p.stat().st_size]
+
+
+def test_profile_writes_a_trace_of_its_steps(whole, tmp_path, monkeypatch):
+    """Started before step 2's batch, stopped after two steps; the run itself is not changed by a bit."""
+    events, real = [], jax.profiler.stop_trace
+    start_trace, real_step = jax.profiler.start_trace, loop.metrics.Throughput.add
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *a: events.append("start") or start_trace(*a))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop") or real())
+    monkeypatch.setattr(loop.metrics.Throughput, "add",
+                        lambda self, *a: events.append("step") or real_step(self, *a))
+    with jax.set_mesh(mesh()):
+        state = loop.train(whole[0], make_objective(whole[0]), tmp_path, mesh(), profile=(2, 2))
+    assert events == ["step"] * 2 + ["start"] + ["step"] * 2 + ["stop"] + ["step"] * 2
+    assert len(traces(tmp_path)) == 1
+    assert_same_bits(jax.device_get(state), whole[2])
+    assert lines(tmp_path) == lines(whole[1])
+
+
+@pytest.mark.parametrize("profile", [(1, 1), (2, 3)], ids=["over", "under way"])
+def test_profile_of_steps_before_the_resumed_one(whole, copied, profile):
+    """The same command again after a crash: the window lies behind, wholly or in part."""
+    cfg, workdir, state = whole
+    shutil.rmtree(copied / "checkpoints" / str(STEPS))
+    with jax.set_mesh(mesh()):
+        resumed = loop.train(cfg, make_objective(cfg), copied, mesh(), profile=profile)  # from step 3
+    assert_same_bits(jax.device_get(resumed), state)
+    assert lines(copied) == lines(workdir)
 
 
 # ---------------------------------------------------------------- real processes

@@ -78,13 +78,17 @@ def test_axes_are_auto():
 
 
 def test_fsdp_takes_the_devices_left_over():
-    assert dict(sharding.make_mesh(MeshConfig(2, -1, 1, 1)).shape) == {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 1}
+    shape = sharding.make_mesh(MeshConfig(data=1, fsdp=-1, tensor=1, sequence=2)).shape
+    assert dict(shape) == {"data": 1, "fsdp": 4, "sequence": 2, "tensor": 1}
+    shape = sharding.make_mesh(MeshConfig(2, -1, 1, 1)).shape
+    assert dict(shape) == {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 1}
 
 
-@pytest.mark.parametrize("sizes", [(3, 1, 1), (2, 2, 1), (4, 4, 1), (3, -1, 1), (16, -1, 1)])
+@pytest.mark.parametrize("sizes", [(3, 1, 1, 1), (2, 2, 1, 1), (4, 4, 1, 1), (3, -1, 1, 1), (16, -1, 1, 1),
+                                   (2, 2, 2, 2), (1, -1, 1, 3)])
 def test_mesh_that_does_not_fit_raises(sizes):
     with pytest.raises(UserError, match=r"does not fit 8 devices; set mesh\.\*"):
-        sharding.make_mesh(MeshConfig(*sizes, 1))
+        sharding.make_mesh(MeshConfig(*sizes))
 
 
 def test_indivisible_dimension_names_the_parameter():
@@ -127,3 +131,101 @@ def test_put_batch_round_trip():
         assert {s.data.shape for s in x.addressable_shards} == {(2, *y.shape[1:])}
         for shard in x.addressable_shards:
             np.testing.assert_array_equal(np.asarray(shard.data), y[shard.index])
+
+
+# ---------------------------------------------------------------- shard_map by logical axes
+
+def weigh(x_BTH, y_BSH, w_T):
+    """Each query's weight times the sum of the keys of its row: every output needs every key."""
+    return w_T[None, :, None] * x_BTH * (y_BSH**2).sum(axis=1, keepdims=True)
+
+
+AXES = (("batch", "length", "heads"), ("batch", None, "heads"), ("length",))
+SHAPES = (4, 8, 2), (4, 8, 2), (8,)
+MESHES = [(2, 2, 2, 1), (1, 2, 2, 2), (1, 1, 1, 8), (2, 1, 1, 4)]
+
+
+def arrays():
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(shape).astype(np.float32) for shape in SHAPES]
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_sharded_splits_and_gathers(sizes):
+    """fn sees its part of what is split and the whole of what is not; the result is put together again."""
+    seen = []
+
+    def fn(*parts):
+        seen.append([part.shape for part in parts])
+        return weigh(*parts)
+
+    data, fsdp, tensor, sequence = sizes
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(*sizes))):
+        got = jax.jit(sharding.sharded(fn, AXES, AXES[0]))(*arrays())
+    B, T, H = 4 // (data * fsdp), 8 // sequence, 2 // tensor
+    assert seen[0] == [(B, T, H), (B, 8, H), (T,)]
+    np.testing.assert_allclose(got, weigh(*arrays()), rtol=1e-5)
+    assert {s.data.shape for s in got.addressable_shards} == {(B, T, H)}
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_gradients_of_gathered_arguments_are_summed(sizes):
+    """Over queries elsewhere for the keys, over rows and heads elsewhere for the weights."""
+    rng = np.random.default_rng(1)
+    probe = rng.standard_normal(SHAPES[0]).astype(np.float32)
+
+    def gradients(fn):
+        return jax.jit(jax.grad(lambda *xs: (probe * fn(*xs)).sum(), argnums=(0, 1, 2)))(*arrays())
+
+    want = gradients(weigh)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(*sizes))):
+        got = gradients(sharding.sharded(weigh, AXES, AXES[0]))
+    for a, b in zip(got, want):
+        assert np.abs(b).min() > 0
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 2, 1), (2, 2, 1, 2), (1, 1, 2, 4)])
+def test_what_does_not_divide_is_repeated(sizes):
+    """Three rows, six positions, two heads: axes that do not divide are left out, nothing changes."""
+    rng = np.random.default_rng(2)
+    odd = [rng.standard_normal(shape).astype(np.float32) for shape in ((3, 6, 2), (3, 6, 2), (6,))]
+
+    def both(fn):
+        return jax.jit(jax.value_and_grad(lambda *xs: (fn(*xs) ** 2).sum(), argnums=(0, 1, 2)))(*odd)
+
+    want, want_grads = both(weigh)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(*sizes))):
+        got, grads = both(sharding.sharded(weigh, AXES, AXES[0]))
+    assert float(got) == pytest.approx(float(want), rel=1e-5)
+    for a, b in zip(grads, want_grads):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-4)
+
+
+def test_heads_that_do_not_divide_raise():
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=4, sequence=1))
+    sharding.check_heads(8, mesh)
+    with pytest.raises(UserError, match=r"^model\.num_kv_heads = 2 does not divide over mesh\.tensor = 4"):
+        sharding.check_heads(2, mesh)
+
+
+def test_sharded_on_one_device_or_without_a_mesh_is_the_function_itself():
+    assert sharding.sharded(weigh, AXES, AXES[0]) is weigh  # the tests' own mesh: one device
+    assert without_mesh(lambda: sharding.sharded(weigh, AXES, AXES[0])) is weigh
+
+
+@pytest.mark.parametrize("sizes, split", [
+    ((1, 1, 1, 8), {"length"}), ((1, 8, 1, 1), {"batch", "embed"}), ((8, 1, 1, 1), {"batch"}),
+    ((1, 2, 2, 2), {"batch", "embed", "length", "heads", "kv_heads", "mlp", "vocab"})])
+def test_is_split(sizes, split):
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(*sizes))):
+        assert {name for name in sharding.RULES if sharding.is_split(name)} == split
+    assert not any(map(sharding.is_split, sharding.RULES))  # one device
+    assert not without_mesh(lambda: any(map(sharding.is_split, sharding.RULES)))
+
+
+def test_length_that_does_not_divide_raises():
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=1, sequence=4))
+    sharding.check_length(128, mesh)
+    with pytest.raises(UserError, match=r"^data\.seq_len = 130 does not divide over mesh\.sequence = 4"):
+        sharding.check_length(130, mesh)

@@ -1,7 +1,7 @@
 """Mesh and logical axis rules: the only file that names mesh axes.
 
 Everything else names *logical* axes ('batch', 'embed', ...). Three traps of the pinned versions are
-closed here: `jax.make_mesh` makes Explicit axes unless told otherwise; constraints are silently
+closed here: a mesh's axes are Explicit unless told otherwise; constraints are silently
 dropped unless the mesh was entered with `jax.set_mesh`; a misspelt axis would be silently unsharded.
 """
 
@@ -10,6 +10,7 @@ import math
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tfusion.config import MeshConfig
@@ -35,20 +36,30 @@ RULES = {  # logical axis -> mesh axes
 }
 
 
-def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
-    """A (data, fsdp, sequence, tensor) mesh over all devices; fsdp = -1 takes what is left.
+def mesh_shape(cfg: MeshConfig, num_devices: int) -> dict[str, int]:
+    """{mesh axis: size}, fsdp = -1 taking what is left. Raises UserError where the product is another."""
+    sizes = {axis: getattr(cfg, axis) for axis in AXES}
+    if sizes["fsdp"] == -1:
+        sizes["fsdp"] = max(num_devices // (cfg.data * cfg.sequence * cfg.tensor), 1)
+    if math.prod(sizes.values()) != num_devices:
+        text = " x ".join(f"{axis}={getattr(cfg, axis)}" for axis in AXES)
+        raise UserError(f"mesh {text} does not fit {num_devices} devices; set mesh.* so that the product is "
+                        f"{num_devices}")
+    return sizes
 
-    Raises UserError where the sizes do not multiply to the number of devices.
+
+def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
+    """A (data, fsdp, sequence, tensor) mesh over all devices, or over those given.
+
+    Over several TPU slices the outermost axis, data, crosses the slow network between them.
     """
     devices = jax.devices() if devices is None else devices
-    fixed = cfg.data * cfg.sequence * cfg.tensor
-    fsdp = len(devices) // fixed if cfg.fsdp == -1 else cfg.fsdp
-    if fixed * fsdp != len(devices):
-        raise UserError(f"mesh data={cfg.data} x fsdp={cfg.fsdp} x sequence={cfg.sequence} x "
-                        f"tensor={cfg.tensor} does not fit {len(devices)} devices; set mesh.* so that the "
-                        f"product is {len(devices)}")
-    return jax.make_mesh((cfg.data, fsdp, cfg.sequence, cfg.tensor), AXES,
-                         axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    sizes = tuple(mesh_shape(cfg, len(devices)).values())
+    if len({getattr(device, "slice_index", None) for device in devices}) > 1:
+        grid = np.asarray(sorted(devices, key=lambda d: (d.slice_index, d.id))).reshape(sizes)
+    else:  # jax.make_mesh would refuse an axis that takes part of a torus axis
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec(*names: str | None) -> PartitionSpec:

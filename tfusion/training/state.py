@@ -26,7 +26,7 @@ def _create(objective: Objective, tx, ema: bool, key) -> TrainState:
 
 def abstract_state(objective: Objective, tx, ema: bool) -> TrainState:
     """Shapes, boxed with logical axis names; allocates nothing."""
-    return jax.eval_shape(lambda key: _create(objective, tx, ema, key), jax.random.key(0))
+    return jax.eval_shape(lambda: _create(objective, tx, ema, jax.random.key(0)))
 
 
 def restore_target(objective: Objective, tx, ema: bool, mesh) -> TrainState:

@@ -1,0 +1,250 @@
+"""The planner's arithmetic against numbers worked out by hand; nothing is compiled for a TPU."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+from jax.experimental import pallas as pl
+
+from experiments import transfusion
+from tests.planning.plans import small_config
+from tfusion import config
+from tfusion.accelerators import CHIPS, GIB, parse_accelerator
+from tfusion.errors import UserError
+from tfusion.planning import collectives, compile, plan, roofline, search, text, topology, walk
+from tfusion.planning.collectives import Collectives
+from tfusion.planning.memory import Memory
+from tfusion.planning.walk import Work
+
+
+def toy_parameters():
+    """A 100 x 60 matrix split by fsdp and tensor, and a scale that nothing splits."""
+    return {"w": nn.LogicallyPartitioned(jax.ShapeDtypeStruct((100, 60), jnp.float32), ("embed", "mlp")),
+            "scale": nn.LogicallyPartitioned(jax.ShapeDtypeStruct((100,), jnp.float32), ("norm",))}
+
+
+def test_collective_bytes_of_a_toy():
+    cfg = small_config(batch_size=16, num_microbatches=2)  # bf16, 2 layers, full remat
+    shape = {"data": 2, "fsdp": 4, "tensor": 2}
+    got = collectives.collectives(cfg, toy_parameters(), shape)
+    weights = (100 * 60 / 2 + 100) * 2  # bytes a chip needs whole
+    activations = 16 * 128 / 8 * 64 * 2  # positions per chip, both micro-batches, x d_model x 2 bytes
+    assert got == Collectives(
+        fsdp_gather=2 * 2 * weights * 3 / 4, fsdp_scatter=2 * weights * 3 / 4,
+        data_reduce=2 * 2 * weights / 4 * 1 / 2, tensor_reduce=2 * (2 * 5 + 2) * activations * 1 / 2)
+    assert got.total == sum(got)
+
+
+def test_one_chip_receives_nothing():
+    cfg = small_config()
+    shape = {"data": 1, "fsdp": 1, "tensor": 1}
+    assert collectives.collectives(cfg, toy_parameters(), shape).total == 0
+
+
+def test_memory_follows_shardings():
+    cfg = small_config()
+    planner = search.Planner(cfg, parse_accelerator("h100-8"))
+    whole = planner.candidate(search.change(cfg, mesh={"data": 8, "fsdp": 1}))
+    split = planner.candidate(search.change(cfg, mesh={"data": 1, "fsdp": 8}))
+    params = sum(math.prod(x.shape) for x in jax.tree.leaves(nn.meta.unbox(planner.state.params)))
+    assert whole.memory.parameters == whole.memory.ema == whole.memory.gradients == 4 * params
+    assert whole.memory.optimizer == 8 * params + 8  # two moments, two counters
+    assert 4 * params / 8 < split.memory.parameters < 4 * params / 7  # norms and biases are not split
+    positions = 8 * cfg.data.seq_len / 8
+    assert whole.memory.batch == split.memory.batch == positions * (4 * 4 + 1) + 8 / 8 * (
+        4 + cfg.data.max_images * (4 + 4 + 4 * math.prod(cfg.model.latent_shape)))
+    # Full remat keeps each layer's input, once: L x T x D x 2 bytes a row.
+    assert whole.memory.residuals == 2 * 128 * 64 * 2
+    assert whole.memory.total == sum(whole.memory)
+    micros = planner.candidate(search.change(cfg, mesh={"data": 1, "fsdp": 4, "tensor": 2},
+                                             train={"num_microbatches": 2}))
+    assert micros.memory.gradients == 2 * micros.memory.parameters
+
+
+def test_roofline_by_hand():
+    cfg = small_config(batch_size=256)
+    accelerator = parse_accelerator("v5litepod-256")
+    chip, chips = accelerator.chip, 256
+    shape = {"data": 1, "fsdp": 64, "tensor": 4}
+    work = Work(flops=1e18, weight_bytes=4e9, activation_bytes=256e9, residual_bytes=0,
+                largest_bytes=0, kernels=0)
+    held = Memory(1e9, 2e9, 1e9, 0, 1e9, 0, 0)
+    step = roofline.estimate(cfg, accelerator, shape, work, held, Collectives(4e9, 2e9, 0, 1e9))
+    assert step.matmul == pytest.approx(1e18 / chips / (197e12 * roofline.MATMUL_EFFICIENCY))
+    assert step.hbm == pytest.approx((1e9 + 1e9 + 9e9) / (819e9 * roofline.HBM_EFFICIENCY))
+    assert step.weights == pytest.approx(6e9 / (100e9 * roofline.ICI_EFFICIENCY))  # half the links
+    assert step.tensor == pytest.approx(1e9 / (100e9 * roofline.ICI_EFFICIENCY))
+    assert (step.dcn, step.seconds) == (0, pytest.approx(step.matmul + step.tensor))
+    assert step.tokens_per_sec == pytest.approx(256 * 128 / step.seconds)
+    assert step.mfu == pytest.approx(step.model_flops / step.seconds / (chips * chip.peak_flops))
+
+
+def test_links_that_do_not_wrap_carry_half():
+    exchange, held = Collectives(1e9, 0, 0, 0), Memory(0, 0, 0, 0, 0, 0, 0)
+    nothing = Work(0, 0, 0, 0, 0, 0)
+
+    def seconds(name):
+        a = parse_accelerator(name)
+        shape = {"data": 1, "fsdp": a.num_chips, "tensor": 1}
+        return roofline.estimate(small_config(), a, shape, nothing, held, exchange).seconds
+
+    assert seconds("v5litepod-64") == pytest.approx(2 * seconds("v5litepod-256"))
+
+
+def test_what_crosses_slices():
+    two = parse_accelerator("2xv5litepod-256")
+    exchange = Collectives(fsdp_gather=512e9, fsdp_scatter=0, data_reduce=3e9, tensor_reduce=0)
+    assert roofline.split_dcn(exchange, two, {"data": 2, "fsdp": 256, "tensor": 1}) == (512e9, 3e9)
+    # fsdp over both slices: each chip fetches its 1/256 of the half that its slice lacks
+    assert roofline.split_dcn(exchange, two, {"data": 1, "fsdp": 512, "tensor": 1}) == (515e9, 1e9)
+    one = parse_accelerator("v5litepod-256")
+    assert roofline.split_dcn(exchange, one, {"data": 1, "fsdp": 256, "tensor": 1}) == (515e9, 0)
+
+
+def test_days_chip_hours_dollars():
+    cfg = small_config(batch_size=256)
+    accelerator = parse_accelerator("v5p-256")
+    step = roofline.Step(*[0.0] * 7, seconds=3.6, tokens_per_sec=0, mfu=0)
+    run = roofline.run(cfg, accelerator, step, params=10**9, tokens=1000 * 256 * 128)
+    assert (run.steps, run.days, run.chip_hours) == (1000, pytest.approx(1 / 24), pytest.approx(128))
+    assert run.dollars == pytest.approx(128 * CHIPS["v5p"].dollars_per_hour)
+    by_flops = roofline.run(cfg, accelerator, step, params=10**9, total_flops=6e9 * 1000 * 256 * 128)
+    assert by_flops.steps == 1000
+    assert roofline.run(cfg, accelerator, step, 1).steps == cfg.train.num_steps
+
+
+def test_assumed_batch_is_half_patches():
+    cfg = config.from_dict(transfusion.get_config("7b"))
+    counts = roofline.assumed_counts(cfg)
+    assert counts.text == counts.patches == 512 * 4096 / 2
+    assert counts.images == 512 * 8
+    assert counts.pairs == 512 * 8 * (512 * 513 / 2 + 256 * 255 / 2)
+
+
+def test_walk_counts_loops_shards_and_platforms():
+    mesh = jax.sharding.AbstractMesh((4,), ("x",))
+    spec = jax.sharding.PartitionSpec("x")
+
+    def by_platform(x):
+        return jax.lax.platform_dependent(x, tpu=lambda x: x @ x @ x, default=lambda x: x @ x)
+
+    def loop(x):
+        return jax.lax.scan(lambda c, _: (by_platform(c), None), x, None, length=5)[0]
+
+    def sharded(x):
+        return jax.shard_map(lambda x: jnp.einsum("bij,bjk->bik", x, x), mesh=mesh, in_specs=spec,
+                             out_specs=spec)(x)
+
+    def flops_of(f, shape, platform):
+        jaxpr = jax.make_jaxpr(f)(jax.ShapeDtypeStruct(shape, jnp.float32)).jaxpr
+        return sum(walk.dot_flops(eqn) * n for eqn, n in walk.equations(jaxpr, platform))
+
+    assert flops_of(loop, (8, 8), "tpu") == 5 * 2 * 2 * 8**3
+    assert flops_of(loop, (8, 8), "cpu") == 5 * 2 * 8**3
+    with compile.entered(mesh):
+        assert flops_of(sharded, (4, 8, 8), "tpu") == 4 * 2 * 8**3
+
+
+def test_kernels_with_a_stated_cost_are_counted_and_others_noted():
+    def kernel(x_ref, o_ref):
+        o_ref[...] = x_ref[...]
+
+    def call(x, cost):
+        return pl.pallas_call(kernel, out_shape=x, cost_estimate=cost, interpret=True)(x)
+
+    x = jnp.ones((8, 128))
+    cost = pl.CostEstimate(flops=7, bytes_accessed=11, transcendentals=0)
+    done = walk.work(jax.make_jaxpr(lambda x: call(call(x, cost), None))(x).jaxpr, {}, 1)
+    assert (done.flops, done.activation_bytes, done.kernels) == (7, 11, 1)
+
+
+def test_attention_kernels_are_charged_for_visible_pairs():
+    cfg = small_config()
+    counts = roofline.assumed_counts(cfg)
+    done = roofline.kernel_work(cfg, Work(1.0, 0, 0, 0, 0, kernels=3), counts)
+    m = cfg.model
+    assert done.flops == 1 + 2 * 9 * m.num_layers * m.num_heads * m.head_dim * counts.pairs
+
+
+@pytest.mark.parametrize(("message", "want"), [
+    ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (60.83G) "
+     "exceeds available HBM (15.75G).", (60.83 * GIB, 15.75 * GIB, "the compiler's count of temporaries")),
+    ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: needs (30.58G) exceeds available HBM (15.75G)",
+     (30.58 * GIB, 15.75 * GIB, "in all")),
+    ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 900.5M of 15.75G hbm.",
+     (900.5 * 2**20, 15.75 * GIB, "in all")),
+])
+def test_out_of_memory_is_parsed(message, want):
+    needed, available, what = compile.parse_out_of_memory(message)
+    assert (needed, available, what) == (pytest.approx(want[0]), pytest.approx(want[1]), want[2])
+
+
+def test_hbm_is_read_from_the_compilers_report(tmp_path):
+    assert compile.buffers_in_hbm(tmp_path) is None
+    report = ("Memory Space: default (color=0)\nTotal bytes: 813 (813B)\n\n"
+              "Memory Space: vmem (color=1)\nTotal bytes: 9000 (9KiB)\n")
+    (tmp_path / "module_3.after_optimizations-memory-usage-report.txt").write_text(report)
+    assert compile.buffers_in_hbm(tmp_path) == 813
+
+
+def test_other_compiler_errors_are_one_line():
+    with pytest.raises(UserError, match=r"the compiler failed: INTERNAL: no$"):
+        compile.parse_out_of_memory("INTERNAL: no\nmore")
+
+
+@pytest.mark.parametrize(("batch_size", "micros", "message"), [
+    (500, 1, "train.batch_size=384 or 512"), (100, 1, "batch_size=128, or --config.mesh.tensor=2"),
+    (128, 3, "batch_size=384")])
+def test_batch_that_does_not_divide(batch_size, micros, message):
+    with pytest.raises(UserError, match=message):
+        topology.check_batch(batch_size, micros, {"data": 1, "fsdp": 128, "tensor": 1})
+    topology.check_batch(512, 4, {"data": 1, "fsdp": 128, "tensor": 1})
+
+
+def test_mesh_that_does_not_fit_the_chips():
+    with pytest.raises(UserError, match=r"data=3 .* does not fit 128 devices"):
+        topology.mesh_shape(config.MeshConfig(3, -1, 1, 1), parse_accelerator("v5p-256"))
+    assert topology.mesh_shape(config.MeshConfig(2, -1, 4, 1), parse_accelerator("v5p-256")) == {
+        "data": 2, "fsdp": 16, "sequence": 1, "tensor": 4}
+
+
+def test_context_parallelism_is_not_planned():
+    with pytest.raises(UserError, match=r"mesh.sequence = 2: context parallelism is not planned yet"):
+        topology.mesh_shape(config.MeshConfig(1, -1, 1, 2), parse_accelerator("v5p-256"))
+
+
+def test_smaller_tries_the_nearest_changes_first():
+    cfg = search.change(small_config(batch_size=16), model={"remat": "none"})
+    tried = [(c.model.remat, c.train.num_microbatches, c.mesh.data)
+             for c in search.smaller(cfg, {"data": 2, "fsdp": 2, "tensor": 1})]
+    assert tried[:5] == [("full", 1, 1), ("full", 2, 1), ("full", 4, 1), ("full", 1, 1), ("full", 4, 1)]
+
+
+def test_libtpu_missing_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(topology, "have_libtpu", lambda: False)
+    with pytest.raises(UserError, match=r"pip install 'tfusion\[tpu\]'"):
+        plan.make_plan(small_config(), parse_accelerator("v5p-8"), "x")
+
+
+def test_gpu_plan_is_analytic_and_readable():
+    made = plan.make_plan(small_config(), parse_accelerator("h100-8"), "toy", tokens=1e6, search_too=True)
+    assert json.loads(json.dumps(made)) == made
+    assert made["compiler"] is None
+    assert made["fits"]
+    assert made["search"]["best"], "something fits"
+    shown = text.render(made)
+    assert "by formula" in shown
+    assert "ESTIMATE" in shown
+    assert max(map(len, shown.splitlines())) < 400
+
+
+def test_gpu_plan_that_does_not_fit_says_what_would():
+    cfg = config.from_dict(transfusion.get_config("7b"))
+    cfg = search.change(cfg, model={"remat": "none"}, train={"batch_size": 512})
+    made = plan.make_plan(cfg, parse_accelerator("h100-64"), "7b")
+    assert not made["fits"]
+    assert "does not fit" in made["verdict"]
+    assert "(untested): --config.mesh.data=1" in made["suggestion"]

@@ -1,0 +1,56 @@
+"""Ahead-of-time compiles for TPU slices that are not there. Skipped where libtpu is not installed."""
+
+import jax
+import pytest
+
+from tests.planning.plans import small_config
+from tfusion.accelerators import GIB, parse_accelerator
+from tfusion.planning import plan, search, text, topology
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not topology.have_libtpu(), reason="no libtpu: pip install 'tfusion[tpu]'")]
+
+
+@pytest.mark.parametrize("name", ["v5litepod-4", "v5p-8"])
+def test_two_layers_compile_and_the_arguments_are_ours(name):
+    cfg = small_config(d_model=512, d_ff=1024, text_vocab_size=4000)
+    made = plan.make_plan(cfg, parse_accelerator(name), "two layers", tokens=1e9)
+    compiler, held = made["compiler"], made["memory"]
+    assert made["fits"]
+    ours = held["parameters"] + held["optimizer"] + held["ema"] + held["batch"]
+    assert compiler["argument_bytes"] == pytest.approx(ours, rel=0.05)  # theirs are padded to tiles
+    assert ours < compiler["hbm_bytes"] < GIB
+    assert "fits: " in text.render(made)
+
+
+def test_slices_and_topologies_describe_their_devices():
+    for name in ("v4-8", "v5litepod-1", "v5litepod-8", "v5p-256", "v6e-256", "2xv5litepod-16"):
+        accelerator = parse_accelerator(name)
+        found = topology.devices(accelerator)
+        assert len(found) == accelerator.num_chips
+        assert found[0].device_kind in accelerator.chip.device_kinds
+    mesh = topology.make_mesh(small_config().mesh, accelerator)
+    assert mesh.shape["fsdp"] == 32
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+
+
+def test_two_slices_compile():
+    cfg = search.change(small_config(batch_size=8), mesh={"data": 2})
+    made = plan.make_plan(cfg, parse_accelerator("2xv5litepod-4"), "two slices")
+    assert made["fits"]
+    assert made["step"]["dcn"] > 0
+    assert not made["notes"]
+
+
+def test_does_not_fit_says_what_would():
+    """1.2 B parameters, whole on every chip: 18 GiB with the optimizer; split by fsdp they fit."""
+    cfg = search.change(small_config(d_model=2048, text_vocab_size=300_000), mesh={"data": 4})
+    made = plan.make_plan(cfg, parse_accelerator("v5litepod-4"), "too large")
+    assert not made["fits"]
+    assert made["compiler"]["available_bytes"] == pytest.approx(15.75 * GIB)
+    assert made["compiler"]["needed_bytes"] > 15.75 * GIB
+    assert "does not fit: " in made["verdict"]
+    assert "of 15.75 GiB" in made["verdict"]
+    assert "compiled: " in made["suggestion"]
+    assert "--config.mesh.fsdp=4" in made["suggestion"]

@@ -1,0 +1,138 @@
+"""Model FLOPs by part against hand counts, and against a walk over the matrix products of the traced step."""
+
+import dataclasses
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from experiments import transfusion
+from tfusion import config
+from tfusion.models.image_adapters import TIME_FEATURES
+from tfusion.objectives import make_objective
+from tfusion.planning import walk
+from tfusion.planning.compile import abstract_batch
+from tfusion.training import flops
+from tfusion.training.step import gradients, noise_key
+from tfusion.types import Batch
+
+
+def small_config(remat="none"):
+    """Every size a different number, so that a product's part is told by its shape."""
+    tree = transfusion.get_config("0.16b")
+    tree.model.update(num_layers=3, d_model=48, num_heads=4, num_kv_heads=2, d_ff=160, text_vocab_size=600,
+                      latent_size=8, latent_channels=5, remat=remat, compute_dtype="float32")
+    tree.data.update(seq_len=72, max_scored=72, max_images=2)
+    tree.train.update(batch_size=2)
+    return config.from_dict(tree)
+
+
+def traced_products(cfg):
+    """[(FLOPs, shapes of operands and result)] of every matrix product in the gradient, times included."""
+    objective = make_objective(cfg)
+    batch = abstract_batch(cfg, jax.sharding.get_mesh())
+    jaxpr = jax.make_jaxpr(lambda p, b: gradients(objective, p, b, noise_key(0, 0), 1)[0])(
+        unboxed(objective), batch)
+    return [(times * walk.dot_flops(eqn), [v.aval.shape for v in (*eqn.invars, *eqn.outvars)])
+            for eqn, times in walk.equations(jaxpr.jaxpr, "cpu") if eqn.primitive.name == "dot_general"]
+
+
+def unboxed(objective):
+    """Shapes of the parameters."""
+    return nn.meta.unbox(jax.eval_shape(objective.init, jax.random.key(0)))
+
+
+def by_part(cfg):
+    """{part: FLOPs}, told by shapes."""
+    m, T = cfg.model, cfg.data.seq_len
+    parts = Counter()
+    for n, shapes in traced_products(cfg):
+        sizes = {size for shape in shapes for size in shape}
+        if m.padded_vocab_size in sizes:
+            parts["lm head"] += n
+        elif sum(len(shape) >= 3 and shape[-1] % T == 0 and shape[-2] % T == 0 for shape in shapes):
+            parts["attention"] += n
+        elif m.patch_values in sizes or TIME_FEATURES in sizes:
+            parts["image adapter"] += n
+        elif all(set(s) <= {m.d_model, cfg.train.batch_size, cfg.data.max_images,
+                            cfg.train.batch_size * cfg.data.max_images} for s in shapes):
+            parts["image adapter"] += n  # the timestep MLP's second matrix
+        else:
+            parts["blocks"] += n
+    return parts
+
+
+def dense_counts(cfg):
+    """What a program without any skipping does: every position, every slot, T x T pairs."""
+    rows, T, slots = cfg.train.batch_size, cfg.data.seq_len, cfg.data.max_images
+    return flops.Counts(text=rows * T, patches=rows * slots * cfg.model.num_patches, scored=rows * T,
+                        images=rows * slots, pairs=rows * T * T)
+
+
+def formula(cfg):
+    """The formula at dense_counts. Two differences to a program, itemised: every position goes through the
+    blocks once (patches replace tokens), and the head's columns are padded to a multiple of 128."""
+    parts = flops.model_flops(cfg, dense_counts(cfg))
+    parts["blocks"] = parts.pop("text matmuls")
+    parts.pop("patch matmuls")
+    parts["lm head"] *= cfg.model.padded_vocab_size / cfg.model.vocab_size
+    return parts
+
+
+def test_dense_step_equals_the_walk():
+    cfg = small_config()
+    walked, counted = by_part(cfg), formula(cfg)
+    for part in ("blocks", "image adapter"):
+        assert walked[part] == pytest.approx(counted[part], rel=1e-12), part
+    # Attention makes q k^T anew in its backward pass, from the logsumexp: seven products instead of six.
+    assert walked["attention"] == pytest.approx(counted["attention"] * 7 / 6, rel=1e-12)
+    # The head: all positions thrice, or fewer positions four times where its logits are made anew.
+    assert 0 < walked["lm head"] <= counted["lm head"] * 4 / 3 * (1 + 1e-12)
+
+
+def test_full_remat_adds_a_forward_pass():
+    """Recomputed: a layer's forward products but the last, the down matrix, whose result nothing needs."""
+    cfg = small_config("full")
+    m, walked, counted = cfg.model, by_part(cfg), formula(cfg)
+    rows = cfg.train.batch_size * cfg.data.seq_len
+    recomputed = 2.0 * rows * m.num_layers * (flops.block_params(m) - m.d_ff * m.d_model)
+    assert walked["blocks"] == pytest.approx(counted["blocks"] + recomputed, rel=1e-12)
+    assert walked["attention"] == pytest.approx(counted["attention"] * 9 / 6, rel=1e-12)
+
+
+def test_parts_by_hand():
+    cfg = small_config()
+    parts = flops.model_flops(cfg, flops.Counts(text=10, patches=32, scored=7, images=2, pairs=100))
+    block = 48 * 12 * (2 * 4 + 2 * 2) + 3 * 48 * 160
+    assert parts == {
+        "text matmuls": 6 * 3 * block * 10, "patch matmuls": 6 * 3 * block * 32, "lm head": 6 * 48 * 602 * 7,
+        "image adapter": 10 * 20 * 48 * 32 + (4 * 256 * 48 + 6 * 48 * 48) * 2,
+        "attention": 12 * 3 * 4 * 12 * 100}
+
+
+def batch_of(segments, images, scored, starts, T):
+    zeros = np.zeros((1, T), np.int32)
+    return Batch(zeros[:, 0], zeros, np.array([segments]), np.array([images]), zeros,
+                 np.array([scored], bool), np.zeros((1, 2, 8, 8, 5), np.float32), np.array([starts]),
+                 np.zeros((1, 2), np.float32))
+
+
+def test_counts_of_a_batch():
+    cfg = small_config()
+    segments, images = [1] * 6 + [2] * 3 + [0], [0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
+    batch = batch_of(segments, images, [1, 0, 0, 0, 0, 0, 1, 1, 0, 0], [2, 10], 10)
+    assert flops.count(cfg, batch) == flops.Counts(text=6, patches=3, scored=3, images=1, pairs=21 + 3 + 6)
+    assert flops.visible_pairs(batch, "causal") == 21 + 6
+    causal = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, image_attention="causal"))
+    assert flops.count(causal, batch).pairs == 27
+    assert flops.training_flops(cfg, batch) == sum(flops.model_flops(cfg, flops.count(cfg, batch)).values())
+
+
+def test_the_papers_sizes():
+    """6 N D at N = all parameters; the paper's 7B is 6.74 B and the adapter, 0.3 % of it."""
+    cfg = config.from_dict(transfusion.get_config("7b"))
+    n = flops.num_params(unboxed(make_objective(cfg)))
+    assert n == pytest.approx(6738.4e6 * 1.003, rel=1e-3)
+    assert flops.six_n_d(n, 0.5e12) == pytest.approx(2.03e22, rel=5e-3)

@@ -1,0 +1,61 @@
+"""Bytes that a chip receives from other chips in one step: from shardings, never from the compiled text.
+
+What is exchanged (bf16 where the matmuls are bf16, as seen in the v5e program):
+  fsdp gather      each weight, before the forward and before the backward pass of every micro-batch; a
+                   recomputed forward (remat) shares the backward's gather
+  fsdp scatter     each weight's gradient, every micro-batch
+  data reduce      each weight's gradient over 'data', every micro-batch, on its fsdp shard
+  tensor reduce    activations: after attention's and the MLP's output matrices forward, before their input
+                   matrices backward, after attention again where the forward is recomputed; embedding, LM head
+A ring over n chips receives (n - 1) / n of the gathered bytes, an all-reduce twice that.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+from flax import linen as nn
+
+from tfusion.config import Config
+
+
+class Collectives(NamedTuple):
+    """Bytes received per chip and step."""
+
+    fsdp_gather: float
+    fsdp_scatter: float
+    data_reduce: float
+    tensor_reduce: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def ring(n: int) -> float:
+    return (n - 1) / n
+
+
+def exchanged_parameters(boxed_params, shape: dict[str, int]) -> float:
+    """Parameters that one chip needs whole for its part of the matmuls: all, less what 'tensor' splits."""
+    total = 0.0
+    for leaf in jax.tree.leaves(boxed_params, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)):
+        names = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else ()
+        split = any(name in ("mlp", "heads", "kv_heads", "vocab") for name in names)
+        total += math.prod(nn.meta.unbox(leaf).shape) / (shape["tensor"] if split else 1)
+    return total
+
+
+def collectives(cfg: Config, boxed_params, shape: dict[str, int]) -> Collectives:
+    """shape: {'data', 'fsdp', 'tensor'} -> number of chips."""
+    m, micros = cfg.model, cfg.train.num_microbatches
+    width = 2 if m.compute_dtype == "bfloat16" else 4
+    weights = exchanged_parameters(boxed_params, shape) * width
+    positions = cfg.train.batch_size * cfg.data.seq_len / (shape["data"] * shape["fsdp"])
+    activations = positions * m.d_model * width
+    reduces = m.num_layers * (4 + (m.remat != "none")) + 2  # + embedding, LM head
+    return Collectives(
+        fsdp_gather=2 * micros * weights * ring(shape["fsdp"]),
+        fsdp_scatter=micros * weights * ring(shape["fsdp"]),
+        data_reduce=2 * micros * weights / shape["fsdp"] * ring(shape["data"]),
+        tensor_reduce=2 * reduces * activations * ring(shape["tensor"]))

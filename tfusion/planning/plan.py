@@ -1,0 +1,94 @@
+"""Puts a plan together: one dict of plain values, the same that --json prints and text.py renders."""
+
+import platform
+
+import jax
+
+from tfusion.accelerators import GIB, PRICES_AS_OF, Accelerator
+from tfusion.config import Config
+from tfusion.planning import roofline, topology
+from tfusion.planning.compile import Compiled, host_memory_bytes
+from tfusion.planning.search import Candidate, Planner, nearest_that_fits, search
+from tfusion.training import flops
+
+
+def make_plan(cfg: Config, accelerator: Accelerator, experiment: str, tokens: float | None = None,
+              total_flops: float | None = None, search_too: bool = False) -> dict:
+    """Compiles where the accelerator is a TPU; else by formula only. Raises UserError on what cannot be."""
+    if accelerator.chip.is_tpu and not topology.have_libtpu():
+        topology.devices(accelerator)  # raises, before any work
+    planner = Planner(cfg, accelerator)
+    candidate = planner.candidate(cfg)
+    compiled = planner.compile(candidate) if accelerator.chip.is_tpu else None
+    fits = compiled.fits if compiled else candidate.memory.total <= accelerator.chip.hbm_bytes
+    found = None if fits else nearest_that_fits(planner, candidate)
+    params = flops.num_params(planner.state.params)
+    run = roofline.run(cfg, accelerator, candidate.step, params, tokens, total_flops)
+    counts = roofline.assumed_counts(cfg)
+    return {
+        "experiment": experiment, "accelerator": _accelerator(accelerator), "mesh": dict(candidate.mesh.shape),
+        "remat": cfg.model.remat, "batch_size": cfg.train.batch_size, "seq_len": cfg.data.seq_len,
+        "num_microbatches": cfg.train.num_microbatches, "parameters": params,
+        "notes": notes(candidate, accelerator), "fits": fits,
+        "memory": {**candidate.memory._asdict(), "total": candidate.memory.total},
+        "compiler": compiled._asdict() if compiled else None,
+        "verdict": verdict(candidate, compiled, accelerator),
+        "suggestion": "" if fits else suggestion(found),
+        "exchange": candidate.exchange._asdict(), "step": candidate.step._asdict(),
+        "flops": {"parts": flops.model_flops(cfg, counts), "counts": counts._asdict(),
+                  "six_n_d": flops.six_n_d(params, cfg.train.batch_size * cfg.data.seq_len)},
+        "assumptions": roofline.ASSUMPTIONS, "run": run._asdict(), "prices_as_of": PRICES_AS_OF,
+        "search": _search(planner) if search_too else None,
+        "host": {"machine": f"{platform.machine()}, {platform.system()}", "python": platform.python_version(),
+                 "jax": jax.__version__, "libtpu": topology.libtpu_version(),
+                 "peak_memory_bytes": host_memory_bytes()},
+    }
+
+
+def notes(candidate: Candidate, accelerator: Accelerator) -> list[str]:
+    """What a user should know before believing the figures."""
+    said, shape = [], candidate.mesh.shape
+    if not accelerator.chip.is_tpu:
+        said.append("GPUs: by formula only, nothing was compiled")
+    if accelerator.num_slices > 1 and shape["data"] % accelerator.num_slices:
+        said.append("fsdp crosses the slow network between slices; "
+                    f"set --config.mesh.data={accelerator.num_slices}")
+    if candidate.work.kernels:
+        said.append(f"{candidate.work.kernels} attention kernels state no cost: counted by visible pairs")
+    return said
+
+
+def verdict(candidate: Candidate, compiled: Compiled | None, accelerator: Accelerator) -> str:
+    limit = f"{accelerator.chip.hbm_bytes / GIB:.2f} GiB"
+    m = candidate.memory
+    if compiled is None:
+        word = "fits" if m.total <= accelerator.chip.hbm_bytes else "does not fit"
+        return f"{word}: about {m.total / GIB:.1f} of {limit} by formula (untested)"
+    if compiled.fits:
+        return f"fits: {compiled.hbm_bytes / GIB:.2f} of {limit}, compiled in {compiled.seconds:.0f} s"
+    largest = max(m._fields, key=lambda name: getattr(m, name))
+    return (f"does not fit: {compiled.needed_bytes / GIB:.2f} of {compiled.available_bytes / GIB:.2f} GiB "
+            f"({compiled.what}), largest: {largest}, about {getattr(m, largest) / GIB:.1f} GiB")
+
+
+def suggestion(found: tuple | None) -> str:
+    if found is None:
+        return "nothing smaller was found to fit: take more chips, or a smaller batch or model"
+    candidate, compiled = found
+    flags = " ".join(f"--config.{key}={value}" for key, value in candidate.settings.items())
+    how = "untested" if compiled is None else (
+        f"compiled: {compiled.hbm_bytes / GIB:.2f} GiB, step {candidate.step.seconds:.2f} s by estimate")
+    return f"would fit ({how}): {flags}"
+
+
+def _accelerator(a: Accelerator) -> dict:
+    return {"name": a.name, "chip": a.chip.name, "chips": a.num_chips, "topology": a.topology,
+            "num_slices": a.num_slices, "hbm_bytes": a.chip.hbm_bytes,
+            "dollars_per_chip_hour": a.chip.dollars_per_hour}
+
+
+def _search(planner: Planner) -> dict:
+    best, looked = search(planner)
+    return {"looked_at": looked, "compiled": planner.accelerator.chip.is_tpu, "best": [
+        {"settings": c.settings, "seconds": c.step.seconds, "mfu": c.step.mfu,
+         "hbm_bytes": compiled.hbm_bytes if compiled else c.memory.total} for c, compiled in best]}

@@ -1,0 +1,134 @@
+"""How long a step takes: an ESTIMATE from our own counts of FLOPs and bytes, until someone measures.
+
+Matmuls, HBM traffic and the exchange of weights overlap, the slowest counts; tensor-parallel exchanges come on
+top. The efficiencies below are assumptions, chosen from what well-tuned dense models are said to reach on TPUs;
+they are printed with every estimate.
+"""
+
+from typing import NamedTuple
+
+from tfusion.accelerators import Accelerator
+from tfusion.config import Config
+from tfusion.planning.collectives import Collectives
+from tfusion.planning.memory import Memory
+from tfusion.planning.walk import Work
+from tfusion.training import flops
+
+MATMUL_EFFICIENCY = 0.65  # of the bf16 peak
+HBM_EFFICIENCY = 0.80
+ICI_EFFICIENCY = 0.80
+DCN_EFFICIENCY = 0.50
+IMAGE_SHARE = 0.5  # of the positions are patches, as in the paper's 1:1 mixture
+KERNEL_MATMULS = {2: 7, 3: 9, 4: 11}  # Pallas calls of attention -> T x T products (the model needs 6)
+
+ASSUMPTIONS = (
+    f"matmuls at {MATMUL_EFFICIENCY:.0%} of peak, HBM at {HBM_EFFICIENCY:.0%}, ICI at {ICI_EFFICIENCY:.0%}, "
+    f"DCN at {DCN_EFFICIENCY:.0%} of the data sheet; weights are exchanged behind the matmuls, tensor-parallel "
+    f"sums are not; full rows, {IMAGE_SHARE:.0%} patches, one image a document; nothing lost to data, "
+    "checkpoints or restarts")
+
+
+class Step(NamedTuple):
+    """Seconds per step, by what bounds it, and rates."""
+
+    matmul: float
+    hbm: float
+    weights: float  # fsdp and data exchange over ICI
+    tensor: float  # tensor-parallel exchange
+    dcn: float  # between slices
+    executed_flops: float  # per step, all chips: recomputation and masked-out attention included
+    model_flops: float  # per step, all chips
+    seconds: float
+    tokens_per_sec: float  # positions: tokens and patches
+    mfu: float
+
+
+def assumed_counts(cfg: Config) -> flops.Counts:
+    """What a global batch holds under IMAGE_SHARE, documents of one image and an equal share of text."""
+    rows, T, N = cfg.train.batch_size, cfg.data.seq_len, cfg.model.num_patches
+    per_row = min(cfg.data.max_images, round(IMAGE_SHARE * T / N))
+    documents = max(per_row, 1)
+    length = T / documents
+    pairs = length * (length + 1) / 2
+    if per_row and cfg.model.image_attention == "bidirectional":
+        pairs += N * (N - 1) / 2
+    text = T - per_row * N
+    return flops.Counts(text=rows * text, patches=rows * per_row * N,
+                        scored=rows * (text - per_row - documents),  # not BOI, not EOS
+                        images=rows * per_row, pairs=round(rows * documents * pairs))
+
+
+def kernel_work(cfg: Config, work: Work, counts: flops.Counts) -> Work:
+    """Adds what attention kernels do, counted by visible pairs; their bytes are q, k, v, out and back."""
+    if not work.kernels:
+        return work
+    m = cfg.model
+    products = KERNEL_MATMULS.get(work.kernels, 9)
+    values = (2 * m.num_heads + 2 * m.num_kv_heads) * m.head_dim * cfg.train.batch_size * cfg.data.seq_len
+    return work._replace(
+        flops=work.flops + 2.0 * products * m.num_layers * m.num_heads * m.head_dim * counts.pairs,
+        activation_bytes=work.activation_bytes + work.kernels * m.num_layers * values * 2)
+
+
+def estimate(cfg: Config, accelerator: Accelerator, shape: dict[str, int], work: Work, memory: Memory,
+             exchange: Collectives) -> Step:
+    chip, chips = accelerator.chip, accelerator.num_chips
+    counts = assumed_counts(cfg)
+    work = kernel_work(cfg, work, counts)
+    matmul = work.flops / chips / (chip.peak_flops * MATMUL_EFFICIENCY)
+    state = 2 * (memory.parameters + memory.optimizer + memory.ema) + memory.gradients
+    moved = work.activation_bytes / chips + work.weight_bytes / shape["tensor"] + state
+    hbm = moved / (chip.hbm_bandwidth * HBM_EFFICIENCY)
+    ici = chip.ici_bandwidth * ICI_EFFICIENCY * (1.0 if accelerator.torus else 0.5)
+    axes = len(accelerator.shape)
+    tensor_ici = ici / axes  # a tensor group lies along one axis of the torus
+    weights_ici = ici * (axes - 1) / axes if shape["tensor"] > 1 and axes > 1 else ici
+    over_ici, over_dcn = split_dcn(exchange, accelerator, shape)
+    weights = over_ici / weights_ici
+    tensor = exchange.tensor_reduce / tensor_ici
+    dcn = over_dcn / (chip.dcn_bandwidth * DCN_EFFICIENCY)
+    seconds = max(matmul, hbm, weights, dcn) + tensor
+    useful = sum(flops.model_flops(cfg, counts).values())
+    positions = cfg.train.batch_size * cfg.data.seq_len
+    return Step(matmul, hbm, weights, tensor, dcn, work.flops, useful, seconds, positions / seconds,
+                useful / seconds / (chips * chip.peak_flops))
+
+
+def split_dcn(exchange: Collectives, accelerator: Accelerator, shape: dict[str, int]) -> tuple[float, float]:
+    """(bytes of weights over ICI, bytes over the slow network), per chip.
+
+    Slices, and a GPU's hosts, meet over the slow network: the data axis crosses it where it is a multiple of
+    their number, else fsdp does, each chip fetching its part of what its group lacks.
+    """
+    groups = accelerator.num_slices
+    if not accelerator.chip.is_tpu:
+        groups = max(1, accelerator.num_chips // accelerator.chip.chips_per_host)
+    fsdp = exchange.fsdp_gather + exchange.fsdp_scatter
+    if groups == 1:
+        return fsdp + exchange.data_reduce, 0.0
+    if shape["data"] % groups == 0:
+        return fsdp, exchange.data_reduce
+    return fsdp + exchange.data_reduce, fsdp * (groups - 1) / groups / (accelerator.num_chips / groups)
+
+
+class Run(NamedTuple):
+    """A whole training run."""
+
+    tokens: float  # positions
+    steps: int
+    days: float
+    chip_hours: float
+    dollars: float | None
+
+
+def run(cfg: Config, accelerator: Accelerator, step: Step, params: int, tokens: float | None = None,
+        total_flops: float | None = None) -> Run:
+    """Time and price of `tokens` positions, or of a budget by the paper's 6 N D; else of train.num_steps."""
+    per_step = cfg.train.batch_size * cfg.data.seq_len
+    if total_flops:
+        tokens = total_flops / flops.six_n_d(params, 1)
+    steps = max(1, round(tokens / per_step)) if tokens else cfg.train.num_steps
+    hours = steps * step.seconds / 3600
+    price = accelerator.chip.dollars_per_hour
+    chip_hours = hours * accelerator.num_chips
+    return Run(steps * per_step, steps, hours / 24, chip_hours, chip_hours * price if price else None)

@@ -1,0 +1,170 @@
+"""Other meshes, remat policies and micro-batches: ranked by the estimate, the best of them compiled."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from jax.sharding import AbstractMesh
+
+from tfusion.accelerators import Accelerator
+from tfusion.config import CHOICES, Config
+from tfusion.errors import UserError
+from tfusion.planning import memory, roofline, topology
+from tfusion.planning.collectives import Collectives, collectives
+from tfusion.planning.compile import Compiled, abstract_state, compile_step, trace
+from tfusion.planning.memory import Memory
+from tfusion.planning.roofline import Step
+from tfusion.planning.walk import Work, work
+
+TENSOR_SIZES = (1, 2, 4, 8)
+MICROBATCHES = (1, 2, 4, 8, 16)
+# Our estimate is within 3 % at 7B (benchmarks/results/plan_7b.json), but was made with those figures in view.
+SLACK = 1.2
+
+
+class Candidate(NamedTuple):
+    """A configuration, and what we work out about it without compiling."""
+
+    cfg: Config
+    mesh: AbstractMesh
+    work: Work
+    memory: Memory
+    exchange: Collectives
+    step: Step
+
+    @property
+    def settings(self) -> dict:
+        """The flags that make it."""
+        return {**{f"mesh.{axis}": n for axis, n in self.mesh.shape.items()},
+                "model.remat": self.cfg.model.remat,
+                "train.num_microbatches": self.cfg.train.num_microbatches}
+
+
+class Planner:
+    """Works out candidates for one config and slice; keeps what they share."""
+
+    def __init__(self, cfg: Config, accelerator: Accelerator):
+        self.cfg, self.accelerator = cfg, accelerator
+        self.state = abstract_state(cfg)
+        self._works: dict[tuple, Work] = {}
+
+    def work(self, cfg: Config, mesh: AbstractMesh) -> Work:
+        """Global FLOPs and bytes: the same on every mesh."""
+        key = cfg.model.remat, cfg.train.num_microbatches
+        if key not in self._works:
+            platform = "tpu" if self.accelerator.chip.is_tpu else "cuda"
+            self._works[key] = work(trace(cfg, self.state, mesh).jaxpr.jaxpr, self.state.params,
+                                    cfg.model.num_layers, platform)
+        return self._works[key]
+
+    def candidate(self, cfg: Config) -> Candidate:
+        """Raises UserError where the mesh does not fit the chips, the batch or the model."""
+        mesh = topology.abstract_mesh(cfg.mesh, self.accelerator)
+        topology.check_batch(cfg.train.batch_size, cfg.train.num_microbatches, mesh.shape)
+        done = self.work(cfg, mesh)
+        held = memory.estimate(cfg, self.state, mesh, done)
+        exchange = collectives(cfg, self.state.params, mesh.shape)
+        step = roofline.estimate(cfg, self.accelerator, mesh.shape, done, held, exchange)
+        return Candidate(cfg, mesh, done, held, exchange, step)
+
+    def compile(self, candidate: Candidate) -> Compiled:
+        shape = " x ".join(f"{axis} {n}" for axis, n in candidate.mesh.shape.items())
+        label = (f"compiling for {self.accelerator.name}, {shape}, remat {candidate.cfg.model.remat}, "
+                 f"{candidate.cfg.train.num_microbatches} micro-batch(es)")
+        mesh = topology.make_mesh(candidate.cfg.mesh, self.accelerator)
+        return compile_step(candidate.cfg, self.state, mesh, label)
+
+    def may_fit(self, candidate: Candidate) -> bool:
+        return candidate.memory.total <= SLACK * self.accelerator.chip.hbm_bytes
+
+
+def change(cfg: Config, **groups) -> Config:
+    """change(cfg, mesh={'fsdp': 8}) replaces single values."""
+    return dataclasses.replace(
+        cfg, **{name: dataclasses.replace(getattr(cfg, name), **values) for name, values in groups.items()})
+
+
+def smaller(cfg: Config, shape: dict[str, int]) -> Iterator[Config]:
+    """Changes that need less HBM, the nearest first: full remat, more micro-batches, more fsdp, more tensor."""
+    if cfg.model.remat != "full":
+        cfg = change(cfg, model={"remat": "full"})
+        yield cfg
+    rows = cfg.train.batch_size // (shape["data"] * shape["fsdp"])
+    micros = cfg.train.num_microbatches
+    for n in range(micros + 1, rows + 1):
+        if rows % n == 0 and n % micros == 0:
+            yield change(cfg, train={"num_microbatches": n})
+    chips = shape["data"] * shape["fsdp"] * shape["tensor"]
+    if shape["data"] > 1:
+        wide = {"data": 1, "fsdp": chips // shape["tensor"]}
+        yield change(cfg, mesh=wide)
+        yield change(cfg, mesh=wide, train={"num_microbatches": max(rows, 1)})
+    for tensor in TENSOR_SIZES:
+        if tensor > shape["tensor"] and chips % tensor == 0:
+            fsdp = chips // tensor
+            yield change(cfg, mesh={"data": 1, "fsdp": fsdp, "tensor": tensor},
+                         train={"num_microbatches": max(cfg.train.batch_size // fsdp, 1)})
+
+
+def nearest_that_fits(planner: Planner, candidate: Candidate, max_compiles: int = 3):
+    """(candidate, Compiled or None where untested) of the nearest smaller configuration, or None."""
+    untested = None
+    for cfg in smaller(candidate.cfg, candidate.mesh.shape):
+        try:
+            other = planner.candidate(cfg)
+        except UserError:
+            continue
+        if not planner.may_fit(other):
+            continue
+        if not planner.accelerator.chip.is_tpu or max_compiles == 0:
+            untested = untested or other
+            break
+        max_compiles -= 1
+        compiled = planner.compile(other)
+        if compiled.fits:
+            return other, compiled
+    return (untested, None) if untested else None
+
+
+def settings(cfg: Config, accelerator: Accelerator) -> Iterator[list[Config]]:
+    """Every mesh and remat policy that the search looks at, each with ever more micro-batches."""
+    chips = accelerator.num_chips
+    for tensor in TENSOR_SIZES:
+        if chips % tensor or tensor > accelerator.chip.chips_per_host:
+            continue
+        rest = chips // tensor
+        for fsdp in (n for n in range(1, rest + 1) if rest % n == 0):
+            for remat in CHOICES["model.remat"]:
+                base = change(cfg, mesh={"data": rest // fsdp, "fsdp": fsdp, "tensor": tensor},
+                              model={"remat": remat})
+                yield [change(base, train={"num_microbatches": n}) for n in MICROBATCHES]
+
+
+def first_that_may_fit(planner: Planner, configs: list[Config]) -> list:
+    """[the first candidate that may fit, the configs after it]; [] where none may or the mesh suits nothing."""
+    for i, cfg in enumerate(configs):
+        try:
+            candidate = planner.candidate(cfg)
+        except UserError:  # does not divide the batch or the model: nor will more micro-batches
+            return []
+        if planner.may_fit(candidate):
+            return [candidate, configs[i + 1:]]
+    return []
+
+
+def search(planner: Planner, wanted: int = 3, max_compiles: int = 6) -> tuple[list, int]:
+    """([(candidate, Compiled or None)], how many were looked at): the best by estimated time that fit."""
+    groups = list(settings(planner.cfg, planner.accelerator))
+    found = [group for group in (first_that_may_fit(planner, configs) for configs in groups) if group]
+    found.sort(key=lambda group: (float(f"{group[0].step.seconds:.3g}"), group[0].memory.total))
+    if not planner.accelerator.chip.is_tpu:
+        return [(group[0], None) for group in found[:wanted]], len(groups)
+    fitting = []
+    while found and max_compiles and len(fitting) < wanted:
+        candidate, more = found.pop(0)
+        compiled, max_compiles = planner.compile(candidate), max_compiles - 1
+        if compiled.fits:
+            fitting.append((candidate, compiled))
+        elif group := first_that_may_fit(planner, more):
+            found.insert(0, group)
+    return fitting, len(groups)

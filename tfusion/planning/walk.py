@@ -1,0 +1,122 @@
+"""What a traced step executes: matrix FLOPs, the bytes they move, and what is kept for the backward pass.
+
+Read off the jaxpr, so it is right for any remat policy and any attention; XLA's own cost analysis counts a
+loop's body once and a Pallas kernel as nothing. Elementwise work is left out: taken to be fused.
+Shapes in a jaxpr are global; inside shard_map they are one shard's, and are multiplied by the number of shards.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+from jax.extend import core
+
+
+class Work(NamedTuple):
+    """Totals over all chips, of one step."""
+
+    flops: float
+    weight_bytes: float  # operands and results of matrices that have a parameter's shape
+    activation_bytes: float  # the others
+    residual_bytes: float  # kept by the layers' scan from forward to backward, of one micro-batch
+    largest_bytes: float  # the largest result of a matrix product (dense attention's or the head's logits)
+    kernels: int  # Pallas calls that state no cost: their FLOPs and bytes are missing
+
+
+def _bytes(aval) -> int:
+    return math.prod(aval.shape) * aval.dtype.itemsize
+
+
+def _inner(eqn) -> list:
+    """The jaxprs an equation runs."""
+    found = []
+    for value in eqn.params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                found.append(item.jaxpr)
+            elif isinstance(item, core.Jaxpr):
+                found.append(item)
+    return found
+
+
+def _branch(eqn, platform: str):
+    """What a cond runs: the platform's branch where it chooses by platform, else the dearest."""
+    branches, platforms = _inner(eqn), eqn.params.get("branches_platforms")
+    if platforms:
+        return next(b for b, names in zip(branches, platforms) if names is None or platform in names)
+    return max(branches, key=lambda j: sum(dot_flops(e) * n for e, n in equations(j, platform)))
+
+
+def equations(jaxpr, platform: str, times: float = 1.0) -> Iterator[tuple]:
+    """(equation, how often it runs) over everything that a jaxpr runs on a platform ('tpu', 'cuda', 'cpu')."""
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        yield eqn, times
+        if name == "pallas_call":
+            continue
+        inner, often = _inner(eqn), times
+        if name == "scan":
+            often = times * eqn.params["length"]
+        elif name == "shard_map":
+            mesh = eqn.params["mesh"]
+            axes = eqn.params.get("manual_axes") or mesh.axis_names
+            often = times * math.prod(mesh.shape[axis] for axis in axes)
+        elif name == "cond":
+            inner = [_branch(eqn, platform)]
+        elif name == "custom_vjp_call":
+            inner = inner[:1]
+        for body in inner:
+            yield from equations(body, platform, often)
+
+
+def dot_flops(eqn) -> float:
+    """2 x multiply-adds of a dot_general; 0 for any other equation."""
+    if eqn.primitive.name != "dot_general":
+        return 0.0
+    (contract, _), _ = eqn.params["dimension_numbers"]
+    lhs = eqn.invars[0].aval.shape
+    return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contract)
+
+
+def residual_bytes(jaxpr, num_layers: int, platform: str) -> float:
+    """Bytes stacked by the forward scan over the layers: what remat keeps.
+
+    That scan is the one of length num_layers, not reversed, with the largest stacked output.
+    """
+    kept = 0.0
+    for eqn, _ in equations(jaxpr, platform):
+        if eqn.primitive.name == "scan" and eqn.params["length"] == num_layers and not eqn.params["reverse"]:
+            kept = max(kept, sum(_bytes(v.aval) for v in eqn.outvars[eqn.params["num_carry"]:]))
+    return kept
+
+
+def parameter_shapes(params, num_layers: int) -> set[tuple[int, ...]]:
+    """The shapes a weight or its gradient has inside a layer, and transposed."""
+    shapes = set()
+    for leaf in jax.tree.leaves(params):
+        shape = leaf.shape[1:] if leaf.shape[:1] == (num_layers,) and len(leaf.shape) > 1 else leaf.shape
+        shapes |= {shape, shape[::-1]}
+    return shapes
+
+
+def work(jaxpr, params, num_layers: int, platform: str = "tpu") -> Work:
+    """Walks a step's jaxpr; `params` tells weights from activations."""
+    shapes = parameter_shapes(params, num_layers)
+    flops = weights = activations = largest = 0.0
+    kernels = 0
+    for eqn, times in equations(jaxpr, platform):
+        if eqn.primitive.name == "pallas_call":
+            cost = eqn.params.get("cost_estimate")
+            kernels += cost is None
+            flops += times * (cost.flops if cost else 0)
+            activations += times * (cost.bytes_accessed if cost else 0)
+        elif eqn.primitive.name == "dot_general":
+            flops += times * dot_flops(eqn)
+            largest = max(largest, _bytes(eqn.outvars[0].aval))
+            for v in (*eqn.invars, *eqn.outvars):
+                if v.aval.shape in shapes:
+                    weights += times * _bytes(v.aval)
+                else:
+                    activations += times * _bytes(v.aval)
+    return Work(flops, weights, activations, residual_bytes(jaxpr, num_layers, platform), largest, kernels)
