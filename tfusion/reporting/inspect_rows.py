@@ -26,13 +26,14 @@ def draw_rows(batch: Batch, image_attention: str, block: int, path: Path) -> str
     mask, bounds = np.asarray(dense_mask(*arrays)), [np.asarray(x) for x in key_intervals(*arrays)]
     blocks = block_map(*bounds, block, block)
     kinds, T = np.asarray(blocks.kind_Bij), mask.shape[1]
+    side = kinds.shape[1] * block
     fig, axes = plt.subplots(len(mask), 2, figsize=(12, 6 * len(mask)), squeeze=False)
     later = np.triu(np.ones((T, T), bool), 1)
     for row, (left, right) in enumerate(axes):
         left.imshow(mask[row].astype(int) + (mask[row] & later), cmap=MASK_COLOURS, vmin=0, vmax=2,
                     interpolation="nearest")
         left.set_title(f"row {int(batch.row_ids_B[row])}: mask (query down, key across); orange: later patches")
-        right.imshow(kinds[row], cmap=BLOCK_COLOURS, vmin=0, vmax=2, extent=(0, T, T, 0),
+        right.imshow(kinds[row], cmap=BLOCK_COLOURS, vmin=0, vmax=2, extent=(0, side, side, 0),
                      interpolation="nearest")
         count = [int((kinds[row] == kind).sum()) for kind in (SKIPPED, PARTIAL, FULL)]
         right.set_title(f"blocks of {block}: {count[1]} partial (amber), {count[2]} fully visible (green), "

@@ -122,7 +122,7 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile
             log.losses.add(done, losses)
             log.speed.add(batch, waited)
             log.bar.update()
-            if profile and done == sum(profile):
+            if profile and first <= profile[0] and done == sum(profile):
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
 
@@ -130,7 +130,9 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile
             evaluating = due(done, t.eval_every, t.num_steps)
             diagnosing = due(done, t.diagnostics_every, t.num_steps)
             if saving or evaluating or diagnosing or done == t.num_steps:
-                log.line(done)  # raises on a NaN before a broken state replaces a good checkpoint
+                if saving or due(done, t.log_every, t.num_steps):
+                    log.line(done)
+                log.losses.flush()  # raises on a NaN before a broken state replaces a good checkpoint
                 pause = time.perf_counter()
                 if evaluating:
                     log.writer.write(done, held.evaluate(state))
