@@ -139,7 +139,7 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile
                 if diagnosing:
                     log.writer.write(done, held.diagnose(state))
                 if saving:
-                    checkpoints.save(state, next_row, log.speed.total, rows.identity, cfg)
+                    checkpoints.save(state, next_row, dict(log.speed.total), rows.identity, cfg)
                 log.speed.pause(time.perf_counter() - pause)
             elif due(done, t.log_every, t.num_steps):
                 late = done
