@@ -37,6 +37,7 @@ EXTRAS = {
         "ruff>=0.9",  # lint
         "resvg-py>=0.5",  # renders the SVGs when the data pack is rebuilt; 0.5.0 makes the bytes shipped
     ],
+    "peers": ["torch==2.13.0", "transfusion-pytorch==0.20.0"],  # what benchmarks/train_step.py compares with
 }
 
 setup(
