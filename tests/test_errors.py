@@ -6,7 +6,6 @@ already: the first import takes seconds, a mistake milliseconds.
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -172,7 +171,3 @@ def test_errors_of_ours_keep_their_traceback(monkeypatch, capsys):
     monkeypatch.setattr(app, "run", lambda guarded, flags_parser: guarded(["verb"]))
     with pytest.raises(ZeroDivisionError):
         errors.run(lambda: 1 / 0)
-
-
-def test_interrupting_leaves_the_default_handler():
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -327,8 +327,9 @@ class Process:
         command = [sys.executable, "-m", "tfusion.train", f"--config={experiment}", f"--workdir={workdir}"]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=log,
-                                            stdout=subprocess.DEVNULL)
+            self.process = subprocess.Popen(  # a shell's background job would hand down an ignored SIGINT
+                command, cwd=ROOT, env=env, stderr=log, stdout=subprocess.DEVNULL,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
     def wait_for_checkpoint(self, after: int) -> int:
         """Returns the first checkpoint past step `after` as soon as it is listed."""
