@@ -281,4 +281,4 @@ def _check_numbers(cfg: Config) -> None:
                          f"most diffusion.num_timesteps = {cfg.diffusion.num_timesteps}")
     if not cfg.data.mixture or min(cfg.data.mixture.values()) < 0 or not (
             0 < sum(cfg.data.mixture.values()) < math.inf):
-        raise UserError("data.mixture must give at least one source a positive share")
+        raise UserError("data.mixture must give at least one source a positive share, and none a negative one")

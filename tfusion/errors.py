@@ -18,7 +18,7 @@ def run(main) -> None:
             return flags.FLAGS(argv)
         except (AttributeError, KeyError) as e:  # ml_collections, on --config.no.such.key
             _fail(f"unknown config key {_text(e)}")
-        except (flags.Error, TypeError, ValueError) as e:
+        except (flags.Error, TypeError, ValueError, SyntaxError, OSError) as e:
             _fail(e)
 
     def guarded(argv):

@@ -44,6 +44,8 @@ def fit_codec(workdir: str, cfg: config.Config) -> LatentCodec:
 
 
 def inspect(cfg: config.Config, path: Path) -> None:
+    if path.suffix != ".png" or not path.parent.is_dir():
+        raise UserError(f"--inspect={path} must name a .png file in a folder that exists")
     rows = pipeline.open_rows(cfg, make_objective(cfg), "train")
     batch = next(pipeline.batches(rows, 0, 1, INSPECT_ROWS.value))
     print(draw_rows(batch, cfg.model.image_attention, INSPECT_BLOCK.value, path))

@@ -3,7 +3,8 @@
     python -m tfusion.report --workdir=runs/quickstart
     python -m tfusion.report --workdir=runs/quickstart --out=/tmp/quickstart.html
 
-Parts of the run that are absent are left out of the page and named at its foot.
+Needs metrics.jsonl, config.json and evaluation/metrics.json of the run; other parts that are absent are left
+out of the page and named at its foot.
 """
 
 from pathlib import Path

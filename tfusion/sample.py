@@ -32,7 +32,8 @@ NUM_DOCUMENTS = flags.DEFINE_integer("num_documents", 0, "rows that start from n
 OUT = flags.DEFINE_string("out", None, "where to write; default: WORKDIR/samples")
 SEED = flags.DEFINE_integer("seed", 0, "of the sampling")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "of the text; 0 = greedy", lower_bound=0.0)
-MAX_IMAGES = flags.DEFINE_integer("max_images", None, "pictures per row; default: as many as fit")
+MAX_IMAGES = flags.DEFINE_integer("max_images", None, "pictures per row; default: as many as fit",
+                                  lower_bound=0)
 SAMPLER = flags.DEFINE_enum("sampler", None, CHOICES["sampling.sampler"], "default: the run's config")
 STEPS = flags.DEFINE_integer("num_inference_steps", None, "default: the run's config", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance_scale", None, "1 = off; default: the run's config", lower_bound=0.0)

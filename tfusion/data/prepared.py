@@ -83,7 +83,7 @@ def read_meta(root) -> dict:
     """The meta of a prepared data set. Raises UserError where it is absent, broken or of another version."""
     path = Path(root) / "meta.json"
     if not path.exists():
-        raise UserError(f"{path} not found: data.prepared must name a folder written by "
+        raise UserError(f"{path.absolute()} not found: data.prepared must name a folder written by "
                                 "`python -m tfusion.prepare`")
     meta = _read_json(path)
     if meta["format_version"] != FORMAT_VERSION:

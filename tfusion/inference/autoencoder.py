@@ -7,6 +7,7 @@ over training pictures (the paper states neither choice; docs/recipe.md).
 import dataclasses
 import hashlib
 import json
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -72,11 +73,15 @@ class LatentCodec:
         path = Path(prepared_root) / FILE
         if not path.exists():
             raise UserError(f"{path} not found: run `python -m tfusion.prepare` first")
-        with np.load(path) as file:
-            about = json.loads(bytes(file["about"]))
-            flat = {k.removeprefix("params/"): file[k] for k in file.files if k.startswith("params/")}
-            return cls(config.AutoencoderConfig(**about["cfg"]), about["latent_size"],
-                       unflatten_dict(flat, sep="/"), file["mean"], file["std"])
+        try:
+            with np.load(path) as file:
+                arrays = {name: file[name] for name in file.files}
+            about = json.loads(bytes(arrays["about"]))
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+            raise UserError(f"{path} is broken ({e}): run `python -m tfusion.prepare` again") from e
+        flat = {k.removeprefix("params/"): v for k, v in arrays.items() if k.startswith("params/")}
+        return cls(config.AutoencoderConfig(**about["cfg"]), about["latent_size"],
+                   unflatten_dict(flat, sep="/"), arrays["mean"], arrays["std"])
 
     @classmethod
     def fit(cls, cfg: config.Config, params, images) -> "LatentCodec":
