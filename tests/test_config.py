@@ -159,7 +159,8 @@ def test_more_sampling_steps_than_timesteps():
 @pytest.mark.parametrize("mixture", [{}, {"scenes": 0.0}, {"scenes": -1.0, "glosses": 2.0},
                                      {"scenes": float("nan")}, {"scenes": float("inf")}])
 def test_mixture_without_a_share(mixture):
-    assert message(data__mixture=mixture) == "data.mixture must give at least one source a positive share, and none a negative one"
+    assert message(data__mixture=mixture) == (
+        "data.mixture must give at least one source a positive share, and none a negative one")
 
 
 def test_fsdp_may_be_the_devices_left_over():
