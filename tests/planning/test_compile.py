@@ -40,7 +40,7 @@ def test_two_slices_compile():
     made = plan.make_plan(cfg, parse_accelerator("2xv5litepod-4"), "two slices")
     assert made["fits"]
     assert made["step"]["dcn"] > 0
-    assert not made["notes"]
+    assert made["notes"] == ["4 attention kernels state no cost: counted by visible pairs"]
 
 
 def test_does_not_fit_says_what_would():
