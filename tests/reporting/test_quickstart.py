@@ -131,7 +131,7 @@ def write_training(root: Path, steps: int, every: int) -> None:
             }
         )
         if step % (steps // 8) < every:
-            rows.append({"step": step, "eval/psnr": 27.1 - 9 * np.exp(-step / (0.2 * steps))})
+            rows.append({"step": step, "eval/reconstruction_mse": 0.008 + 0.1 * np.exp(-step / (0.2 * steps))})
     write_lines(root / "autoencoder/metrics.jsonl", rows)
     write_json(root / "autoencoder/config.json", {"width": 64})
     for part, stages in {

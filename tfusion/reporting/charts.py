@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Callable
 from html import escape
 
+import numpy as np
+
 from tfusion.reporting import page, plots
 from tfusion.reporting.records import AUTOENCODER, METRICS, TRAIN, Missing, RunFiles
 
@@ -158,8 +160,10 @@ def reconstruction_loss(run: RunFiles) -> str:
 
 
 def psnr(run: RunFiles) -> str:
-    """Held-out peak signal-to-noise ratio over steps."""
-    drawn = plots.dots("Held-out PSNR", run.series(AUTOENCODER, "eval/psnr"), plots.IMAGE, "dB")
+    """Held-out peak signal-to-noise ratio over steps, from the squared error of pixels in -1..1."""
+    error = run.series(AUTOENCODER, "eval/reconstruction_mse")
+    series = error._replace(values=10 * np.log10(4 / error.values))
+    drawn = plots.dots("Held-out PSNR", series, plots.IMAGE, "dB")
     return page.card("Reconstruction quality", "Held-out peak signal-to-noise ratio.", drawn)
 
 
