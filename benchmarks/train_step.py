@@ -39,7 +39,7 @@ from tqdm import tqdm
 from worker import Worker, serve
 
 from experiments.common import base
-from tfusion import config, sharding
+from tfusion import config, distributed, sharding
 from tfusion.data import packing
 from tfusion.errors import UserError, run
 from tfusion.models import transformer
@@ -138,7 +138,9 @@ def work(name: str) -> None:
     tx = make_optimizer(cfg.optimizer, cfg.train.num_steps)
     with jax.set_mesh(mesh):
         state = states.init_state(objective, tx, False, cfg.seed, mesh)
-        train_step = jax.jit(steps.make_train_step(objective, tx, cfg), donate_argnums=0)
+        placed = sharding.put_batch(batch, mesh)
+        train_step = steps.jit_train_step(objective, tx, cfg, state).lower(state, placed).compile()
+        distributed.return_freed_memory()  # as training does
         last = None
 
         def step():

@@ -92,10 +92,10 @@ class Runs:
     def _on(self, sizes=ONE, num_microbatches=1, donate=True):
         mesh = make_mesh(sizes)
         cfg = with_value(self.cfg, "train.num_microbatches", num_microbatches)
-        step = jax.jit(steps.make_train_step(self.objective, self.tx, cfg),
-                       donate_argnums=0 if donate else ())
         with jax.set_mesh(mesh):
             state = self.placed(mesh, self.start_state)
+            step = steps.jit_train_step(self.objective, self.tx, cfg, state) if donate else \
+                jax.jit(steps.make_train_step(self.objective, self.tx, cfg))
             placed = state_shardings(state)
             first, losses = [], []
             for batch in self.batches:
@@ -202,7 +202,7 @@ def test_lowered_step_has_sharding_constraints(runs):
     mesh = make_mesh((2, 2, 2, 1))
     with jax.set_mesh(mesh):
         state = states.restore_target(runs.objective, runs.tx, True, mesh)
-        step = jax.jit(steps.make_train_step(runs.objective, runs.tx, runs.cfg), donate_argnums=0)
+        step = steps.jit_train_step(runs.objective, runs.tx, runs.cfg, state)
         text = step.lower(state, sharding.put_batch(runs.batch, mesh)).as_text()
     lines = [line for line in text.splitlines() if "sdy.sharding_constraint" in line]
     rows, tensor = '[{"data", "fsdp"}, {"sequence"}, ', '{"tensor"}'

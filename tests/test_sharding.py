@@ -215,13 +215,15 @@ def test_sharded_on_one_device_or_without_a_mesh_is_the_function_itself():
 
 
 @pytest.mark.parametrize("sizes, split", [
-    ((1, 1, 1, 8), {"length"}), ((1, 8, 1, 1), {"batch", "embed"}), ((8, 1, 1, 1), {"batch"}),
-    ((1, 2, 2, 2), {"batch", "embed", "length", "heads", "kv_heads", "mlp", "vocab"})])
-def test_is_split(sizes, split):
+    ((1, 1, 1, 8), {"length": 8}), ((1, 8, 1, 1), {"batch": 8, "embed": 8}),
+    ((4, 2, 1, 1), {"batch": 8, "embed": 2}),
+    ((1, 2, 2, 2), {"batch": 2, "embed": 2, "length": 2, "heads": 2, "kv_heads": 2, "mlp": 2, "vocab": 2})])
+def test_num_shards(sizes, split):
     with jax.set_mesh(sharding.make_mesh(MeshConfig(*sizes))):
-        assert {name for name in sharding.RULES if sharding.is_split(name)} == split
-    assert not any(map(sharding.is_split, sharding.RULES))  # one device
-    assert not without_mesh(lambda: any(map(sharding.is_split, sharding.RULES)))
+        assert {name: sharding.num_shards(name) for name in sharding.RULES} == {
+            name: split.get(name, 1) for name in sharding.RULES}
+    assert {sharding.num_shards(name) for name in sharding.RULES} == {1}  # one device
+    assert without_mesh(lambda: {sharding.num_shards(name) for name in sharding.RULES}) == {1}
 
 
 def test_length_that_does_not_divide_raises():

@@ -79,11 +79,11 @@ def constrain(x, *names: str | None):
     return jax.lax.with_sharding_constraint(x, spec(*names))
 
 
-def is_split(name: str) -> bool:
-    """Whether the current mesh spreads a logical axis over more than one device."""
+def num_shards(name: str) -> int:
+    """Over how many devices the current mesh spreads a logical axis."""
     mesh, axes = jax.sharding.get_abstract_mesh(), RULES[name]
     axes = (axes,) if isinstance(axes, str) else axes or ()
-    return not mesh.empty and math.prod(mesh.shape[axis] for axis in axes) > 1
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in axes)
 
 
 def sharded(fn, in_axes, out_axes):

@@ -20,6 +20,7 @@ from tfusion.kernels import interval_attention_cpu as cpu
 from tfusion.kernels import interval_attention_gpu as gpu
 from tfusion.kernels import interval_attention_tpu as tpu
 from tfusion.models.masks import dense_mask, key_intervals
+from tfusion.models.transformer import REMAT_POLICIES
 
 REPO = Path(__file__).resolve().parents[2]
 F32, BF16 = jnp.float32, jnp.bfloat16
@@ -85,10 +86,19 @@ def check(attend, packed, name, T, heads, E, dtype, softcap, queries=slice(None)
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """The CPU's blockwise form on rows of a test's size."""
+    """The CPU's form for long rows, on rows of a test's size."""
     monkeypatch.setattr(cpu, "DENSE_UP_TO", 0)
     monkeypatch.setattr(cpu, "BLOCK_Q", 32)
     monkeypatch.setattr(cpu, "BLOCK_K", 16)
+
+
+@pytest.fixture(params=["dense", "one piece", "blocks"])
+def form(request, monkeypatch):
+    """Each of the CPU's forms."""
+    if request.param != "dense":
+        request.getfixturevalue("small_blocks")
+    if request.param == "one piece":
+        monkeypatch.setattr(cpu, "BLOCK_K", 64)
 
 
 @pytest.mark.parametrize("name", ["adjacent images", "padding", "random"])
@@ -107,27 +117,16 @@ def test_reference_is_softmax_under_the_dense_mask(packed, name, image_attention
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
-def test_dense_form(packed, case):
+def test_cpu_forms(packed, form, case):
     check(partial(ia.attention, softcap=case[-1]), packed, *case)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
-def test_blockwise_form(packed, small_blocks, case):
-    check(partial(ia.attention, softcap=case[-1]), packed, *case)
-
-
-@pytest.mark.parametrize("form", ["dense", "blocks"])
-def test_a_slice_of_queries_against_all_keys(packed, form, request):
-    if form == "blocks":
-        request.getfixturevalue("small_blocks")
+def test_a_slice_of_queries_against_all_keys(packed, form):
     check(ia.attention, packed, "random", 200, (4, 2), 16, F32, None, slice(70, 153))
 
 
-@pytest.mark.parametrize("form", ["dense", "blocks"])
-def test_no_gradient_leaves_an_interval(packed, form, request):
+def test_no_gradient_leaves_an_interval(packed, form):
     """Exactly zero, not small: from one query to every key that it does not see; and no bit of it changes."""
-    if form == "blocks":
-        request.getfixturevalue("small_blocks")
     rows = packed("adjacent images", 2, 200)
     k_start, k_end = key_intervals(*rows)
     q, k, v, _ = inputs(200, 200, 4, 2, 16, F32)
@@ -170,10 +169,8 @@ def rematerialised(policy):
     return lambda *arguments: with_gradients(attend, *arguments)
 
 
-KEEP = jax.checkpoint_policies.save_only_these_names(*ia.RESIDUAL_NAMES)
-
-
-@pytest.mark.parametrize("policy, loops", [(KEEP, 4), (None, 6)])
+@pytest.mark.parametrize("policy, loops", [
+    (REMAT_POLICIES["attention"], 4), (REMAT_POLICIES["dots"], 4), (REMAT_POLICIES["full"], 6)])
 def test_saved_residuals_spare_the_backward_a_forward(packed, small_blocks, policy, loops):
     """Forward and backward are two loops each (query blocks, key blocks); remat alone adds one forward."""
     k_start, k_end = key_intervals(*packed("random", 2, 160))
@@ -259,7 +256,7 @@ def test_tpu_kernel_compiles(topology, T, S, heads, E, dtype, softcap):
 
 @pytest.mark.slow
 @needs_libtpu
-@pytest.mark.parametrize("policy, kernels", [(KEEP, 3), (None, 4)])
+@pytest.mark.parametrize("policy, kernels", [(REMAT_POLICIES["attention"], 3), (None, 4)])
 def test_tpu_kernel_is_not_run_again(policy, kernels):
     attend = jax.checkpoint(lambda *arguments: jnp.sin(ia.attention(*arguments)), policy=policy)
     compiled = ahead_of_time("v5e:2x2", attend, 1024, 1024, (4, 2), 64, BF16)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tfusion import sharding
+from tfusion.config import MeshConfig
 from tfusion.models import lm_head
 
 B, T, D, V = 3, 16, 8, 64
@@ -55,6 +57,18 @@ def test_cross_entropy_in_chunks_is_the_dense_one(name, vocab):
     assert scans == ([number] * 2 if number > 1 else [])  # forward and backward
 
 
+@pytest.mark.parametrize("sizes, whole", [((1, 1, 1, 1), 3 * V), ((1, 3, 1, 1), V), ((1, 3, 2, 1), V // 2)])
+def test_logits_are_cut_by_their_size_on_one_device(monkeypatch, sizes, whole):
+    """In one piece up to ONE_PIECE logits per device: rows are spread over fsdp, the vocabulary over tensor."""
+    targets, head = np.zeros((3, 1), np.int32), jax.ShapeDtypeStruct((D, V), jnp.float32)
+    mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
+    with jax.set_mesh(mesh):
+        monkeypatch.setattr(lm_head, "ONE_PIECE", whole)
+        assert lm_head.chunk_size(targets, head) == V
+        monkeypatch.setattr(lm_head, "ONE_PIECE", whole - 1)
+        assert lm_head.chunk_size(targets, head) == lm_head.CHUNK
+
+
 def test_large_logits_stay_finite():
     """Logits of +-1000, with the largest in any chunk."""
     h, head, tokens, _ = random_inputs(0, V, scale=400.0)
@@ -67,9 +81,9 @@ def test_large_logits_stay_finite():
     assert np.abs(z).max() > 1000
 
 
-@pytest.mark.parametrize("chunk", [lm_head.CHUNK, 16])
+@pytest.mark.parametrize("one_piece", [lm_head.ONE_PIECE, 0])
 @pytest.mark.parametrize("num_scored", [13, T, 2 * T])
-def test_next_token_loss_is_next_token_cross_entropy(monkeypatch, num_scored, chunk):
+def test_next_token_loss_is_next_token_cross_entropy(monkeypatch, num_scored, one_piece):
     """-log softmax(h[p] @ head)[tokens[p + 1]] over the mask, in float64, with the vocabulary's padding out."""
     vocab = V - 11
     h, head, tokens, mask = random_inputs(3, vocab, scale=3.0)
@@ -78,8 +92,8 @@ def test_next_token_loss_is_next_token_cross_entropy(monkeypatch, num_scored, ch
     for b, p in np.argwhere(mask):
         z = (h[b, p].astype(np.float64) @ head)[:vocab]
         total += np.log(np.exp(z - z.max()).sum()) + z.max() - z[tokens[b, p + 1]]
-    real = lm_head.cross_entropy
-    monkeypatch.setattr(lm_head, "cross_entropy", lambda *args: real(*args, chunk))
+    monkeypatch.setattr(lm_head, "ONE_PIECE", one_piece)
+    monkeypatch.setattr(lm_head, "CHUNK", 16)
     got, count = lm_head.next_token_loss(h, head, tokens, mask, num_scored, vocab)
     assert float(got) == pytest.approx(total, rel=1e-5) and int(count) == mask.sum()
 
@@ -111,12 +125,12 @@ def equations(jaxpr):
             yield from equations(inner)
 
 
-@pytest.mark.parametrize("chunk", [V, 16])
-def test_no_array_of_positions_times_vocabulary(monkeypatch, chunk):
+@pytest.mark.parametrize("chunk, one_piece", [(V, 4 * 30 * V), (16, 4 * 30 * V - 1)])
+def test_no_array_of_positions_times_vocabulary(monkeypatch, chunk, one_piece):
     """Of the loss and its gradient nothing is larger than scored positions x one chunk, or the head itself."""
     rows, length, scored = 4, 200, 30
-    real = lm_head.cross_entropy
-    monkeypatch.setattr(lm_head, "cross_entropy", lambda *args: real(*args, chunk))
+    monkeypatch.setattr(lm_head, "ONE_PIECE", one_piece)
+    monkeypatch.setattr(lm_head, "CHUNK", 16)
     shapes = (jax.ShapeDtypeStruct(s, t) for s, t in (
         ((rows, length, D), jnp.float32), ((D, V), jnp.float32), ((rows, length), jnp.int32),
         ((rows, length), jnp.bool_)))

@@ -1,8 +1,8 @@
 """The LM head and its loss, only where a token is scored and never as a B x T x V array.
 
 Half the positions of a mixed row are patches, which predict no token. The plan of the rows bounds the
-scored positions per row, so they are gathered into a static number S of them; the softmax then runs over
-chunks of the vocabulary, each recomputed in the backward pass.
+scored positions per row, so they are gathered into a static number S of them; where their logits are large,
+the softmax then runs over chunks of the vocabulary, each recomputed in the backward pass.
 
 B batch, T positions, D d_model, S scored positions per row, V vocabulary (padded), C chunks, W = V / C.
 """
@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from tfusion.models.transformer import linear
+from tfusion.sharding import num_shards
 
-CHUNK = 8192  # vocabulary entries per chunk, at most
+ONE_PIECE = 2**24  # logits per device (64 MiB) up to which they are kept rather than made twice
+CHUNK = 8192  # vocabulary entries per chunk, at most, where there are more
 
 
 def logits(h, head_DV, vocab_size: int):
@@ -42,11 +44,17 @@ def next_token_loss(h_BTD, head_DV, tokens_BT, loss_mask_BT, num_scored: int, vo
     positions_BS, used_BS = scored_positions(loss_mask_BT, num_scored)
     h_BSD = jnp.take_along_axis(h_BTD, positions_BS[..., None], axis=1)
     targets_BS = jnp.take_along_axis(jnp.roll(tokens_BT, -1, axis=1), positions_BS, axis=1)
-    nll_BS = cross_entropy(h_BSD, head_DV, targets_BS, vocab_size)
+    nll_BS = cross_entropy(h_BSD, head_DV, targets_BS, vocab_size, chunk_size(targets_BS, head_DV))
     return jnp.sum(jnp.where(used_BS, nll_BS, 0.0)), jnp.sum(loss_mask_BT)
 
 
-def cross_entropy(h, head_DV, targets, vocab_size: int, chunk: int = CHUNK):
+def chunk_size(targets_BS, head_DV) -> int:
+    """How many vocabulary entries to take at a time: all, where their logits are few."""
+    V = head_DV.shape[1]
+    return V if targets_BS.size // num_shards("batch") * (V // num_shards("vocab")) <= ONE_PIECE else CHUNK
+
+
+def cross_entropy(h, head_DV, targets, vocab_size: int, chunk: int):
     """-log softmax(h @ head)[target], float32, shaped as targets, over chunks of the vocabulary."""
     D, V = head_DV.shape
     C = next(c for c in range(1, V + 1) if V % c == 0 and V // c <= chunk)

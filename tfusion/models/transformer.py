@@ -11,13 +11,15 @@ from tfusion.config import ModelConfig
 from tfusion.kernels.interval_attention import RESIDUAL_NAMES
 from tfusion.models.attention import attention
 from tfusion.models.rope import apply_rope
-from tfusion.sharding import constrain, is_split
+from tfusion.sharding import constrain, num_shards
 
 NORM_EPS = 1e-5
 
+ATTENTION = jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)
 REMAT_POLICIES = {  # what the backward pass finds kept; the rest of a block is computed again
-    "attention": jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": ATTENTION,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        ATTENTION, jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
     "full": None,
 }
 
@@ -28,16 +30,24 @@ def linear(x, w):
     Two-dimensional, for XLA:CPU's gradients are twice as fast so; but a row split over devices stays as it
     is, for merging it with the batch would gather it.
     """
-    if is_split("length"):
+    if num_shards("length") > 1:
         return jnp.einsum("...d,df->...f", x, w.astype(x.dtype))
     return (x.reshape(-1, x.shape[-1]) @ w.astype(x.dtype)).reshape(*x.shape[:-1], w.shape[-1])
 
 
+# Under every policy the elementwise parts are made again from their inputs, which the matmuls keep anyway:
+# that is cheaper than to write and read what jax would keep of them.
+@jax.checkpoint
 def rms_norm(x, scale):
     """x / rms(x) * scale over the last axis, in float32, returned in x's dtype."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + NORM_EPS)
     return (y * scale).astype(x.dtype)
+
+
+@jax.checkpoint
+def swiglu(gate, up):
+    return jax.nn.silu(gate) * up
 
 
 def kernel(module: nn.Module, name: str, shape, axes, std: float | None = None):
@@ -72,7 +82,7 @@ class Attention(nn.Module):
         return linear(out_BTHE.reshape(B, T, H * E), wo)
 
 
-class SwiGLU(nn.Module):
+class MLP(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
@@ -82,7 +92,7 @@ class SwiGLU(nn.Module):
         up = kernel(self, "up_kernel", (D, F), ("embed", "mlp"))
         down = kernel(self, "down_kernel", (F, D), ("mlp", "embed"),
                       std=(F * 2 * self.cfg.num_layers) ** -0.5)
-        h_BTF = constrain(jax.nn.silu(linear(x_BTD, gate)) * linear(x_BTD, up), "batch", "length", "mlp")
+        h_BTF = constrain(swiglu(linear(x_BTD, gate), linear(x_BTD, up)), "batch", "length", "mlp")
         return linear(h_BTF, down)
 
 
@@ -95,7 +105,7 @@ class Block(nn.Module):
         h = rms_norm(x_BTD, norm_scale(self, "attention_norm_scale", D))
         x_BTD = x_BTD + Attention(self.cfg, name="attention")(h, rope, intervals)
         h = rms_norm(x_BTD, norm_scale(self, "mlp_norm_scale", D))
-        x_BTD = x_BTD + SwiGLU(self.cfg, name="mlp")(h)
+        x_BTD = x_BTD + MLP(self.cfg, name="mlp")(h)
         return constrain(x_BTD, "batch", "length", "hidden"), None
 
 

@@ -94,9 +94,9 @@ def place(boxed, mesh: Mesh | AbstractMesh):
 def trace(cfg: Config, boxed_state: TrainState, mesh: Mesh | AbstractMesh):
     """Traces training's own step on the mesh (about a second): jax.stages.Traced, with .jaxpr and .lower()."""
     objective, tx = make_objective(cfg), make_optimizer(cfg.optimizer, cfg.train.num_steps)
-    step = jax.jit(steps.make_train_step(objective, tx, cfg), donate_argnums=0)
+    state = place(boxed_state, mesh)
     with entered(mesh):
-        return step.trace(place(boxed_state, mesh), abstract_batch(cfg, mesh))
+        return steps.jit_train_step(objective, tx, cfg, state).trace(state, abstract_batch(cfg, mesh))
 
 
 def compile_step(cfg: Config, boxed_state: TrainState, mesh: Mesh, label: str) -> Compiled:

@@ -42,7 +42,7 @@ def dry_run(cfg: Config, objective: Objective, mesh) -> None:
         print(f"batch.{name:18s} {value.shape!s:20s} {value.dtype}  {np.array2string(value.ravel()[:12])}")
     state = states.restore_target(objective, tx, ema, mesh)
     began = time.perf_counter()
-    step = jax.jit(steps.make_train_step(objective, tx, cfg), donate_argnums=0)
+    step = steps.jit_train_step(objective, tx, cfg, state)
     compiled = step.lower(state, sharding.put_batch(batch, mesh)).compile()
     print(f"the training step compiles in {time.perf_counter() - began:.1f} s")
     memory = compiled.memory_analysis()

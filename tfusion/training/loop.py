@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from tfusion import config, sharding
+from tfusion import config, distributed, sharding
 from tfusion.data import pipeline
 from tfusion.errors import UserError
 from tfusion.objectives.base import Objective
@@ -102,7 +102,7 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile
     config.save(cfg, workdir)
     first = int(state.step)
     log = Log(cfg, objective, rows, workdir, first, totals)
-    train_step = jax.jit(steps.make_train_step(objective, tx, cfg), donate_argnums=0)
+    train_step = None  # compiled for the first batch
     batches = pipeline.batches(rows, next_row, t.num_steps - first, t.batch_size,
                                jax.process_index(), jax.process_count())
     late = None  # a step whose line is written once the next step is under way: the device never waits
@@ -113,7 +113,11 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile
             waited = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - waited
-            state, losses = train_step(state, sharding.put_batch(batch, mesh))
+            placed = sharding.put_batch(batch, mesh)
+            if train_step is None:
+                train_step = steps.jit_train_step(objective, tx, cfg, state).lower(state, placed).compile()
+                distributed.return_freed_memory()
+            state, losses = train_step(state, placed)
             next_row += t.batch_size
             if late:
                 log.line(late)

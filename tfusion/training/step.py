@@ -52,7 +52,7 @@ def gradients(objective: Objective, params, batch, key, num_microbatches: int):
 
 
 def make_train_step(objective: Objective, tx: optax.GradientTransformation, cfg):
-    """step(state, batch) -> (state, {name: (sum, count)}), to be jitted with the state donated."""
+    """step(state, batch) -> (state, {name: (sum, count)})."""
     decay = cfg.optimizer.ema_decay
 
     def train_step(state: TrainState, batch):
@@ -69,6 +69,13 @@ def make_train_step(objective: Objective, tx: optax.GradientTransformation, cfg)
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     return train_step
+
+
+def jit_train_step(objective: Objective, tx: optax.GradientTransformation, cfg, state: TrainState):
+    """make_train_step for states placed as this one (arrays, or shapes with shardings): the state is donated
+    and stays where it is, so that one program serves every step."""
+    place = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(make_train_step(objective, tx, cfg), donate_argnums=0, out_shardings=(place, None))
 
 
 def make_eval_step(objective: Objective, cfg):
