@@ -3,6 +3,8 @@
 B batch, T positions, D d_model, S scored positions, V padded vocabulary.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,16 +59,38 @@ def test_cross_entropy_in_chunks_is_the_dense_one(name, vocab):
     assert scans == ([number] * 2 if number > 1 else [])  # forward and backward
 
 
-@pytest.mark.parametrize("sizes, whole", [((1, 1, 1, 1), 3 * V), ((1, 3, 1, 1), V), ((1, 3, 2, 1), V // 2)])
+@pytest.mark.parametrize("sizes, whole", [
+    ((1, 1, 1, 1), 12 * V), ((1, 3, 1, 1), 4 * V), ((1, 3, 2, 1), 2 * V), ((1, 1, 1, 4), 3 * V)])
 def test_logits_are_cut_by_their_size_on_one_device(monkeypatch, sizes, whole):
-    """In one piece up to ONE_PIECE logits per device: rows are spread over fsdp, the vocabulary over tensor."""
-    targets, head = np.zeros((3, 1), np.int32), jax.ShapeDtypeStruct((D, V), jnp.float32)
+    """In one piece up to ONE_PIECE of them: rows are spread over fsdp, a row over sequence, ids over tensor."""
+    targets, head = np.zeros((3, 4), np.int32), jax.ShapeDtypeStruct((D, V), jnp.float32)
     mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
     with jax.set_mesh(mesh):
         monkeypatch.setattr(lm_head, "ONE_PIECE", whole)
         assert lm_head.chunk_size(targets, head) == V
         monkeypatch.setattr(lm_head, "ONE_PIECE", whole - 1)
         assert lm_head.chunk_size(targets, head) == lm_head.CHUNK
+
+
+def test_scored_positions_are_spread_where_rows_are():
+    """Each of four devices that share the rows makes a quarter of the logits, and the loss is the same."""
+    h, head, tokens, mask = random_inputs(3, V)
+
+    def loss(h, head):
+        return lm_head.next_token_loss(h, head, tokens, mask, 13, V)[0]
+
+    want, want_grads = jax.value_and_grad(loss, (0, 1))(h, head)
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1, sequence=4), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        h = jax.device_put(h, jax.NamedSharding(mesh, sharding.spec("batch", "length", "hidden")))
+        compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(h, head).compile()
+        got, grads = compiled(h, head)
+    assert float(got) == pytest.approx(float(want), rel=1e-5)
+    for a, b in zip(grads, want_grads):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    products = re.findall(r"= f32\[([\d,]+)\]\S* dot\(", compiled.as_text())
+    logits = [shape for shape in products if shape.endswith(f",{V}") and not shape.startswith(f"{D},")]
+    assert logits and all(np.prod(list(map(int, shape.split(",")))) == B * 16 // 4 * V for shape in logits)
 
 
 def test_large_logits_stay_finite():

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from tfusion.models.transformer import linear
-from tfusion.sharding import num_shards
+from tfusion.sharding import constrain, num_shards
 
 ONE_PIECE = 2**24  # logits per device (64 MiB) up to which they are kept rather than made twice
 CHUNK = 8192  # vocabulary entries per chunk, at most, where there are more
@@ -40,9 +40,14 @@ def scored_positions(loss_mask_BT, num_scored: int):
 
 
 def next_token_loss(h_BTD, head_DV, tokens_BT, loss_mask_BT, num_scored: int, vocab_size: int):
-    """(sum, count) of -log p(tokens[p + 1]) over the scored positions p, float32."""
-    positions_BS, used_BS = scored_positions(loss_mask_BT, num_scored)
+    """(sum, count) of -log p(tokens[p + 1]) over the scored positions p, float32.
+
+    Where a row is spread over devices, so are its scored positions, rounded up to the same number on each.
+    """
+    parts = num_shards("length")
+    positions_BS, used_BS = scored_positions(loss_mask_BT, -(-num_scored // parts) * parts)
     h_BSD = jnp.take_along_axis(h_BTD, positions_BS[..., None], axis=1)
+    h_BSD = constrain(h_BSD, "batch", "length", "hidden")
     targets_BS = jnp.take_along_axis(jnp.roll(tokens_BT, -1, axis=1), positions_BS, axis=1)
     nll_BS = cross_entropy(h_BSD, head_DV, targets_BS, vocab_size, chunk_size(targets_BS, head_DV))
     return jnp.sum(jnp.where(used_BS, nll_BS, 0.0)), jnp.sum(loss_mask_BT)
@@ -50,8 +55,8 @@ def next_token_loss(h_BTD, head_DV, tokens_BT, loss_mask_BT, num_scored: int, vo
 
 def chunk_size(targets_BS, head_DV) -> int:
     """How many vocabulary entries to take at a time: all, where their logits are few."""
-    V = head_DV.shape[1]
-    return V if targets_BS.size // num_shards("batch") * (V // num_shards("vocab")) <= ONE_PIECE else CHUNK
+    V, parts = head_DV.shape[1], num_shards("batch") * num_shards("length") * num_shards("vocab")
+    return V if targets_BS.size * V // parts <= ONE_PIECE else CHUNK
 
 
 def cross_entropy(h, head_DV, targets, vocab_size: int, chunk: int):
