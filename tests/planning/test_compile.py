@@ -43,6 +43,22 @@ def test_two_slices_compile():
     assert made["notes"] == ["4 attention kernels state no cost: counted by visible pairs"]
 
 
+def test_rows_split_over_chips_compile():
+    """Two half rows on a chip need less than two whole ones."""
+    cfg = small_config(batch_size=4, d_model=512, d_ff=1024)
+    cfg = search.change(cfg, data={"seq_len": 4096, "max_scored": 1024}, mesh={"fsdp": 2, "sequence": 2})
+    made = plan.make_plan(cfg, parse_accelerator("v5litepod-4"), "half rows")
+    assert made["mesh"] == {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 1}
+    assert made["exchange"]["sequence_keys"] > 0
+    assert made["step"]["sequence"] > 0
+    shown = text.render(made)
+    assert "fsdp 2 x sequence 2" in shown
+    assert "sequence: keys and values" in shown
+    cfg = search.change(cfg, mesh={"fsdp": 4, "sequence": 1}, train={"batch_size": 8})
+    whole = plan.make_plan(cfg, parse_accelerator("v5litepod-4"), "whole rows")
+    assert made["compiler"]["hbm_bytes"] < 0.7 * whole["compiler"]["hbm_bytes"]
+
+
 def test_does_not_fit_says_what_would():
     """1.2 B parameters, whole on every chip: 18 GiB with the optimizer; split by fsdp they fit."""
     cfg = search.change(small_config(d_model=2048, text_vocab_size=300_000), mesh={"data": 4})

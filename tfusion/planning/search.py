@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from jax.sharding import AbstractMesh
 
+from tfusion import sharding
 from tfusion.accelerators import Accelerator
 from tfusion.config import CHOICES, Config
 from tfusion.errors import UserError
@@ -49,8 +50,9 @@ class Planner:
         self._works: dict[tuple, Work] = {}
 
     def work(self, cfg: Config, mesh: AbstractMesh) -> Work:
-        """Global FLOPs and bytes: the same on every mesh."""
-        key = cfg.model.remat, cfg.train.num_microbatches
+        """Global FLOPs and bytes: the same on every mesh, but that kept keys and values are whole on each
+        part of a row's length."""
+        key = cfg.model.remat, cfg.train.num_microbatches, mesh.shape["sequence"]
         if key not in self._works:
             platform = "tpu" if self.accelerator.chip.is_tpu else "cuda"
             self._works[key] = work(trace(cfg, self.state, mesh).jaxpr.jaxpr, self.state.params,
@@ -61,6 +63,8 @@ class Planner:
         """Raises UserError where the mesh does not fit the chips, the batch or the model."""
         mesh = topology.abstract_mesh(cfg.mesh, self.accelerator)
         topology.check_batch(cfg.train.batch_size, cfg.train.num_microbatches, mesh.shape)
+        sharding.check_length(cfg.data.seq_len, mesh)
+        sharding.check_heads(cfg.model.num_kv_heads, mesh)
         done = self.work(cfg, mesh)
         held = memory.estimate(cfg, self.state, mesh, done)
         exchange = collectives(cfg, self.state.params, mesh.shape)
@@ -94,7 +98,7 @@ def smaller(cfg: Config, shape: dict[str, int]) -> Iterator[Config]:
     for n in range(micros + 1, rows + 1):
         if rows % n == 0 and n % micros == 0:
             yield change(cfg, train={"num_microbatches": n})
-    chips = shape["data"] * shape["fsdp"] * shape["tensor"]
+    chips = shape["data"] * shape["fsdp"] * shape["tensor"]  # of one part of the rows' length
     if shape["data"] > 1:
         wide = {"data": 1, "fsdp": chips // shape["tensor"]}
         yield change(cfg, mesh=wide)
@@ -127,8 +131,11 @@ def nearest_that_fits(planner: Planner, candidate: Candidate, max_compiles: int 
 
 
 def settings(cfg: Config, accelerator: Accelerator) -> Iterator[list[Config]]:
-    """Every mesh and remat policy that the search looks at, each with ever more micro-batches."""
-    chips = accelerator.num_chips
+    """Every mesh and remat policy that the search looks at, each with ever more micro-batches.
+
+    mesh.sequence stays as given: it is for rows too long for one chip, which only the user knows to want.
+    """
+    chips = accelerator.num_chips // cfg.mesh.sequence
     for tensor in TENSOR_SIZES:
         if chips % tensor or tensor > accelerator.chip.chips_per_host:
             continue
