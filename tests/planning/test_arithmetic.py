@@ -103,6 +103,8 @@ def test_roofline_by_hand():
     assert (step.dcn, step.seconds) == (0, pytest.approx(step.matmul + step.tensor))
     shape = {"data": 1, "fsdp": 32, "sequence": 2, "tensor": 4}
     long = roofline.estimate(cfg, accelerator, shape, work, held, Collectives(4e9, 2e9, 0, 1e9, 3e9, 8e9))
+    head = 4 * 2 * 256 * 128 * 64 * 512  # forward, recomputed, two gradients: again on the second part
+    assert long.executed_flops == 1e18 + head
     assert long.weights == pytest.approx(14e9 / (100e9 * roofline.ICI_EFFICIENCY))  # on two axes, no third
     assert long.sequence == pytest.approx(3e9 / (100e9 * roofline.ICI_EFFICIENCY))
     assert long.seconds == pytest.approx(max(long.matmul, long.weights) + long.tensor + long.sequence)
@@ -254,6 +256,42 @@ def test_smaller_tries_the_nearest_changes_first():
     tried = [(c.model.remat, c.train.num_microbatches, c.mesh.data)
              for c in search.smaller(cfg, {"data": 2, "fsdp": 2, "tensor": 1})]
     assert tried[:5] == [("full", 1, 1), ("full", 2, 1), ("full", 4, 1), ("full", 1, 1), ("full", 4, 1)]
+
+
+def test_parts_of_hbm_add_up_to_the_compilers_figure():
+    held = Memory(parameters=10, optimizer=20, ema=10, batch=2, gradients=10, residuals=40, working=30)
+    made = compile.Compiled(fits=True, argument_bytes=45, code_bytes=5, hbm_bytes=125, peak_bytes=120,
+                            needed_bytes=0, available_bytes=0, what="", seconds=1.0)
+    parts = {part.name: part.bytes for part in plan.hbm_parts(held, made)}
+    assert (parts["padding"], parts["program"], parts["not attributed"]) == (3, 5, -5)
+    assert sum(parts.values()) == made.hbm_bytes
+    for other in (None, made._replace(fits=False)):
+        assert sum(part.bytes for part in plan.hbm_parts(held, other)) == held.total
+
+
+def test_search_compiles_few(monkeypatch):
+    """By formula every split of 16 chips is ranked; what was compiled is not compiled again, what does not fit
+    is tried with more micro-batches, and one split of each remat policy and tensor size is enough."""
+    tried = []
+
+    def compile_step(cfg, state, mesh, label, left):
+        tried.append((cfg.model.remat, cfg.mesh.tensor, cfg.train.num_microbatches))
+        return compile.Compiled(cfg.train.num_microbatches > 1, 0, 0, 7, 0, 9, 8, "in all", 60.0)
+
+    monkeypatch.setattr(search, "compile_step", compile_step)
+    monkeypatch.setattr(topology, "make_mesh", lambda *_: None)
+    planner = search.Planner(small_config(batch_size=64), parse_accelerator("v5litepod-16"))
+    given = planner.candidate(planner.cfg)
+    assert planner.compile(given) is planner.compile(given)
+    best, looked = search.search(planner, wanted=3, max_compiles=7)
+    assert looked == (5 + 4 + 3 + 2) * 4  # splits of 16, 8, 4 and 2 chips over data and fsdp, remat policies
+    assert len(set(tried)) == len(tried) == 1 + 6
+    assert [c.cfg.train.num_microbatches for c, _ in best] == [2, 2, 2]
+    assert len({(c.cfg.model.remat, c.cfg.mesh.tensor) for c, _ in best}) == 3
+    assert [c.step.seconds for c, _ in best] == sorted(c.step.seconds for c, _ in best)
+    few, _ = search.search(planner, wanted=9, max_compiles=2)
+    assert len(tried) == 1 + 6 + 2
+    assert len(few) > 3, "those compiled before come free"
 
 
 def test_libtpu_missing_says_what_to_do(monkeypatch):

@@ -21,6 +21,7 @@ def test_two_layers_compile_and_the_arguments_are_ours(name):
     ours = held["parameters"] + held["optimizer"] + held["ema"] + held["batch"]
     assert compiler["argument_bytes"] == pytest.approx(ours, rel=0.05)  # theirs are padded to tiles
     assert ours < compiler["hbm_bytes"] < GIB
+    assert sum(part["bytes"] for part in made["hbm"]) == pytest.approx(compiler["hbm_bytes"])
     assert "fits: " in text.render(made)
 
 

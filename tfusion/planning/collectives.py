@@ -10,6 +10,7 @@ What is exchanged (bf16 where the matmuls are bf16, as seen in the v5e program):
   sequence keys    keys and values of whole rows: gathered before attention, again where the forward is
                    recomputed; their gradients summed (the psum that shard_map's transpose makes)
   sequence reduce  each weight's gradient over 'sequence', every micro-batch, on its fsdp shard
+Left out: what the LM head and the image adapter gather over 'sequence', about as much as one layer's keys.
 A ring over n chips receives (n - 1) / n of the gathered bytes, an all-reduce twice that.
 """
 

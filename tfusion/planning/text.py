@@ -29,21 +29,15 @@ def _title(plan: dict) -> list[str]:
 
 
 def _memory(plan: dict) -> list[str]:
-    m, compiler = plan["memory"], plan["compiler"]
-    lines = ["HBM per chip, GiB"]
-    for part in ("parameters", "optimizer", "ema", "batch"):
-        lines.append(row(part if part != "ema" else "EMA", gib(m[part])))
+    compiler = plan["compiler"]
+    lines = ["HBM per chip, GiB"] + [
+        row("EMA" if part["name"] == "ema" else part["name"], gib(part["bytes"]), part["source"])
+        for part in plan["hbm"]]
     if compiler and compiler["fits"]:
-        held = m["parameters"] + m["optimizer"] + m["ema"] + m["batch"]
-        lines.append(row("temporaries and program", gib(compiler["hbm_bytes"] - held),
-                         "the compiler's: gradients, activations, gathered weights"))
         lines.append(row("all", gib(compiler["hbm_bytes"]),
-                         f"as laid out; {gib(compiler['peak_bytes'])} live at once, our estimate "
-                         f"{gib(m['total'])}"))
+                         f"the compiler's, as laid out; {gib(compiler['peak_bytes'])} live at once"))
     else:
-        for part in ("gradients", "residuals", "working"):
-            lines.append(row(part, gib(m[part]), "estimate"))
-        lines.append(row("all", gib(m["total"]), "estimate"))
+        lines.append(row("all", gib(plan["memory"]["total"]), "estimate"))
     lines.append(plan["verdict"])
     return lines + ([plan["suggestion"]] if plan["suggestion"] else [])
 
@@ -88,7 +82,7 @@ def _run(plan: dict) -> list[str]:
 def _search(plan: dict) -> list[str]:
     found = plan["search"]
     lines = [f"Best of {found['looked_at']} configurations by estimated step time"
-             + (", each compiled" if found["compiled"] else ", analytic only"),
+             + (f", each compiled ({found['compiles']} more compiles)" if plan["compiler"] else ", by formula"),
              f"  {'data':>5s}{'fsdp':>6s}{'sequence':>9s}{'tensor':>7s}  {'remat':12s}{'micro':>6s}"
              f"{'step s':>9s}{'MFU':>7s}{'GiB':>8s}"]
     for c in found["best"]:
