@@ -89,7 +89,7 @@ class Planner:
             usual = sum(seconds) / len(seconds) if seconds else None
             self._compiled[key] = compile_step(
                 candidate.cfg, self.state, topology.make_mesh(candidate.cfg.mesh, self.accelerator),
-                self.label(candidate),
+                self.label(candidate) + (f", at most {more} more to compile" if more else ""),
                 lambda elapsed: max(usual - elapsed, 0) + usual * more if usual else None)
         return self._compiled[key]
 
