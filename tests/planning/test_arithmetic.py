@@ -28,19 +28,37 @@ def toy_parameters():
 
 def test_collective_bytes_of_a_toy():
     cfg = small_config(batch_size=16, num_microbatches=2)  # bf16, 2 layers, full remat
-    shape = {"data": 2, "fsdp": 4, "tensor": 2}
+    shape = {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 2}
     got = collectives.collectives(cfg, toy_parameters(), shape)
     weights = (100 * 60 / 2 + 100) * 2  # bytes a chip needs whole
     activations = 16 * 128 / 8 * 64 * 2  # positions per chip, both micro-batches, x d_model x 2 bytes
     assert got == Collectives(
         fsdp_gather=2 * 2 * weights * 3 / 4, fsdp_scatter=2 * weights * 3 / 4,
-        data_reduce=2 * 2 * weights / 4 * 1 / 2, tensor_reduce=2 * (2 * 5 + 2) * activations * 1 / 2)
+        data_reduce=2 * 2 * weights / 4 * 1 / 2, tensor_reduce=2 * (2 * 5 + 2) * activations * 1 / 2,
+        sequence_keys=0, sequence_reduce=0)
     assert got.total == sum(got)
+
+
+def test_collective_bytes_of_rows_split_over_chips():
+    """2 layers, 4 key heads of 16 values, rows of 128 positions, bf16, full remat."""
+    cfg = small_config(batch_size=16, num_microbatches=2)
+    shape = {"data": 1, "fsdp": 4, "sequence": 4, "tensor": 2}
+    got = collectives.collectives(cfg, toy_parameters(), shape)
+    weights = (100 * 60 / 2 + 100) * 2
+    keys = 2 * 16 / 4 * 128 * (4 / 2 * 16) * 2  # and values: a chip's rows, whole, its heads
+    activations = 16 / 4 * 128 / 4 * 64 * 2  # a chip's part of its rows
+    assert got == Collectives(
+        fsdp_gather=2 * 2 * weights * 3 / 4, fsdp_scatter=2 * weights * 3 / 4, data_reduce=0,
+        tensor_reduce=2 * (2 * 5 + 2) * activations * 1 / 2,
+        sequence_keys=2 * (1 + 1 + 2) * keys * 3 / 4,  # forward, recomputed, and the sum of gradients
+        sequence_reduce=2 * 2 * weights / 4 * 3 / 4)
+    kept = search.change(cfg, model={"remat": "none"})
+    assert collectives.collectives(kept, toy_parameters(), shape).sequence_keys == 2 * (1 + 2) * keys * 3 / 4
 
 
 def test_one_chip_receives_nothing():
     cfg = small_config()
-    shape = {"data": 1, "fsdp": 1, "tensor": 1}
+    shape = {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
     assert collectives.collectives(cfg, toy_parameters(), shape).total == 0
 
 
@@ -59,6 +77,11 @@ def test_memory_follows_shardings():
     # Full remat keeps each layer's input, once: L x T x D x 2 bytes a row.
     assert whole.memory.residuals == 2 * 128 * 64 * 2
     assert whole.memory.total == sum(whole.memory)
+    long = planner.candidate(search.change(cfg, mesh={"data": 1, "fsdp": 2, "sequence": 4}))
+    # 4 rows on a chip, a quarter of each: as many positions as before. Parameters and batch are not split.
+    assert long.memory.residuals == whole.memory.residuals
+    assert long.memory.batch == 4 * whole.memory.batch
+    assert 4 * params / 2 <= long.memory.parameters < 4 * params / 1.9
     micros = planner.candidate(search.change(cfg, mesh={"data": 1, "fsdp": 4, "tensor": 2},
                                              train={"num_microbatches": 2}))
     assert micros.memory.gradients == 2 * micros.memory.parameters
@@ -68,27 +91,34 @@ def test_roofline_by_hand():
     cfg = small_config(batch_size=256)
     accelerator = parse_accelerator("v5litepod-256")
     chip, chips = accelerator.chip, 256
-    shape = {"data": 1, "fsdp": 64, "tensor": 4}
+    shape = {"data": 1, "fsdp": 64, "sequence": 1, "tensor": 4}
     work = Work(flops=1e18, weight_bytes=4e9, activation_bytes=256e9, residual_bytes=0,
                 largest_bytes=0, kernels=0)
     held = Memory(1e9, 2e9, 1e9, 0, 1e9, 0, 0)
-    step = roofline.estimate(cfg, accelerator, shape, work, held, Collectives(4e9, 2e9, 0, 1e9))
+    step = roofline.estimate(cfg, accelerator, shape, work, held, Collectives(4e9, 2e9, 0, 1e9, 0, 0))
     assert step.matmul == pytest.approx(1e18 / chips / (197e12 * roofline.MATMUL_EFFICIENCY))
     assert step.hbm == pytest.approx((1e9 + 1e9 + 9e9) / (819e9 * roofline.HBM_EFFICIENCY))
     assert step.weights == pytest.approx(6e9 / (100e9 * roofline.ICI_EFFICIENCY))  # half the links
     assert step.tensor == pytest.approx(1e9 / (100e9 * roofline.ICI_EFFICIENCY))
     assert (step.dcn, step.seconds) == (0, pytest.approx(step.matmul + step.tensor))
+    shape = {"data": 1, "fsdp": 32, "sequence": 2, "tensor": 4}
+    long = roofline.estimate(cfg, accelerator, shape, work, held, Collectives(4e9, 2e9, 0, 1e9, 3e9, 8e9))
+    head = 4 * 2 * 256 * 128 * 64 * 512  # forward, recomputed, two gradients: again on the second part
+    assert long.executed_flops == 1e18 + head
+    assert long.weights == pytest.approx(14e9 / (100e9 * roofline.ICI_EFFICIENCY))  # on two axes, no third
+    assert long.sequence == pytest.approx(3e9 / (100e9 * roofline.ICI_EFFICIENCY))
+    assert long.seconds == pytest.approx(max(long.matmul, long.weights) + long.tensor + long.sequence)
     assert step.tokens_per_sec == pytest.approx(256 * 128 / step.seconds)
     assert step.mfu == pytest.approx(step.model_flops / step.seconds / (chips * chip.peak_flops))
 
 
 def test_links_that_do_not_wrap_carry_half():
-    exchange, held = Collectives(1e9, 0, 0, 0), Memory(0, 0, 0, 0, 0, 0, 0)
+    exchange, held = Collectives(1e9, 0, 0, 0, 0, 0), Memory(0, 0, 0, 0, 0, 0, 0)
     nothing = Work(0, 0, 0, 0, 0, 0)
 
     def seconds(name):
         a = parse_accelerator(name)
-        shape = {"data": 1, "fsdp": a.num_chips, "tensor": 1}
+        shape = {"data": 1, "fsdp": a.num_chips, "sequence": 1, "tensor": 1}
         return roofline.estimate(small_config(), a, shape, nothing, held, exchange).seconds
 
     assert seconds("v5litepod-64") == pytest.approx(2 * seconds("v5litepod-256"))
@@ -96,7 +126,8 @@ def test_links_that_do_not_wrap_carry_half():
 
 def test_what_crosses_slices():
     two = parse_accelerator("2xv5litepod-256")
-    exchange = Collectives(fsdp_gather=512e9, fsdp_scatter=0, data_reduce=3e9, tensor_reduce=0)
+    exchange = Collectives(fsdp_gather=512e9, fsdp_scatter=0, data_reduce=3e9, tensor_reduce=0,
+                           sequence_keys=7e9, sequence_reduce=0)
     assert roofline.split_dcn(exchange, two, {"data": 2, "fsdp": 256, "tensor": 1}) == (512e9, 3e9)
     # fsdp over both slices: each chip fetches its 1/256 of the half that its slice lacks
     assert roofline.split_dcn(exchange, two, {"data": 1, "fsdp": 512, "tensor": 1}) == (515e9, 1e9)
@@ -107,7 +138,7 @@ def test_what_crosses_slices():
 def test_days_chip_hours_dollars():
     cfg = small_config(batch_size=256)
     accelerator = parse_accelerator("v5p-256")
-    step = roofline.Step(*[0.0] * 7, seconds=3.6, tokens_per_sec=0, mfu=0)
+    step = roofline.Step(*[0.0] * 8, seconds=3.6, tokens_per_sec=0, mfu=0)
     run = roofline.run(cfg, accelerator, step, params=10**9, tokens=1000 * 256 * 128)
     assert (run.steps, run.days, run.chip_hours) == (1000, pytest.approx(1 / 24), pytest.approx(128))
     assert run.dollars == pytest.approx(128 * CHIPS["v5p"].dollars_per_hour)
@@ -211,9 +242,13 @@ def test_mesh_that_does_not_fit_the_chips():
         "data": 2, "fsdp": 16, "sequence": 1, "tensor": 4}
 
 
-def test_context_parallelism_is_not_planned():
-    with pytest.raises(UserError, match=r"mesh.sequence = 2: context parallelism is not planned yet"):
-        topology.mesh_shape(config.MeshConfig(1, -1, 1, 2), parse_accelerator("v5p-256"))
+def test_rows_and_heads_must_divide():
+    planner = search.Planner(small_config(), parse_accelerator("h100-24"))
+    with pytest.raises(UserError, match=r"^data\.seq_len = 128 does not divide over mesh\.sequence = 3"):
+        planner.candidate(search.change(planner.cfg, mesh={"sequence": 3}))
+    with pytest.raises(UserError, match=r"^model\.num_kv_heads = 4 does not divide over mesh\.tensor = 8"):
+        planner.candidate(search.change(planner.cfg, mesh={"fsdp": 1, "tensor": 8, "sequence": 1, "data": 3},
+                                        train={"batch_size": 24}))
 
 
 def test_smaller_tries_the_nearest_changes_first():
@@ -221,6 +256,42 @@ def test_smaller_tries_the_nearest_changes_first():
     tried = [(c.model.remat, c.train.num_microbatches, c.mesh.data)
              for c in search.smaller(cfg, {"data": 2, "fsdp": 2, "tensor": 1})]
     assert tried[:5] == [("full", 1, 1), ("full", 2, 1), ("full", 4, 1), ("full", 1, 1), ("full", 4, 1)]
+
+
+def test_parts_of_hbm_add_up_to_the_compilers_figure():
+    held = Memory(parameters=10, optimizer=20, ema=10, batch=2, gradients=10, residuals=40, working=30)
+    made = compile.Compiled(fits=True, argument_bytes=45, code_bytes=5, hbm_bytes=125, peak_bytes=120,
+                            needed_bytes=0, available_bytes=0, what="", seconds=1.0)
+    parts = {part.name: part.bytes for part in plan.hbm_parts(held, made)}
+    assert (parts["padding"], parts["program"], parts["not attributed"]) == (3, 5, -5)
+    assert sum(parts.values()) == made.hbm_bytes
+    for other in (None, made._replace(fits=False)):
+        assert sum(part.bytes for part in plan.hbm_parts(held, other)) == held.total
+
+
+def test_search_compiles_few(monkeypatch):
+    """By formula every split of 16 chips is ranked; what was compiled is not compiled again, what does not fit
+    is tried with more micro-batches, and one split of each remat policy and tensor size is enough."""
+    tried = []
+
+    def compile_step(cfg, state, mesh, label, left):
+        tried.append((cfg.model.remat, cfg.mesh.tensor, cfg.train.num_microbatches))
+        return compile.Compiled(cfg.train.num_microbatches > 1, 0, 0, 7, 0, 9, 8, "in all", 60.0)
+
+    monkeypatch.setattr(search, "compile_step", compile_step)
+    monkeypatch.setattr(topology, "make_mesh", lambda *_: None)
+    planner = search.Planner(small_config(batch_size=64), parse_accelerator("v5litepod-16"))
+    given = planner.candidate(planner.cfg)
+    assert planner.compile(given) is planner.compile(given)
+    best, looked = search.search(planner, wanted=3, max_compiles=7)
+    assert looked == (5 + 4 + 3 + 2) * 4  # splits of 16, 8, 4 and 2 chips over data and fsdp, remat policies
+    assert len(set(tried)) == len(tried) == 1 + 6
+    assert [c.cfg.train.num_microbatches for c, _ in best] == [2, 2, 2]
+    assert len({(c.cfg.model.remat, c.cfg.mesh.tensor) for c, _ in best}) == 3
+    assert [c.step.seconds for c, _ in best] == sorted(c.step.seconds for c, _ in best)
+    few, _ = search.search(planner, wanted=9, max_compiles=2)
+    assert len(tried) == 1 + 6 + 2
+    assert len(few) > 3, "those compiled before come free"
 
 
 def test_libtpu_missing_says_what_to_do(monkeypatch):

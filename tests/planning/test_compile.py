@@ -21,6 +21,7 @@ def test_two_layers_compile_and_the_arguments_are_ours(name):
     ours = held["parameters"] + held["optimizer"] + held["ema"] + held["batch"]
     assert compiler["argument_bytes"] == pytest.approx(ours, rel=0.05)  # theirs are padded to tiles
     assert ours < compiler["hbm_bytes"] < GIB
+    assert sum(part["bytes"] for part in made["hbm"]) == pytest.approx(compiler["hbm_bytes"])
     assert "fits: " in text.render(made)
 
 
@@ -41,6 +42,22 @@ def test_two_slices_compile():
     assert made["fits"]
     assert made["step"]["dcn"] > 0
     assert made["notes"] == ["4 attention kernels state no cost: counted by visible pairs"]
+
+
+def test_rows_split_over_chips_compile():
+    """Two half rows on a chip need less than two whole ones."""
+    cfg = small_config(batch_size=4, d_model=512, d_ff=1024)
+    cfg = search.change(cfg, data={"seq_len": 4096, "max_scored": 1024}, mesh={"fsdp": 2, "sequence": 2})
+    made = plan.make_plan(cfg, parse_accelerator("v5litepod-4"), "half rows")
+    assert made["mesh"] == {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 1}
+    assert made["exchange"]["sequence_keys"] > 0
+    assert made["step"]["sequence"] > 0
+    shown = text.render(made)
+    assert "fsdp 2 x sequence 2" in shown
+    assert "sequence: keys and values" in shown
+    cfg = search.change(cfg, mesh={"fsdp": 4, "sequence": 1}, train={"batch_size": 8})
+    whole = plan.make_plan(cfg, parse_accelerator("v5litepod-4"), "whole rows")
+    assert made["compiler"]["hbm_bytes"] < 0.7 * whole["compiler"]["hbm_bytes"]
 
 
 def test_does_not_fit_says_what_would():

@@ -7,6 +7,10 @@ What is exchanged (bf16 where the matmuls are bf16, as seen in the v5e program):
   data reduce      each weight's gradient over 'data', every micro-batch, on its fsdp shard
   tensor reduce    activations: after attention's and the MLP's output matrices forward, before their input
                    matrices backward, after attention again where the forward is recomputed; embedding, LM head
+  sequence keys    keys and values of whole rows: gathered before attention, again where the forward is
+                   recomputed; their gradients summed (the psum that shard_map's transpose makes)
+  sequence reduce  each weight's gradient over 'sequence', every micro-batch, on its fsdp shard
+Left out: what the LM head and the image adapter gather over 'sequence', about as much as one layer's keys.
 A ring over n chips receives (n - 1) / n of the gathered bytes, an all-reduce twice that.
 """
 
@@ -26,6 +30,8 @@ class Collectives(NamedTuple):
     fsdp_scatter: float
     data_reduce: float
     tensor_reduce: float
+    sequence_keys: float
+    sequence_reduce: float
 
     @property
     def total(self) -> float:
@@ -47,15 +53,19 @@ def exchanged_parameters(boxed_params, shape: dict[str, int]) -> float:
 
 
 def collectives(cfg: Config, boxed_params, shape: dict[str, int]) -> Collectives:
-    """shape: {'data', 'fsdp', 'tensor'} -> number of chips."""
+    """shape: {'data', 'fsdp', 'sequence', 'tensor'} -> number of chips."""
     m, micros = cfg.model, cfg.train.num_microbatches
     width = 2 if m.compute_dtype == "bfloat16" else 4
     weights = exchanged_parameters(boxed_params, shape) * width
-    positions = cfg.train.batch_size * cfg.data.seq_len / (shape["data"] * shape["fsdp"])
-    activations = positions * m.d_model * width
-    reduces = m.num_layers * (4 + (m.remat != "none")) + 2  # + embedding, LM head
+    recomputed = m.remat != "none"
+    positions = cfg.train.batch_size * cfg.data.seq_len / (shape["data"] * shape["fsdp"])  # of whole rows
+    activations = positions / shape["sequence"] * m.d_model * width
+    reduces = m.num_layers * (4 + recomputed) + 2  # + embedding, LM head
+    keys = 2 * positions * m.num_kv_heads * m.head_dim / shape["tensor"] * width  # and values, of a layer
     return Collectives(
         fsdp_gather=2 * micros * weights * ring(shape["fsdp"]),
         fsdp_scatter=micros * weights * ring(shape["fsdp"]),
         data_reduce=2 * micros * weights / shape["fsdp"] * ring(shape["data"]),
-        tensor_reduce=2 * reduces * activations * ring(shape["tensor"]))
+        tensor_reduce=2 * reduces * activations * ring(shape["tensor"]),
+        sequence_keys=m.num_layers * (1 + recomputed + 2) * keys * ring(shape["sequence"]),
+        sequence_reduce=2 * micros * weights / shape["fsdp"] * ring(shape["sequence"]))

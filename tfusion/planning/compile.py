@@ -4,12 +4,14 @@ Nothing is allocated and no data is read: the state is training/state.py's shape
 the config gives every packed row.
 """
 
+import ctypes
 import re
 import resource
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +38,8 @@ class Compiled(NamedTuple):
     """What the compiler said; bytes per chip."""
 
     fits: bool
-    argument_bytes: int  # state and batch
+    argument_bytes: int  # state and batch, padded to tiles
+    code_bytes: int
     hbm_bytes: int  # what the program occupies: arguments, temporaries as laid out, code
     peak_bytes: int  # XLA's peak_memory_in_bytes: the most that is live at one time, fragmentation left out
     needed_bytes: float  # where it does not fit: what the compiler asked for, and of what
@@ -99,19 +102,21 @@ def trace(cfg: Config, boxed_state: TrainState, mesh: Mesh | AbstractMesh):
         return steps.jit_train_step(objective, tx, cfg, state).trace(state, abstract_batch(cfg, mesh))
 
 
-def compile_step(cfg: Config, boxed_state: TrainState, mesh: Mesh, label: str) -> Compiled:
+def compile_step(cfg: Config, boxed_state: TrainState, mesh: Mesh, label: str,
+                 left: Callable[[float], float | None] | None = None) -> Compiled:
     """Compiles for the mesh's devices. Does not raise where the program is too large: `fits` is False."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="tfusion-plan-") as dump:
         try:
-            with progress(label), jax.set_mesh(mesh):
+            with progress(label, left), jax.set_mesh(mesh):
                 lowered = trace(cfg, boxed_state, mesh).lower()
                 stats = lowered.compile(compiler_options={"xla_dump_to": dump}).memory_analysis()
         except jax.errors.JaxRuntimeError as e:
             needed, available, what = parse_out_of_memory(str(e))
-            return Compiled(False, 0, 0, 0, needed, available, what, time.perf_counter() - began)
+            return Compiled(False, 0, 0, 0, 0, needed, available, what, time.perf_counter() - began)
         used = buffers_in_hbm(dump) or stats.argument_size_in_bytes + stats.temp_size_in_bytes
-    return Compiled(True, stats.argument_size_in_bytes, used + stats.generated_code_size_in_bytes,
+    code = stats.generated_code_size_in_bytes
+    return Compiled(True, stats.argument_size_in_bytes, code, used + code,
                     stats.peak_memory_in_bytes, 0, 0, "", time.perf_counter() - began)
 
 
@@ -150,14 +155,19 @@ def parse_out_of_memory(text: str) -> tuple[float, float, str]:
 
 
 @contextmanager
-def progress(label: str):
-    """A line with the elapsed time on stderr: rewritten every second on a terminal, every 30 s in a log."""
+def progress(label: str, left: Callable[[float], float | None] | None = None):
+    """A line with the elapsed time on stderr: rewritten every second on a terminal, every 30 s in a log.
+
+    left: elapsed seconds -> seconds to go, None where nothing is known yet.
+    """
     done, began, live = threading.Event(), time.perf_counter(), sys.stderr.isatty()
 
     def tick():
         while not done.wait(1 if live else 30):
-            end = "\r" if live else "\n"
-            print(f"{label}: {time.perf_counter() - began:4.0f} s", end=end, file=sys.stderr, flush=True)
+            elapsed = time.perf_counter() - began
+            to_go = left(elapsed) if left else None
+            eta = "" if to_go is None else f", about {to_go:.0f} s left at most"
+            print(f"{label}: {elapsed:4.0f} s{eta}  ", end="\r" if live else "\n", file=sys.stderr, flush=True)
 
     thread = threading.Thread(target=tick, daemon=True)
     thread.start()
@@ -166,7 +176,17 @@ def progress(label: str):
     finally:
         done.set()
         thread.join()
-        print(f"{label}: {time.perf_counter() - began:4.0f} s, done", file=sys.stderr, flush=True)
+        print(f"{label}: {time.perf_counter() - began:4.0f} s, done" + " " * 24, file=sys.stderr, flush=True)
+
+
+def limit_host_memory() -> None:
+    """Call before the compiler starts its threads, of which there are more than 30: glibc would give each a
+    heap of its own, and keep in it what that thread freed, a tenth of the peak at 7B. Nothing without glibc."""
+    arena_max, mmap_threshold = -8, -3  # malloc.h: M_ARENA_MAX, M_MMAP_THRESHOLD
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(arena_max, 2)
+        mallopt(mmap_threshold, 256 * 1024)  # else it grows to 32 MiB: large blocks would not be given back
 
 
 def host_memory_bytes() -> int:

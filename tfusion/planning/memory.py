@@ -48,9 +48,10 @@ def estimate(cfg: Config, boxed_state: TrainState, mesh: AbstractMesh, work: Wor
     m, micros = cfg.model, cfg.train.num_microbatches
     width = 2 if m.compute_dtype == "bfloat16" else 4
     rows = cfg.train.batch_size / (shape["data"] * shape["fsdp"] * micros)
-    layer = rows * cfg.data.seq_len * (8 * m.d_model + 4 * m.d_ff / shape["tensor"]) * width
+    length = cfg.data.seq_len / shape["sequence"]
+    layer = rows * length * (8 * m.d_model + 4 * m.d_ff / shape["tensor"]) * width
     weights = 2 * exchanged_parameters(boxed_state.params, shape) / m.num_layers * width * (shape["fsdp"] > 1)
-    largest = work.largest_bytes / math.prod(shape.values())
+    largest = work.largest_bytes / (shape["data"] * shape["fsdp"] * shape["tensor"])  # logits of whole rows
     parameters = bytes_per_chip(state.params)
     return Memory(
         parameters=parameters,
@@ -58,5 +59,5 @@ def estimate(cfg: Config, boxed_state: TrainState, mesh: AbstractMesh, work: Wor
         ema=bytes_per_chip(state.ema_params),
         batch=bytes_per_chip(abstract_batch(cfg, mesh)),
         gradients=parameters * (1 if micros == 1 else 2),  # the running sum, and one micro-batch's
-        residuals=work.residual_bytes / (shape["data"] * shape["fsdp"]),
+        residuals=work.residual_bytes / (shape["data"] * shape["fsdp"] * shape["sequence"]),
         working=2 * largest + layer + weights)

@@ -1,6 +1,7 @@
 """Puts a plan together: one dict of plain values, the same that --json prints and text.py renders."""
 
 import platform
+from typing import NamedTuple
 
 import jax
 
@@ -8,6 +9,7 @@ from tfusion.accelerators import GIB, PRICES_AS_OF, Accelerator
 from tfusion.config import Config
 from tfusion.planning import roofline, topology
 from tfusion.planning.compile import Compiled, host_memory_bytes
+from tfusion.planning.memory import Memory
 from tfusion.planning.search import Candidate, Planner, nearest_that_fits, search
 from tfusion.training import flops
 
@@ -31,6 +33,7 @@ def make_plan(cfg: Config, accelerator: Accelerator, experiment: str, tokens: fl
         "num_microbatches": cfg.train.num_microbatches, "parameters": params,
         "notes": notes(candidate, accelerator), "fits": fits,
         "memory": {**candidate.memory._asdict(), "total": candidate.memory.total},
+        "hbm": [part._asdict() for part in hbm_parts(candidate.memory, compiled)],
         "compiler": compiled._asdict() if compiled else None,
         "verdict": verdict(candidate, compiled, accelerator),
         "suggestion": "" if fits else suggestion(found),
@@ -43,6 +46,27 @@ def make_plan(cfg: Config, accelerator: Accelerator, experiment: str, tokens: fl
                  "jax": jax.__version__, "libtpu": topology.libtpu_version(),
                  "peak_memory_bytes": host_memory_bytes()},
     }
+
+
+class Part(NamedTuple):
+    """A line of the table of HBM."""
+
+    name: str
+    bytes: float
+    source: str
+
+
+def hbm_parts(held: Memory, compiled: Compiled | None) -> list[Part]:
+    """What a chip's HBM holds. Where it was compiled the parts add up to the compiler's figure: the last is
+    what our estimates miss, or, negative, what they count although it is not live at the same time."""
+    exact = [Part(name, getattr(held, name), "exact") for name in ("parameters", "optimizer", "ema", "batch")]
+    guessed = [Part(name, getattr(held, name), "estimate") for name in ("gradients", "residuals", "working")]
+    if compiled is None or not compiled.fits:
+        return exact + guessed
+    known = [*exact, Part("padding", compiled.argument_bytes - held.arguments, "exact"),
+             Part("program", compiled.code_bytes, "exact"), *guessed]
+    return [*known, Part("not attributed", compiled.hbm_bytes - sum(part.bytes for part in known),
+                         "the compiler's figure less the lines above")]
 
 
 def notes(candidate: Candidate, accelerator: Accelerator) -> list[str]:
@@ -88,7 +112,8 @@ def _accelerator(a: Accelerator) -> dict:
 
 
 def _search(planner: Planner) -> dict:
+    before = len(planner.compiled)
     best, looked = search(planner)
-    return {"looked_at": looked, "compiled": planner.accelerator.chip.is_tpu, "best": [
+    return {"looked_at": looked, "compiles": len(planner.compiled) - before, "best": [
         {"settings": c.settings, "seconds": c.step.seconds, "mfu": c.step.mfu,
          "hbm_bytes": compiled.hbm_bytes if compiled else c.memory.total} for c, compiled in best]}

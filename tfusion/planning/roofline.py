@@ -1,8 +1,8 @@
 """How long a step takes: an ESTIMATE from our own counts of FLOPs and bytes, until someone measures.
 
-Matmuls, HBM traffic and the exchange of weights overlap, the slowest counts; tensor-parallel exchanges come on
-top. The efficiencies below are assumptions, chosen from what well-tuned dense models are said to reach on TPUs;
-they are printed with every estimate.
+Matmuls, HBM traffic and the exchange of weights overlap, the slowest counts; tensor- and context-parallel
+exchanges come on top. The efficiencies below are assumptions, chosen from what well-tuned dense models are said
+to reach on TPUs; they are printed with every estimate.
 """
 
 from typing import NamedTuple
@@ -23,9 +23,9 @@ KERNEL_MATMULS = {2: 7, 3: 9, 4: 11}  # Pallas calls of attention -> T x T produ
 
 ASSUMPTIONS = (
     f"matmuls at {MATMUL_EFFICIENCY:.0%} of peak, HBM at {HBM_EFFICIENCY:.0%}, ICI at {ICI_EFFICIENCY:.0%}, "
-    f"DCN at {DCN_EFFICIENCY:.0%} of the data sheet; weights are exchanged behind the matmuls, tensor-parallel "
-    f"sums are not; full rows, {IMAGE_SHARE:.0%} patches, one image a document; nothing lost to data, "
-    "checkpoints or restarts")
+    f"DCN at {DCN_EFFICIENCY:.0%} of the data sheet; weights are exchanged behind the matmuls, tensor- and "
+    f"context-parallel exchange is not; full rows, {IMAGE_SHARE:.0%} patches, one image a document; nothing "
+    "lost to data, checkpoints or restarts")
 
 
 class Step(NamedTuple):
@@ -33,8 +33,9 @@ class Step(NamedTuple):
 
     matmul: float
     hbm: float
-    weights: float  # fsdp and data exchange over ICI
+    weights: float  # fsdp and data exchange over ICI, and what 'sequence' sums of weights' gradients
     tensor: float  # tensor-parallel exchange
+    sequence: float  # context-parallel exchange of keys and values
     dcn: float  # between slices
     executed_flops: float  # per step, all chips: recomputation and masked-out attention included
     model_flops: float  # per step, all chips
@@ -70,27 +71,37 @@ def kernel_work(cfg: Config, work: Work, counts: flops.Counts) -> Work:
         activation_bytes=work.activation_bytes + work.kernels * m.num_layers * values * 2)
 
 
+def repeated_head_flops(cfg: Config, shape: dict[str, int]) -> float:
+    """The LM head works on positions gathered from whole rows, so every part of the rows' length runs all of
+    it: forward, recomputed, and its two gradients."""
+    m = cfg.model
+    once = 4 * 2.0 * cfg.train.batch_size * cfg.data.max_scored * m.d_model * m.padded_vocab_size
+    return once * (shape["sequence"] - 1)
+
+
 def estimate(cfg: Config, accelerator: Accelerator, shape: dict[str, int], work: Work, memory: Memory,
              exchange: Collectives) -> Step:
     chip, chips = accelerator.chip, accelerator.num_chips
     counts = assumed_counts(cfg)
     work = kernel_work(cfg, work, counts)
+    work = work._replace(flops=work.flops + repeated_head_flops(cfg, shape))
     matmul = work.flops / chips / (chip.peak_flops * MATMUL_EFFICIENCY)
     state = 2 * (memory.parameters + memory.optimizer + memory.ema) + memory.gradients
     moved = work.activation_bytes / chips + work.weight_bytes / shape["tensor"] + state
     hbm = moved / (chip.hbm_bandwidth * HBM_EFFICIENCY)
     ici = chip.ici_bandwidth * ICI_EFFICIENCY * (1.0 if accelerator.torus else 0.5)
     axes = len(accelerator.shape)
-    tensor_ici = ici / axes  # a tensor group lies along one axis of the torus
-    weights_ici = ici * (axes - 1) / axes if shape["tensor"] > 1 and axes > 1 else ici
+    axis_ici = ici / axes  # a tensor group lies along one axis of the torus, a sequence group too
+    taken = min((shape["tensor"] > 1) + (shape["sequence"] > 1), axes - 1)
+    weights_ici = ici * (axes - taken) / axes
     over_ici, over_dcn = split_dcn(exchange, accelerator, shape)
     weights = over_ici / weights_ici
-    tensor = exchange.tensor_reduce / tensor_ici
+    tensor, sequence = exchange.tensor_reduce / axis_ici, exchange.sequence_keys / axis_ici
     dcn = over_dcn / (chip.dcn_bandwidth * DCN_EFFICIENCY)
-    seconds = max(matmul, hbm, weights, dcn) + tensor
+    seconds = max(matmul, hbm, weights, dcn) + tensor + sequence
     useful = sum(flops.model_flops(cfg, counts).values())
     positions = cfg.train.batch_size * cfg.data.seq_len
-    return Step(matmul, hbm, weights, tensor, dcn, work.flops, useful, seconds, positions / seconds,
+    return Step(matmul, hbm, weights, tensor, sequence, dcn, work.flops, useful, seconds, positions / seconds,
                 useful / seconds / (chips * chip.peak_flops))
 
 
@@ -103,12 +114,12 @@ def split_dcn(exchange: Collectives, accelerator: Accelerator, shape: dict[str, 
     groups = accelerator.num_slices
     if not accelerator.chip.is_tpu:
         groups = max(1, accelerator.num_chips // accelerator.chip.chips_per_host)
-    fsdp = exchange.fsdp_gather + exchange.fsdp_scatter
+    fsdp, inside = exchange.fsdp_gather + exchange.fsdp_scatter, exchange.sequence_reduce
     if groups == 1:
-        return fsdp + exchange.data_reduce, 0.0
+        return fsdp + exchange.data_reduce + inside, 0.0
     if shape["data"] % groups == 0:
-        return fsdp, exchange.data_reduce
-    return fsdp + exchange.data_reduce, fsdp * (groups - 1) / groups / (accelerator.num_chips / groups)
+        return fsdp + inside, exchange.data_reduce
+    return fsdp + exchange.data_reduce + inside, fsdp * (groups - 1) / groups / (accelerator.num_chips / groups)
 
 
 class Run(NamedTuple):

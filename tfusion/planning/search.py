@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 from jax.sharding import AbstractMesh
 
+from tfusion import sharding
 from tfusion.accelerators import Accelerator
 from tfusion.config import CHOICES, Config
 from tfusion.errors import UserError
 from tfusion.planning import memory, roofline, topology
 from tfusion.planning.collectives import Collectives, collectives
-from tfusion.planning.compile import Compiled, abstract_state, compile_step, trace
+from tfusion.planning.compile import Compiled, abstract_state, compile_step, progress, trace
 from tfusion.planning.memory import Memory
 from tfusion.planning.roofline import Step
 from tfusion.planning.walk import Work, work
@@ -47,10 +48,12 @@ class Planner:
         self.cfg, self.accelerator = cfg, accelerator
         self.state = abstract_state(cfg)
         self._works: dict[tuple, Work] = {}
+        self._compiled: dict[tuple, Compiled] = {}
 
     def work(self, cfg: Config, mesh: AbstractMesh) -> Work:
-        """Global FLOPs and bytes: the same on every mesh."""
-        key = cfg.model.remat, cfg.train.num_microbatches
+        """Global FLOPs and bytes: the same on every mesh, but that kept keys and values are whole on each
+        part of a row's length."""
+        key = cfg.model.remat, cfg.train.num_microbatches, mesh.shape["sequence"]
         if key not in self._works:
             platform = "tpu" if self.accelerator.chip.is_tpu else "cuda"
             self._works[key] = work(trace(cfg, self.state, mesh).jaxpr.jaxpr, self.state.params,
@@ -61,18 +64,39 @@ class Planner:
         """Raises UserError where the mesh does not fit the chips, the batch or the model."""
         mesh = topology.abstract_mesh(cfg.mesh, self.accelerator)
         topology.check_batch(cfg.train.batch_size, cfg.train.num_microbatches, mesh.shape)
+        sharding.check_length(cfg.data.seq_len, mesh)
+        sharding.check_heads(cfg.model.num_kv_heads, mesh)
         done = self.work(cfg, mesh)
         held = memory.estimate(cfg, self.state, mesh, done)
         exchange = collectives(cfg, self.state.params, mesh.shape)
         step = roofline.estimate(cfg, self.accelerator, mesh.shape, done, held, exchange)
         return Candidate(cfg, mesh, done, held, exchange, step)
 
-    def compile(self, candidate: Candidate) -> Compiled:
+    @property
+    def traces(self) -> int:
+        return len(self._works)
+
+    @property
+    def compiled(self) -> list[Compiled]:
+        """What has been compiled so far."""
+        return list(self._compiled.values())
+
+    def compile(self, candidate: Candidate, more: int = 0) -> Compiled:
+        """Compiles once; the progress line counts on `more` compiles after this one."""
+        key = tuple(candidate.settings.values())
+        if key not in self._compiled:
+            seconds = [c.seconds for c in self.compiled if c.fits]
+            usual = sum(seconds) / len(seconds) if seconds else None
+            self._compiled[key] = compile_step(
+                candidate.cfg, self.state, topology.make_mesh(candidate.cfg.mesh, self.accelerator),
+                self.label(candidate) + (f", at most {more} more to compile" if more else ""),
+                lambda elapsed: max(usual - elapsed, 0) + usual * more if usual else None)
+        return self._compiled[key]
+
+    def label(self, candidate: Candidate) -> str:
         shape = " x ".join(f"{axis} {n}" for axis, n in candidate.mesh.shape.items())
-        label = (f"compiling for {self.accelerator.name}, {shape}, remat {candidate.cfg.model.remat}, "
-                 f"{candidate.cfg.train.num_microbatches} micro-batch(es)")
-        mesh = topology.make_mesh(candidate.cfg.mesh, self.accelerator)
-        return compile_step(candidate.cfg, self.state, mesh, label)
+        return (f"compiling for {self.accelerator.name}, {shape}, remat {candidate.cfg.model.remat}, "
+                f"{candidate.cfg.train.num_microbatches} micro-batch(es)")
 
     def may_fit(self, candidate: Candidate) -> bool:
         return candidate.memory.total <= SLACK * self.accelerator.chip.hbm_bytes
@@ -94,7 +118,7 @@ def smaller(cfg: Config, shape: dict[str, int]) -> Iterator[Config]:
     for n in range(micros + 1, rows + 1):
         if rows % n == 0 and n % micros == 0:
             yield change(cfg, train={"num_microbatches": n})
-    chips = shape["data"] * shape["fsdp"] * shape["tensor"]
+    chips = shape["data"] * shape["fsdp"] * shape["tensor"]  # of one part of the rows' length
     if shape["data"] > 1:
         wide = {"data": 1, "fsdp": chips // shape["tensor"]}
         yield change(cfg, mesh=wide)
@@ -127,8 +151,11 @@ def nearest_that_fits(planner: Planner, candidate: Candidate, max_compiles: int 
 
 
 def settings(cfg: Config, accelerator: Accelerator) -> Iterator[list[Config]]:
-    """Every mesh and remat policy that the search looks at, each with ever more micro-batches."""
-    chips = accelerator.num_chips
+    """Every mesh and remat policy that the search looks at, each with ever more micro-batches.
+
+    mesh.sequence stays as given: it is for rows too long for one chip, which only the user knows to want.
+    """
+    chips = accelerator.num_chips // cfg.mesh.sequence
     for tensor in TENSOR_SIZES:
         if chips % tensor or tensor > accelerator.chip.chips_per_host:
             continue
@@ -152,17 +179,38 @@ def first_that_may_fit(planner: Planner, configs: list[Config]) -> list:
     return []
 
 
-def search(planner: Planner, wanted: int = 3, max_compiles: int = 6) -> tuple[list, int]:
-    """([(candidate, Compiled or None)], how many were looked at): the best by estimated time that fit."""
-    groups = list(settings(planner.cfg, planner.accelerator))
-    found = [group for group in (first_that_may_fit(planner, configs) for configs in groups) if group]
+def ranked(planner: Planner, groups: list[list[Config]]) -> list[list]:
+    """The groups that may fit, as first_that_may_fit gives them: the fastest by estimate first, then those that
+    need least. One of each remat policy and 'tensor': the same step with another split between 'data' and
+    'fsdp' would only spend a compile on more memory."""
+    before, traces = planner.traces, len(CHOICES["model.remat"]) * len(MICROBATCHES)
+
+    def left(elapsed: float) -> float | None:  # all but the traces takes next to no time
+        done = planner.traces - before
+        return elapsed / done * max(traces - planner.traces, 0) if done else None
+
+    with progress(f"ranking {len(groups)} meshes and remat policies by formula", left):
+        found = [group for configs in groups if (group := first_that_may_fit(planner, configs))]
     found.sort(key=lambda group: (float(f"{group[0].step.seconds:.3g}"), group[0].memory.total))
+    first = {}
+    for group in found:
+        first.setdefault((group[0].cfg.model.remat, group[0].mesh.shape["tensor"]), group)
+    return list(first.values())
+
+
+def search(planner: Planner, wanted: int = 3, max_compiles: int = 6) -> tuple[list, int]:
+    """([(candidate, Compiled or None)], how many were looked at): the best by estimated time that fit.
+
+    At most max_compiles compiles, for each takes minutes at 7B; all else is by formula.
+    """
+    groups = list(settings(planner.cfg, planner.accelerator))
+    found = ranked(planner, groups)
     if not planner.accelerator.chip.is_tpu:
         return [(group[0], None) for group in found[:wanted]], len(groups)
-    fitting = []
-    while found and max_compiles and len(fitting) < wanted:
+    fitting, limit = [], len(planner.compiled) + max_compiles
+    while found and len(planner.compiled) < limit and len(fitting) < wanted:
         candidate, more = found.pop(0)
-        compiled, max_compiles = planner.compile(candidate), max_compiles - 1
+        compiled = planner.compile(candidate, limit - len(planner.compiled) - 1)
         if compiled.fits:
             fitting.append((candidate, compiled))
         elif group := first_that_may_fit(planner, more):

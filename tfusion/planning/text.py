@@ -22,35 +22,30 @@ def _title(plan: dict) -> list[str]:
     a, mesh = plan["accelerator"], plan["mesh"]
     slices = f"{a['num_slices']} slices of " if a["num_slices"] > 1 else ""
     lines = [f"{plan['experiment']} on {a['name']}: {a['chips']} {a['chip']} chips ({slices}{a['topology']})",
-             f"mesh data {mesh['data']} x fsdp {mesh['fsdp']} x tensor {mesh['tensor']}, "
+             f"mesh {' x '.join(f'{axis} {n}' for axis, n in mesh.items())}, "
              f"remat {plan['remat']}, batch {plan['batch_size']} x {plan['seq_len']} in "
              f"{plan['num_microbatches']} micro-batch(es), {plan['parameters'] / 1e9:.2f} B parameters"]
     return lines + [f"note: {note}" for note in plan["notes"]]
 
 
 def _memory(plan: dict) -> list[str]:
-    m, compiler = plan["memory"], plan["compiler"]
-    lines = ["HBM per chip, GiB"]
-    for part in ("parameters", "optimizer", "ema", "batch"):
-        lines.append(row(part if part != "ema" else "EMA", gib(m[part])))
+    compiler = plan["compiler"]
+    lines = ["HBM per chip, GiB"] + [
+        row("EMA" if part["name"] == "ema" else part["name"], gib(part["bytes"]), part["source"])
+        for part in plan["hbm"]]
     if compiler and compiler["fits"]:
-        held = m["parameters"] + m["optimizer"] + m["ema"] + m["batch"]
-        lines.append(row("temporaries and program", gib(compiler["hbm_bytes"] - held),
-                         "the compiler's: gradients, activations, gathered weights"))
         lines.append(row("all", gib(compiler["hbm_bytes"]),
-                         f"as laid out; {gib(compiler['peak_bytes'])} live at once, our estimate "
-                         f"{gib(m['total'])}"))
+                         f"the compiler's, as laid out; {gib(compiler['peak_bytes'])} live at once"))
     else:
-        for part in ("gradients", "residuals", "working"):
-            lines.append(row(part, gib(m[part]), "estimate"))
-        lines.append(row("all", gib(m["total"]), "estimate"))
+        lines.append(row("all", gib(plan["memory"]["total"]), "estimate"))
     lines.append(plan["verdict"])
     return lines + ([plan["suggestion"]] if plan["suggestion"] else [])
 
 
 def _exchange(plan: dict) -> list[str]:
     names = {"fsdp_gather": "fsdp: gather weights", "fsdp_scatter": "fsdp: scatter gradients",
-             "data_reduce": "data: sum gradients", "tensor_reduce": "tensor: sum activations"}
+             "data_reduce": "data: sum gradients", "tensor_reduce": "tensor: sum activations",
+             "sequence_keys": "sequence: keys and values", "sequence_reduce": "sequence: sum gradients"}
     lines = ["Received per chip and step, GB (from shardings)"]
     return lines + [row(names[k], f"{v / GB:.2f}") for k, v in plan["exchange"].items() if v] + (
         [] if any(plan["exchange"].values()) else [row("nothing", "0.00")])
@@ -60,7 +55,8 @@ def _step(plan: dict) -> list[str]:
     s, f = plan["step"], plan["flops"]
     lines = ["One step, seconds (ESTIMATE, not measured)"]
     for part, label in (("matmul", "matmuls"), ("hbm", "HBM traffic"), ("weights", "exchange of weights"),
-                        ("tensor", "tensor-parallel exchange"), ("dcn", "between slices or hosts")):
+                        ("tensor", "tensor-parallel exchange"), ("sequence", "context-parallel exchange"),
+                        ("dcn", "between slices or hosts")):
         if s[part]:
             lines.append(row(label, f"{s[part]:.3f}"))
     lines += [row("step", f"{s['seconds']:.3f}", f"{s['tokens_per_sec']:,.0f} tokens/s, MFU {s['mfu']:.1%}"),
@@ -86,11 +82,11 @@ def _run(plan: dict) -> list[str]:
 def _search(plan: dict) -> list[str]:
     found = plan["search"]
     lines = [f"Best of {found['looked_at']} configurations by estimated step time"
-             + (", each compiled" if found["compiled"] else ", analytic only"),
-             f"  {'data':>5s}{'fsdp':>6s}{'tensor':>7s}  {'remat':12s}{'micro':>6s}{'step s':>9s}{'MFU':>7s}"
-             f"{'GiB':>8s}"]
+             + (f", each compiled ({found['compiles']} more compiles)" if plan["compiler"] else ", by formula"),
+             f"  {'data':>5s}{'fsdp':>6s}{'sequence':>9s}{'tensor':>7s}  {'remat':12s}{'micro':>6s}"
+             f"{'step s':>9s}{'MFU':>7s}{'GiB':>8s}"]
     for c in found["best"]:
         s = c["settings"]
-        lines.append(f"  {s['mesh.data']:5d}{s['mesh.fsdp']:6d}{s['mesh.tensor']:7d}  {s['model.remat']:12s}"
-                     f"{s['train.num_microbatches']:6d}{c['seconds']:9.3f}{c['mfu']:7.1%}{gib(c['hbm_bytes']):>8s}")
+        lines.append(f"  {s['mesh.data']:5d}{s['mesh.fsdp']:6d}{s['mesh.sequence']:9d}{s['mesh.tensor']:7d}  "
+                     f"{s['model.remat']:12s}{s['train.num_microbatches']:6d}{c['seconds']:9.3f}{c['mfu']:7.1%}{gib(c['hbm_bytes']):>8s}")
     return lines if found["best"] else [*lines, "  none fits"]

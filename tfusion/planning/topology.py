@@ -57,8 +57,6 @@ def devices(accelerator: Accelerator) -> list:
 
 def mesh_shape(cfg: MeshConfig, accelerator: Accelerator) -> dict[str, int]:
     """{axis: size} over the chips. Raises UserError where it does not multiply to them."""
-    if cfg.sequence > 1:
-        raise UserError(f"mesh.sequence = {cfg.sequence}: context parallelism is not planned yet, set it to 1")
     return sharding.mesh_shape(cfg, accelerator.num_chips)
 
 
