@@ -16,11 +16,10 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from tfusion import config
+from tfusion import config, distributed
 from tfusion.accelerators import parse_accelerator
 from tfusion.errors import UserError, run
 from tfusion.planning import text, topology
-from tfusion.planning.compile import limit_host_memory
 from tfusion.planning.plan import make_plan
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "experiments/FILE.py[:variant]")
@@ -49,7 +48,7 @@ def main() -> None:
     accelerator = parse_accelerator(TOPOLOGY.value, NUM_SLICES.value)
     cfg = config.from_dict(CONFIG.value)
     topology.use_host_only()
-    limit_host_memory()
+    distributed.limit_heaps()
     plan = make_plan(cfg, accelerator, experiment(), TOKENS.value, FLOPS.value, SEARCH.value)
     print(json.dumps(plan) if JSON.value else text.render(plan))
 

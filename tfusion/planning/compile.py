@@ -4,7 +4,6 @@ Nothing is allocated and no data is read: the state is training/state.py's shape
 the config gives every packed row.
 """
 
-import ctypes
 import re
 import resource
 import sys
@@ -177,16 +176,6 @@ def progress(label: str, left: Callable[[float], float | None] | None = None):
         done.set()
         thread.join()
         print(f"{label}: {time.perf_counter() - began:4.0f} s, done" + " " * 24, file=sys.stderr, flush=True)
-
-
-def limit_host_memory() -> None:
-    """Call before the compiler starts its threads, of which there are more than 30: glibc would give each a
-    heap of its own, and keep in it what that thread freed, a tenth of the peak at 7B. Nothing without glibc."""
-    arena_max, mmap_threshold = -8, -3  # malloc.h: M_ARENA_MAX, M_MMAP_THRESHOLD
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(arena_max, 2)
-        mallopt(mmap_threshold, 256 * 1024)  # else it grows to 32 MiB: large blocks would not be given back
 
 
 def host_memory_bytes() -> int:

@@ -51,7 +51,7 @@ def estimate(cfg: Config, boxed_state: TrainState, mesh: AbstractMesh, work: Wor
     length = cfg.data.seq_len / shape["sequence"]
     layer = rows * length * (8 * m.d_model + 4 * m.d_ff / shape["tensor"]) * width
     weights = 2 * exchanged_parameters(boxed_state.params, shape) / m.num_layers * width * (shape["fsdp"] > 1)
-    largest = work.largest_bytes / (shape["data"] * shape["fsdp"] * shape["tensor"])  # logits of whole rows
+    largest = work.largest_bytes / math.prod(shape.values())
     parameters = bytes_per_chip(state.params)
     return Memory(
         parameters=parameters,

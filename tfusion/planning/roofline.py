@@ -71,20 +71,11 @@ def kernel_work(cfg: Config, work: Work, counts: flops.Counts) -> Work:
         activation_bytes=work.activation_bytes + work.kernels * m.num_layers * values * 2)
 
 
-def repeated_head_flops(cfg: Config, shape: dict[str, int]) -> float:
-    """The LM head works on positions gathered from whole rows, so every part of the rows' length runs all of
-    it: forward, recomputed, and its two gradients."""
-    m = cfg.model
-    once = 4 * 2.0 * cfg.train.batch_size * cfg.data.max_scored * m.d_model * m.padded_vocab_size
-    return once * (shape["sequence"] - 1)
-
-
 def estimate(cfg: Config, accelerator: Accelerator, shape: dict[str, int], work: Work, memory: Memory,
              exchange: Collectives) -> Step:
     chip, chips = accelerator.chip, accelerator.num_chips
     counts = assumed_counts(cfg)
     work = kernel_work(cfg, work, counts)
-    work = work._replace(flops=work.flops + repeated_head_flops(cfg, shape))
     matmul = work.flops / chips / (chip.peak_flops * MATMUL_EFFICIENCY)
     state = 2 * (memory.parameters + memory.optimizer + memory.ema) + memory.gradients
     moved = work.activation_bytes / chips + work.weight_bytes / shape["tensor"] + state
