@@ -304,7 +304,7 @@ def test_profile_writes_a_trace_of_its_steps(whole, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("profile", [(1, 1), (2, 3)], ids=["over", "under way"])
-def test_profile_of_steps_before_the_resumed_one(whole, copied, profile):
+def test_profile_of_steps_before_the_resumed_one(whole, copied, profile, capsys):
     """The same command again after a crash: the window lies behind, wholly or in part."""
     cfg, workdir, state = whole
     shutil.rmtree(copied / "checkpoints" / str(STEPS))
@@ -312,6 +312,8 @@ def test_profile_of_steps_before_the_resumed_one(whole, copied, profile):
         resumed = loop.train(cfg, make_objective(cfg), copied, mesh(), profile=profile)  # from step 3
     assert_same_bits(jax.device_get(resumed), state)
     assert lines(copied) == lines(workdir)
+    assert f"--profile={profile[0]}:{profile[1]} begins before step 3" in capsys.readouterr().out
+    assert not traces(copied)
 
 
 # ---------------------------------------------------------------- real processes

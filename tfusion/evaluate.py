@@ -24,7 +24,8 @@ from tfusion.training.checkpoint import load_run
 from tfusion.training.metrics import write_timing
 
 WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a trained Transfusion")
-NUM_SCENES = flags.DEFINE_integer("num_scenes", 256, "held-out scenes to draw and to describe")
+NUM_SCENES = flags.DEFINE_integer("num_scenes", 256, "held-out scenes to draw and to describe",
+                                  lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "of the sampling")
 SHOWN = 48  # pictures kept for the report
 DOCUMENTS = 16  # written from nothing; those with the most pictures are shown

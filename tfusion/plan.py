@@ -11,6 +11,7 @@ Compiles the real training step ahead of time (1-3 minutes at 7B), with no TPU a
 """
 
 import json
+import math
 import sys
 
 from absl import flags
@@ -43,8 +44,8 @@ def main() -> None:
     if TOKENS.value is not None and FLOPS.value is not None:
         raise UserError("--tokens and --flops exclude each other")
     for name, value in (("tokens", TOKENS.value), ("flops", FLOPS.value)):
-        if value is not None and value <= 0:
-            raise UserError(f"--{name}={value:g} must be positive")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name}={value:g} must be positive and finite")
     accelerator = parse_accelerator(TOPOLOGY.value, NUM_SLICES.value)
     cfg = config.from_dict(CONFIG.value)
     topology.use_host_only()

@@ -62,13 +62,13 @@ def test_cross_entropy_in_chunks_is_the_dense_one(name, vocab):
 @pytest.mark.parametrize("sizes, whole", [
     ((1, 1, 1, 1), 12 * V), ((1, 3, 1, 1), 4 * V), ((1, 3, 2, 1), 2 * V), ((1, 1, 1, 4), 3 * V)])
 def test_logits_are_cut_by_their_size_on_one_device(monkeypatch, sizes, whole):
-    """In one piece up to ONE_PIECE of them: rows are spread over fsdp, a row over sequence, ids over tensor."""
+    """In one piece up to KEPT_LOGITS: rows are spread over fsdp, a row over sequence, ids over tensor."""
     targets, head = np.zeros((3, 4), np.int32), jax.ShapeDtypeStruct((D, V), jnp.float32)
     mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
     with jax.set_mesh(mesh):
-        monkeypatch.setattr(lm_head, "ONE_PIECE", whole)
+        monkeypatch.setattr(lm_head, "KEPT_LOGITS", whole)
         assert lm_head.chunk_size(targets, head) == V
-        monkeypatch.setattr(lm_head, "ONE_PIECE", whole - 1)
+        monkeypatch.setattr(lm_head, "KEPT_LOGITS", whole - 1)
         assert lm_head.chunk_size(targets, head) == lm_head.CHUNK
 
 
@@ -105,7 +105,7 @@ def test_large_logits_stay_finite():
     assert np.abs(z).max() > 1000
 
 
-@pytest.mark.parametrize("one_piece", [lm_head.ONE_PIECE, 0])
+@pytest.mark.parametrize("one_piece", [lm_head.KEPT_LOGITS, 0])
 @pytest.mark.parametrize("num_scored", [13, T, 2 * T])
 def test_next_token_loss_is_next_token_cross_entropy(monkeypatch, num_scored, one_piece):
     """-log softmax(h[p] @ head)[tokens[p + 1]] over the mask, in float64, with the vocabulary's padding out."""
@@ -116,7 +116,7 @@ def test_next_token_loss_is_next_token_cross_entropy(monkeypatch, num_scored, on
     for b, p in np.argwhere(mask):
         z = (h[b, p].astype(np.float64) @ head)[:vocab]
         total += np.log(np.exp(z - z.max()).sum()) + z.max() - z[tokens[b, p + 1]]
-    monkeypatch.setattr(lm_head, "ONE_PIECE", one_piece)
+    monkeypatch.setattr(lm_head, "KEPT_LOGITS", one_piece)
     monkeypatch.setattr(lm_head, "CHUNK", 16)
     got, count = lm_head.next_token_loss(h, head, tokens, mask, num_scored, vocab)
     assert float(got) == pytest.approx(total, rel=1e-5) and int(count) == mask.sum()
@@ -153,7 +153,7 @@ def equations(jaxpr):
 def test_no_array_of_positions_times_vocabulary(monkeypatch, chunk, one_piece):
     """Of the loss and its gradient nothing is larger than scored positions x one chunk, or the head itself."""
     rows, length, scored = 4, 200, 30
-    monkeypatch.setattr(lm_head, "ONE_PIECE", one_piece)
+    monkeypatch.setattr(lm_head, "KEPT_LOGITS", one_piece)
     monkeypatch.setattr(lm_head, "CHUNK", 16)
     shapes = (jax.ShapeDtypeStruct(s, t) for s, t in (
         ((rows, length, D), jnp.float32), ((D, V), jnp.float32), ((rows, length), jnp.int32),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from tfusion.models.transformer import linear
 from tfusion.sharding import constrain, num_shards
 
-ONE_PIECE = 2**24  # logits per device (64 MiB) up to which they are kept rather than made twice
+KEPT_LOGITS = 2**24  # logits per device (64 MiB) up to which they are kept rather than made twice
 CHUNK = 8192  # vocabulary entries per chunk, at most, where there are more
 
 
@@ -56,7 +56,7 @@ def next_token_loss(h_BTD, head_DV, tokens_BT, loss_mask_BT, num_scored: int, vo
 def chunk_size(targets_BS, head_DV) -> int:
     """How many vocabulary entries to take at a time: all, where their logits are few."""
     V, parts = head_DV.shape[1], num_shards("batch") * num_shards("length") * num_shards("vocab")
-    return V if targets_BS.size * V // parts <= ONE_PIECE else CHUNK
+    return V if targets_BS.size * V // parts <= KEPT_LOGITS else CHUNK
 
 
 def cross_entropy(h, head_DV, targets, vocab_size: int, chunk: int):

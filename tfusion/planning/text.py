@@ -74,7 +74,8 @@ def _run(plan: dict) -> list[str]:
     note = "" if r["dollars"] is None else (
         f"at ${plan['accelerator']['dollars_per_chip_hour']:.2f} per chip-hour (as of {plan['prices_as_of']}; "
         "edit tfusion/accelerators.py)")
-    return [f"The run: {r['tokens'] / 1e9:,.1f} B tokens and patches, {r['steps']:,d} steps (ESTIMATE)",
+    return [f"The run: {r['tokens'] / 1e9:,.1f} B tokens and patches, {r['steps']:,d} steps (ESTIMATE)"
+            + ("" if plan["fits"] else ", if it did fit"),
             row("days", f"{r['days']:,.1f}"), row("chip-hours", f"{r['chip_hours']:,.0f}"),
             row("cost", dollars, note)]
 

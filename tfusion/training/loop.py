@@ -101,6 +101,9 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile
     state, next_row, totals = start_state(cfg, objective, tx, mesh, checkpoints)
     config.save(cfg, workdir)
     first = int(state.step)
+    if profile and profile[0] < first:  # the same command again after a crash must go on
+        tqdm.write(f"no trace: --profile={profile[0]}:{profile[1]} begins before step {first}")
+        profile = None
     log = Log(cfg, objective, rows, workdir, first, totals)
     train_step = None  # compiled for the first batch
     batches = pipeline.batches(rows, next_row, t.num_steps - first, t.batch_size,
@@ -109,6 +112,7 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile
     try:
         for step in range(first, t.num_steps):
             if profile and step == profile[0]:
+                jax.block_until_ready(state)
                 jax.profiler.start_trace(workdir / "profile")
             waited = time.perf_counter()
             batch = next(batches)
@@ -126,7 +130,7 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile
             log.losses.add(done, losses)
             log.speed.add(batch, waited)
             log.bar.update()
-            if profile and first <= profile[0] and done == sum(profile):
+            if profile and done == sum(profile):
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
 
@@ -152,7 +156,7 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile
         log.close()
     params = sum(x.size for x in jax.tree.leaves(state.params))
     summary = {"num_params": params, "steps": t.num_steps, **log.speed.total}
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     metrics.write_timing(workdir, f"train from step {first}" if first else "train",
                          time.perf_counter() - began)
+    config.replace_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")  # last: all is there
     return state
