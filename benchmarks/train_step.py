@@ -175,6 +175,16 @@ def command(name: str) -> list[str]:
             f"--setting={json.dumps(SETTING)}", f"--dtype={dtype}"]
 
 
+def start(name: str) -> Worker:
+    try:
+        return Worker(command(name), SETTING["threads"])
+    except OSError as e:
+        what = "did not start, its error is above" if name in MODELS else (
+            "did not start: pip install -e '.[peers]', or --peer_python=/path/to/python that has it, or "
+            "--contenders=ours,naive")
+        raise UserError(f"contender '{name}' {what}") from e
+
+
 def alternate(title: str, contenders: list) -> list[dict]:
     """Times (name, worker, function) in turn. A list of {name: {"seconds", "cpu_seconds"} of one call}."""
     times = {}
@@ -265,7 +275,7 @@ def main() -> None:
     workers = {}
     try:
         for name in tqdm(CONTENDERS.value, desc="compiling", unit="contender"):
-            workers[name] = Worker(command(name), SETTING["threads"])
+            workers[name] = start(name)
         result = {"setting": SETTING, "machine": machine(), **compare(workers)}
         if "ours" in workers:
             result["model FLOP/s as a share of matmul"] = compare_matmul(workers["ours"])
