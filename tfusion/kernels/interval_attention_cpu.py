@@ -2,8 +2,8 @@
 
 Short rows take the dense form, all at once. Longer ones go one query block after another (FlashAttention-2,
 arXiv 2307.08691), each over the key blocks of its range (block_map.py) only, so memory grows with T + S. The
-range is taken in one piece where rows are of a few blocks: the program then holds one branch per length, and
-its arrays stay in the cache. One pass of the backward makes dq, dk and dv together, because blocks run one
+range is taken in one piece where rows are of two blocks: the program then holds one branch per length, and its
+arrays stay in the cache. One pass of the backward makes dq, dk and dv together, because blocks run one
 after another here.
 
 B batch, T queries, S keys, H query heads, K key/value heads, G = H / K, E head dimension; Q, M queries and
@@ -16,9 +16,9 @@ from jax import lax
 
 from tfusion.kernels.block_map import key_bounds, num_blocks, pad_intervals
 
-DENSE_UP_TO = 256 * 256  # T * S; above, blocks
+DENSE_UP_TO = 448 * 448  # T * S; above, blocks
 BLOCK_Q, BLOCK_K = 256, 256
-ONE_PIECE = 4  # key blocks of a row up to which a query block's range is not cut
+ONE_PIECE = 2  # key blocks of a row up to which a query block's range is not cut
 HIDDEN = -1e30  # not -inf: the difference of two must stay a number
 
 
@@ -113,11 +113,19 @@ def _gradients(q, k, v, delta, dout, bias, softcap):
     return dq_T.swapaxes(1, 2), jnp.einsum("nkq,nqe->nke", ds, q), jnp.einsum("nkq,nqe->nke", p, dout)
 
 
-def _heads_first(x_BTHE, K: int, block: int):
-    """(B, T, K * G, E) -> (B, K, G, T padded to whole blocks, E) in float32."""
+def _heads_in_front(x_BTHE, K: int, block: int):
+    """(B, K, G, T padded to whole blocks, E) in float32: for short rows, whose blocks then need no turning."""
     B, _, H, E = x_BTHE.shape
     x = _pad(x_BTHE, 1, block).astype(jnp.float32)
     return x.reshape(B, -1, K, H // K, E).transpose(0, 2, 3, 1, 4)
+
+
+def _layout(K: int, num_k_blocks: int):
+    """How the block form holds (B, T, H, E): turned where rows are short; as it is where they are long, for a
+    turned copy of everything would be most of the memory."""
+    if num_k_blocks <= ONE_PIECE:
+        return lambda x_BTHE, block: _heads_in_front(x_BTHE, K, block)
+    return lambda x_BTHE, block: _pad(x_BTHE, 1, block)
 
 
 def _pad(x, axis: int, block: int):
@@ -125,16 +133,18 @@ def _pad(x, axis: int, block: int):
     return jnp.pad(x, [(0, extra if a == axis else 0) for a in range(x.ndim)]) if extra else x
 
 
-def _queries(x, b, i):
-    """Block i of row b: (B, K, G, T, ...) -> (K, G * Q, ...)."""
-    x = lax.dynamic_slice_in_dim(lax.dynamic_index_in_dim(x, b, keepdims=False), i * BLOCK_Q, BLOCK_Q, 2)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
+def _part(x, b, start, size: int, K: int):
+    """Positions of row b from start on, of either layout: (K, G * size, E) in float32."""
+    if x.ndim == 4:
+        return _group(lax.dynamic_slice(x, (b, start, 0, 0), (1, size, *x.shape[2:])), K)
+    x = lax.dynamic_slice(x, (b, 0, 0, start, 0), (1, *x.shape[1:3], size, x.shape[4]))
+    return x.reshape(K, -1, x.shape[4])
 
 
-def _keys(x_BKSE, b, j, count: int):
-    """`count` blocks of row b from block j on: (K, M, E)."""
-    x_KSE = lax.dynamic_index_in_dim(x_BKSE, b, keepdims=False)
-    return lax.dynamic_slice_in_dim(x_KSE, j * BLOCK_K, count * BLOCK_K, 1)
+def _per_query(x_BHT, b, i, K: int):
+    """Block i of row b: (K, G * Q)."""
+    x = lax.dynamic_slice_in_dim(lax.dynamic_index_in_dim(x_BHT, b, keepdims=False), i * BLOCK_Q, BLOCK_Q, 1)
+    return x.reshape(K, -1)
 
 
 def _intervals(k_start_BT, k_end_BT, b, i, G: int):
@@ -153,30 +163,31 @@ def _over_keys(tile, bounds, b, i, num_k_blocks: int, carry):
 
 
 def _forward_blocks(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, softcap):
-    (B, T, H, E), K = q_BTHE.shape, k_BSKE.shape[2]
-    G, count = H // K, num_blocks(T, BLOCK_Q)
-    q = _heads_first(q_BTHE, K, BLOCK_Q) * E**-0.5
-    k, v = (_heads_first(x, K, BLOCK_K)[:, :, 0] for x in (k_BSKE, v_BSKE))
+    (B, T, H, E), (S, K) = q_BTHE.shape, k_BSKE.shape[1:3]
+    G, count, num_k_blocks = H // K, num_blocks(T, BLOCK_Q), num_blocks(S, BLOCK_K)
+    laid = _layout(K, num_k_blocks)
+    q, k, v = laid(q_BTHE, BLOCK_Q), laid(k_BSKE, BLOCK_K), laid(v_BSKE, BLOCK_K)
     bounds = key_bounds(k_start_BT, k_end_BT, BLOCK_Q, BLOCK_K)
     intervals = pad_intervals(k_start_BT, k_end_BT, BLOCK_Q)
 
     def query_block(n):
         b, i = n // count, n % count
-        q_n = _queries(q, b, i)
+        q_n = _part(q, b, i * BLOCK_Q, BLOCK_Q, K) * E**-0.5
         k_start, k_end = (x[:, None] for x in _intervals(*intervals, b, i, G))
 
         def tile(j, blocks, carry):
             top, total, acc = carry
             key = j * BLOCK_K + jnp.arange(blocks * BLOCK_K, dtype=jnp.int32).reshape(1, -1)
-            logits = _logits("nqe,nke->nqk", q_n, _keys(k, b, j, blocks), softcap)
+            k_n, v_n = (_part(x, b, j * BLOCK_K, blocks * BLOCK_K, K) for x in (k, v))
+            logits = _logits("nqe,nke->nqk", q_n, k_n, softcap)
             logits += _bias(k_start, k_end, key)[None]
             new_top = jnp.maximum(top, logits.max(-1))
             weights, rescale = jnp.exp(logits - new_top[..., None]), jnp.exp(top - new_top)
-            acc = rescale[..., None] * acc + jnp.einsum("nqk,nke->nqe", weights, _keys(v, b, j, blocks))
-            return new_top, rescale * total + weights.sum(-1), acc
+            more = jnp.einsum("nqk,nke->nqe", weights, v_n)
+            return new_top, rescale * total + weights.sum(-1), rescale[..., None] * acc + more
 
         empty = jnp.full((K, G * BLOCK_Q), HIDDEN), jnp.zeros((K, G * BLOCK_Q)), jnp.zeros_like(q_n)
-        top, total, acc = _over_keys(tile, bounds, b, i, k.shape[2] // BLOCK_K, empty)
+        top, total, acc = _over_keys(tile, bounds, b, i, num_k_blocks, empty)
         out = _ungroup(acc / total[..., None], 1, BLOCK_Q, q_BTHE.dtype)[0]
         return out, (top + jnp.log(total)).reshape(H, -1)
 
@@ -187,37 +198,38 @@ def _forward_blocks(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, softcap):
 
 def _backward_blocks(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, out_BTHE, lse_BHT, dout_BTHE, softcap):
     (B, T, H, E), (S, K) = q_BTHE.shape, k_BSKE.shape[1:3]
-    G, count = H // K, num_blocks(T, BLOCK_Q)
-    q, dout = _heads_first(q_BTHE, K, BLOCK_Q) * E**-0.5, _heads_first(dout_BTHE, K, BLOCK_Q)
-    k, v = (_heads_first(x, K, BLOCK_K)[:, :, 0] for x in (k_BSKE, v_BSKE))
-    lse, delta = (_pad(x, 2, BLOCK_Q).reshape(B, K, G, -1)
-                  for x in (lse_BHT, _delta(out_BTHE, dout_BTHE).swapaxes(1, 2)))
+    G, count, num_k_blocks = H // K, num_blocks(T, BLOCK_Q), num_blocks(S, BLOCK_K)
+    laid = _layout(K, num_k_blocks)
+    q, dout = (laid(x, BLOCK_Q) for x in (q_BTHE, dout_BTHE))
+    k, v = (laid(x, BLOCK_K) for x in (k_BSKE, v_BSKE))
+    lse, delta = (_pad(x, 2, BLOCK_Q) for x in (lse_BHT, _delta(out_BTHE, dout_BTHE).swapaxes(1, 2)))
     bounds = key_bounds(k_start_BT, k_end_BT, BLOCK_Q, BLOCK_K)
     intervals = pad_intervals(k_start_BT, k_end_BT, BLOCK_Q)
 
     def query_block(dk_dv, n):
         b, i = n // count, n % count
-        q_n, dout_n, lse_n, delta_n = (_queries(x, b, i) for x in (q, dout, lse, delta))
+        q_n, dout_n = (_part(x, b, i * BLOCK_Q, BLOCK_Q, K) for x in (q, dout))
+        q_n *= E**-0.5
+        lse_n, delta_n = (_per_query(x, b, i, K) for x in (lse, delta))
         k_start, k_end = (x[None] for x in _intervals(*intervals, b, i, G))
 
         def tile(j, blocks, carry):
             dq, dk, dv = carry
             key = j * BLOCK_K + jnp.arange(blocks * BLOCK_K, dtype=jnp.int32).reshape(-1, 1)
             bias = _bias(k_start, k_end, key)[None] - lse_n[:, None]
-            more = _gradients(q_n, _keys(k, b, j, blocks), _keys(v, b, j, blocks), delta_n, dout_n, bias,
-                              softcap)
+            k_n, v_n = (_part(x, b, j * BLOCK_K, blocks * BLOCK_K, K) for x in (k, v))
+            more = _gradients(q_n, k_n, v_n, delta_n, dout_n, bias, softcap)
             return dq + more[0], _add_keys(dk, b, j, more[1]), _add_keys(dv, b, j, more[2])
 
-        dq, *dk_dv = _over_keys(tile, bounds, b, i, k.shape[2] // BLOCK_K, (jnp.zeros_like(q_n), *dk_dv))
+        dq, *dk_dv = _over_keys(tile, bounds, b, i, num_k_blocks, (jnp.zeros_like(q_n), *dk_dv))
         return tuple(dk_dv), _ungroup(dq * E**-0.5, 1, BLOCK_Q, q_BTHE.dtype)[0]
 
-    zeros = jnp.zeros_like(k)
+    zeros = jnp.zeros((B, num_k_blocks * BLOCK_K, K, E), jnp.float32)
     (dk, dv), dq = lax.scan(query_block, (zeros, zeros), jnp.arange(B * count))
-    dk, dv = (x.swapaxes(1, 2)[:, :S].astype(k_BSKE.dtype) for x in (dk, dv))
-    return dq.reshape(B, -1, H, E)[:, :T], dk, dv
+    return (dq.reshape(B, -1, H, E)[:, :T], dk[:, :S].astype(k_BSKE.dtype), dv[:, :S].astype(v_BSKE.dtype))
 
 
-def _add_keys(x_BKSE, b, j, more_KME):
+def _add_keys(x_BSKE, b, j, more_KME):
     """Adds to the keys of row b from block j on, in place."""
-    at = (b, 0, j * BLOCK_K, 0)
-    return lax.dynamic_update_slice(x_BKSE, lax.dynamic_slice(x_BKSE, at, (1, *more_KME.shape)) + more_KME, at)
+    at, more = (b, j * BLOCK_K, 0, 0), more_KME.swapaxes(0, 1)[None]
+    return lax.dynamic_update_slice(x_BSKE, lax.dynamic_slice(x_BSKE, at, more.shape) + more, at)
