@@ -35,8 +35,8 @@ def linear(x, w):
     return (x.reshape(-1, x.shape[-1]) @ w.astype(x.dtype)).reshape(*x.shape[:-1], w.shape[-1])
 
 
-# Under every policy the elementwise parts are made again from their inputs: on a CPU that is cheaper than to write
-# and read all that their gradients need.
+# Under every policy the elementwise parts are made again from their inputs: on a CPU that is cheaper than to
+# write and read all that their gradients need.
 @jax.checkpoint
 def rms_norm(x, scale):
     """x / rms(x) * scale over the last axis, in float32, returned in x's dtype."""
