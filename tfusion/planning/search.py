@@ -181,8 +181,8 @@ def first_that_may_fit(planner: Planner, configs: list[Config]) -> list:
 
 def ranked(planner: Planner, groups: list[list[Config]]) -> list[list]:
     """The groups that may fit, as first_that_may_fit gives them: the fastest by estimate first, then those that
-    need least. One of each remat policy and 'tensor': the same step with another split between 'data' and
-    'fsdp' would only spend a compile on more memory."""
+    need least. One of each remat policy and 'tensor': other splits between 'data' and 'fsdp' are left out, so
+    that the few compiles go to what differs more."""
     before, traces = planner.traces, len(CHOICES["model.remat"]) * len(MICROBATCHES)
 
     def left(elapsed: float) -> float | None:  # all but the traces takes next to no time
