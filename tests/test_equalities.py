@@ -340,7 +340,7 @@ def test_packed_rows_equal_each_document_alone(runs):
 
     together, alone = rows(packed), rows([(0, [x]) for _, x in documents])
     # The noise belongs to the row, so the documents alone are given what the packed rows drew.
-    t_BI, eps = draw_noise(steps.noise_key(0, 0), together.row_ids_B, together.max_t_BI, model.latent_shape,
+    t_BI, eps = draw_noise(steps.noise_key(0, 0), together.noise_ids_BI2, together.max_t_BI, model.latent_shape,
                            runs.cfg.diffusion.num_timesteps)
     t_BI, eps = np.asarray(t_BI), np.asarray(eps)
     places, t_alone, eps_alone = [], np.zeros_like(t_BI), np.zeros_like(eps)
@@ -382,15 +382,15 @@ def test_packed_rows_equal_each_document_alone(runs):
 
 @pytest.fixture(scope="module")
 def draws(runs):
-    """(function of (row ids, max_t), the numbers it gives on one device)."""
+    """(function of (noise ids, max_t), the numbers it gives on one device)."""
     key = steps.noise_key(runs.cfg.seed, 7)
 
-    def draw(row_ids_B, max_t_BI):
-        return draw_noise(key, row_ids_B, max_t_BI, runs.cfg.model.latent_shape,
+    def draw(noise_ids_BI2, max_t_BI):
+        return draw_noise(key, noise_ids_BI2, max_t_BI, runs.cfg.model.latent_shape,
                           runs.cfg.diffusion.num_timesteps)
 
     with jax.set_mesh(make_mesh(ONE)):
-        return draw, jax.device_get(jax.jit(draw)(runs.batch.row_ids_B, runs.batch.max_t_BI))
+        return draw, jax.device_get(jax.jit(draw)(runs.batch.noise_ids_BI2, runs.batch.max_t_BI))
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -398,7 +398,7 @@ def test_noise_is_the_same_on_any_mesh(runs, draws, name):
     draw, want = draws
     mesh = make_mesh(MESHES[name][0])
     with jax.set_mesh(mesh):
-        got = jax.jit(draw)(*sharding.put_batch((runs.batch.row_ids_B, runs.batch.max_t_BI), mesh))
+        got = jax.jit(draw)(*sharding.put_batch((runs.batch.noise_ids_BI2, runs.batch.max_t_BI), mesh))
     for a, b in zip(got, want):
         np.testing.assert_array_equal(np.asarray(a), b)
 
@@ -408,9 +408,9 @@ def test_noise_is_the_same_in_any_microbatch_and_order(runs, draws):
     micros = steps.split_microbatches(runs.batch, 4)
     row_of = {int(row): i for i, row in enumerate(runs.batch.row_ids_B)}
     assert sorted(row_of) == sorted(micros.row_ids_B.ravel().tolist())
-    for row_ids, max_t in zip(micros.row_ids_B, micros.max_t_BI):
+    for row_ids, ids, max_t in zip(micros.row_ids_B, micros.noise_ids_BI2, micros.max_t_BI):
         order = [row_of[int(row)] for row in row_ids]
-        for a, b in zip(draw(row_ids, max_t), want):
+        for a, b in zip(draw(ids, max_t), want):
             np.testing.assert_array_equal(np.asarray(a), b[order])
 
 

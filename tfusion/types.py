@@ -18,7 +18,7 @@ PAD, BOS, EOS = 0, 1, 2
 class Batch(NamedTuple):
     """Packed rows. A row holds documents `<bos> text <boi> patch x N <eoi> text <eos>`, then padding."""
 
-    row_ids_B: np.ndarray  # int32: global row number in the run; keys the noise
+    row_ids_B: np.ndarray  # int32: global row number in the run
     tokens_BT: np.ndarray  # int32: text ids; the pad id at patches
     segment_ids_BT: np.ndarray  # int32: document number in the row, from 1; 0 = padding
     image_ids_BT: np.ndarray  # int32: 0 = not a patch, k = a patch of the row's k-th image
@@ -27,6 +27,8 @@ class Batch(NamedTuple):
     latents_BIhwc: np.ndarray  # float32: clean normalised latents; slot = image id - 1
     image_start_BI: np.ndarray  # int32: row position of the slot's first patch; T = unused slot
     max_t_BI: np.ndarray  # float32: t = max_t * (1 - u), u in [0, 1); 0 = the slot has no loss
+    noise_ids_BI2: np.ndarray  # uint32: what the slot's noise is keyed by, folded into the step's key one
+    # after the other: (global row, slot) in training, the picture's own name in evaluation
 
 
 class ImageBatch(NamedTuple):

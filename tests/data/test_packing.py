@@ -183,6 +183,7 @@ def test_pack_row_by_hand():
     np.testing.assert_array_equal(row.image_start_BI, [3, 12, 14, 20])  # 20 = T: unused
     np.testing.assert_array_equal(row.max_t_BI, np.float32([0.5, 1, 1, 0]))
     np.testing.assert_array_equal(row.latents_BIhwc[:, 0, 0, 0], [701, 801, 802, 0])
+    np.testing.assert_array_equal(row.noise_ids_BI2, [[77, 0], [77, 1], [77, 2], [77, 3]])
     np.testing.assert_array_equal(
         row.loss_mask_BT[:17], np.concatenate([e.loss_mask_L for e in (FIRST, TEXT, SECOND)]))
 
@@ -207,7 +208,8 @@ def test_stacked_rows_have_the_contracts_shapes_and_dtypes():
         "row_ids_B": ((3,), np.int32), "tokens_BT": ((3, 20), np.int32), "segment_ids_BT": ((3, 20), np.int32),
         "image_ids_BT": ((3, 20), np.int32), "positions_BT": ((3, 20), np.int32),
         "loss_mask_BT": ((3, 20), np.bool_), "latents_BIhwc": ((3, 4, 2, 2, 1), np.float32),
-        "image_start_BI": ((3, 4), np.int32), "max_t_BI": ((3, 4), np.float32)}
+        "image_start_BI": ((3, 4), np.int32), "max_t_BI": ((3, 4), np.float32),
+        "noise_ids_BI2": ((3, 4, 2), np.uint32)}
     assert {name: (x.shape, x.dtype) for name, x in batch._asdict().items()} == expected
 
 

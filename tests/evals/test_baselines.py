@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tfusion.data import prepared
+from tfusion.data import packing, prepared
 from tfusion.diffusion import process, schedule
 from tfusion.evals import baselines
 from tfusion.objectives.transfusion import NUM_BINS, draw_noise
@@ -129,9 +129,9 @@ def test_losses_on_held_out_rows(cfg, gaussian_root, prediction):
     max_t[::3, 1], latents[::3, 1] = 0, 1e3  # unused slots: whatever lies there must not count
     zeros = np.zeros((rows, 1), np.int32)
     batch = Batch(np.arange(rows, dtype=np.int32), zeros, zeros, zeros, zeros, zeros == 1, latents,
-                  np.zeros((rows, 2), np.int32), max_t)
+                  np.zeros((rows, 2), np.int32), max_t, packing.noise_ids(np.arange(rows), 2))
     losses = baselines.linear_losses(cfg, baselines.fit_gaussian(cfg), batch)
-    t, _ = draw_noise(noise_key(cfg.seed, EVAL_STREAM), batch.row_ids_B, max_t, SHAPE,
+    t, _ = draw_noise(noise_key(cfg.seed, EVAL_STREAM), batch.noise_ids_BI2, max_t, SHAPE,
                       cfg.diffusion.num_timesteps)
     used = np.asarray(t)[max_t > 0]
     want = least_error(prediction, schedule.alpha_bar(used))
@@ -151,7 +151,7 @@ def text(tokens, mask, segments=None, images=None):
     segments = zeros + 1 if segments is None else np.array([segments], np.int32)
     images = zeros if images is None else np.array([images], np.int32)
     return Batch(zeros[:, 0], tokens, segments, images, zeros, mask, np.zeros((1, 1, *SHAPE), np.float32),
-                 zeros[:, :1], np.zeros((1, 1), np.float32))
+                 zeros[:, :1], np.zeros((1, 1), np.float32), np.zeros((1, 1, 2), np.uint32))
 
 
 def trained():

@@ -46,7 +46,7 @@ def one_row() -> Batch:
     max_t = (starts < T).astype(np.float32)
     return Batch(np.zeros(1, np.int32), np.maximum(tokens, PAD), segments, images, positions,
                  np.zeros((1, T), bool), np.full((1, I, *MODEL.latent_shape), np.nan, np.float32), starts,
-                 max_t)
+                 max_t, np.zeros((1, I, 2), np.uint32))
 
 
 ROW = one_row()
@@ -252,7 +252,7 @@ def test_parameter_counts_are_the_papers(size):
     """Without adapter and vocabulary padding within 0.1 %; the adapter's share as table 7 prints it."""
     cfg = config.from_dict(experiment.get_config(size)).model
     row = jnp.zeros((1, cfg.num_patches), jnp.int32)
-    batch = Batch(row[:, 0], row, row, row, row, row, row, row[:, :1], row[:, :1])
+    batch = Batch(row[:, 0], row, row, row, row, row, row, row[:, :1], row[:, :1], None)
     shapes = jax.eval_shape(Transfusion(cfg).init, jax.random.key(0), batch,
                             jnp.zeros((1, 1, *cfg.latent_shape)), jnp.zeros((1, 1)))["params"]
     total, adapter = (sum(x.size for x in jax.tree.leaves(tree))

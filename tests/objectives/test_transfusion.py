@@ -98,14 +98,15 @@ def test_length_is_the_layouts(cfg, parts, score, tokens, ids, scored):
 
 
 @jax.jit
-def draw_jitted(seed, rows, max_t, num_timesteps):
-    return objective.draw_noise(jax.random.key(seed), rows, max_t, (2, 2, 3), num_timesteps)
+def draw_jitted(seed, ids, max_t, num_timesteps):
+    return objective.draw_noise(jax.random.key(seed), ids, max_t, (2, 2, 3), num_timesteps)
 
 
 def draw(rows, max_t, seed: int = 0, num_timesteps: int = 1000):
     """(t, eps) of rows with these limits; max_t of shape (rows, slots), or one limit for 3 slots."""
     max_t = np.broadcast_to(max_t, (len(rows), 3) if np.ndim(max_t) < 2 else np.shape(max_t))
-    out = draw_jitted(seed, np.asarray(rows, np.int32), max_t.astype(np.float32), np.float32(num_timesteps))
+    ids = packing.noise_ids(rows, max_t.shape[1])
+    out = draw_jitted(seed, ids, max_t.astype(np.float32), np.float32(num_timesteps))
     return tuple(np.asarray(x) for x in out)
 
 
@@ -159,7 +160,8 @@ def test_t_stays_within_its_limit_and_on_the_grid(max_t, num_timesteps):
 def test_t_is_never_zero_at_the_ends_of_u(monkeypatch, u, expected):
     """u is in [0, 1): its 0 must become the largest t, not the clean t = 0 of a slot without loss."""
     monkeypatch.setattr(jax.random, "uniform", lambda key: jnp.float32(u))
-    t, _ = objective.draw_noise(jax.random.key(0), np.arange(2), np.full((2, 1), 0.5, np.float32), (1,), 1000)
+    limit = np.full((2, 1), 0.5, np.float32)
+    t, _ = objective.draw_noise(jax.random.key(0), packing.noise_ids(np.arange(2), 1), limit, (1,), 1000)
     np.testing.assert_allclose(t, expected, rtol=1e-5)
 
 
@@ -288,7 +290,7 @@ def test_the_loss_noises_what_the_contract_says(cfg, prediction, monkeypatch):
     batch, key = small_batch(cfg), jax.random.key(4)
     got = jax.jit(make_objective(cfg).loss)({}, batch, key)
     t, eps = jax.jit(objective.draw_noise, static_argnums=(3, 4))(
-        key, batch.row_ids_B, batch.max_t_BI, cfg.model.latent_shape, cfg.diffusion.num_timesteps)
+        key, batch.noise_ids_BI2, batch.max_t_BI, cfg.model.latent_shape, cfg.diffusion.num_timesteps)
     t, eps = np.asarray(t, np.float64)[..., None, None, None], np.asarray(eps)
     a = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2
     x_t = np.sqrt(a) * batch.latents_BIhwc + np.sqrt(1 - a) * eps

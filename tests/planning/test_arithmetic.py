@@ -73,7 +73,7 @@ def test_memory_follows_shardings():
     assert 4 * params / 8 < split.memory.parameters < 4 * params / 7  # norms and biases are not split
     positions = 8 * cfg.data.seq_len / 8
     assert whole.memory.batch == split.memory.batch == positions * (4 * 4 + 1) + 8 / 8 * (
-        4 + cfg.data.max_images * (4 + 4 + 4 * math.prod(cfg.model.latent_shape)))
+        4 + cfg.data.max_images * (4 + 4 + 8 + 4 * math.prod(cfg.model.latent_shape)))
     # Full remat keeps each layer's input, once: L x T x D x 2 bytes a row.
     assert whole.memory.residuals == 2 * 128 * 64 * 2
     assert whole.memory.total == sum(whole.memory)

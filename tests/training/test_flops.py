@@ -116,7 +116,7 @@ def batch_of(segments, images, scored, starts, T):
     zeros = np.zeros((1, T), np.int32)
     return Batch(zeros[:, 0], zeros, np.array([segments]), np.array([images]), zeros,
                  np.array([scored], bool), np.zeros((1, 2, 8, 8, 5), np.float32), np.array([starts]),
-                 np.zeros((1, 2), np.float32))
+                 np.zeros((1, 2), np.float32), np.zeros((1, 2, 2), np.uint32))
 
 
 def test_counts_of_a_batch():

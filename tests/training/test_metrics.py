@@ -54,7 +54,8 @@ def packed(cfg):
     zeros = np.zeros_like(segments)
     latents = np.zeros((1, 2, *cfg.model.latent_shape), np.float32)
     return Batch(np.zeros(1, np.int32), zeros, segments, images, zeros, segments == 2, latents,
-                 np.array([[2, 10]], np.int32), np.array([[1.0, 0.0]], np.float32))
+                 np.array([[2, 10]], np.int32), np.array([[1.0, 0.0]], np.float32),
+                 np.zeros((1, 2, 2), np.uint32))
 
 
 def test_rates_by_a_fake_clock(cfg, clock, monkeypatch):

@@ -88,7 +88,8 @@ def pack_row(row_id: int, examples: list[Example], seq_len: int, max_images: int
     T, I = seq_len, max_images
     row = Batch(np.int32(row_id), np.full(T, PAD, np.int32), np.zeros(T, np.int32), np.zeros(T, np.int32),
                 np.zeros(T, np.int32), np.zeros(T, bool), np.zeros((I, *latent_shape), np.float32),
-                np.full(I, T, np.int32), np.zeros(I, np.float32))
+                np.full(I, T, np.int32), np.zeros(I, np.float32),
+                noise_ids(np.int32(row_id), I))
     start = slot = 0
     for document, example in enumerate(examples, start=1):
         length, images = len(example.tokens_L), len(example.max_t_I)
@@ -105,6 +106,12 @@ def pack_row(row_id: int, examples: list[Example], seq_len: int, max_images: int
             row.max_t_BI[slot + k] = example.max_t_I[k]
         start, slot = start + length, slot + images
     return row
+
+
+def noise_ids(row_ids, num_slots: int):
+    """What training's noise is keyed by: uint32 (..., I, 2), the global row and the image slot."""
+    rows = np.repeat(np.asarray(row_ids)[..., None], num_slots, axis=-1)
+    return np.stack([rows, np.broadcast_to(np.arange(num_slots), rows.shape)], axis=-1).astype(np.uint32)
 
 
 def stack_rows(rows: list):

@@ -45,7 +45,7 @@ def linear_prediction(cfg: Config, gaussian, x_t, a):
 def linear_losses(cfg: Config, gaussian, batch) -> dict:
     """{name: (sum, count)} of the linear predictor, as the model's diffusion losses on held-out rows."""
     key = noise_key(cfg.seed, EVAL_STREAM)
-    t, eps = draw_noise(key, batch.row_ids_B, batch.max_t_BI, cfg.model.latent_shape,
+    t, eps = draw_noise(key, batch.noise_ids_BI2, batch.max_t_BI, cfg.model.latent_shape,
                         cfg.diffusion.num_timesteps)
     a = schedule.alpha_bar(t)
     x_t = process.add_noise(batch.latents_BIhwc, eps, a)

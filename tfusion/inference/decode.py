@@ -44,7 +44,7 @@ def as_batch(rows: Rows) -> Batch:
     segments = (positions < rows.length_B[:, None]).astype(jnp.int32)
     return Batch(jnp.arange(B), rows.tokens_BT, segments, rows.image_ids_BT * segments, positions,
                  jnp.zeros((B, T), bool), rows.latents_BIhwc, rows.image_start_BI,
-                 jnp.zeros(rows.image_start_BI.shape))
+                 jnp.zeros(rows.image_start_BI.shape), jnp.zeros((*rows.image_start_BI.shape, 2), jnp.uint32))
 
 
 def start_rows(cfg: Config, prompts: list, seed: int, max_len: int) -> Rows:

@@ -20,19 +20,18 @@ from tfusion.types import BOS, EOS, PAD, Batch, Document, Example
 NUM_BINS = 5  # of t, for the diffusion loss by noise level
 
 
-def draw_noise(key, row_ids_B, max_t_BI, latent_shape, num_timesteps: int):
-    """(t_BI, eps_BIhwc), keyed by (key, global row, image slot) and by nothing else.
+def draw_noise(key, noise_ids_BI2, max_t_BI, latent_shape, num_timesteps: int):
+    """(t_BI, eps_BIhwc), keyed by (key, noise_ids) and by nothing else.
 
     t = max_t * (1 - u) with u uniform in [0, 1), rounded up to the grid n / num_timesteps.
     """
-    def one(row_id, slot, max_t):
-        slot_key = jax.random.fold_in(jax.random.fold_in(key, row_id), slot)
+    def one(noise_ids_2, max_t):
+        slot_key = jax.random.fold_in(jax.random.fold_in(key, noise_ids_2[0]), noise_ids_2[1])
         u_key, eps_key = jax.random.split(slot_key)
         t = max_t * (1 - jax.random.uniform(u_key))
         return schedule.quantize(t, num_timesteps), jax.random.normal(eps_key, latent_shape)
 
-    slots = jnp.arange(max_t_BI.shape[1])
-    return jax.vmap(jax.vmap(one, (None, 0, 0)), (0, None, 0))(row_ids_B, slots, max_t_BI)
+    return jax.vmap(jax.vmap(one))(noise_ids_BI2, max_t_BI)
 
 
 def diffusion_losses(prediction_BIhwc, target_BIhwc, t_BI, max_t_BI):
@@ -76,12 +75,12 @@ def make(cfg: Config) -> Objective:
         slots = jax.eval_shape(lambda: jnp.zeros((1, 1, *model_cfg.latent_shape)))
         T = model_cfg.num_patches
         row = jnp.zeros((1, T), jnp.int32)
-        batch = Batch(row[:, 0], row, row, row, row, row, slots, row[:, :1], row[:, :1])
+        batch = Batch(row[:, 0], row, row, row, row, row, slots, row[:, :1], row[:, :1], None)
         return model.init(key, batch, jnp.zeros(slots.shape), jnp.zeros((1, 1)))["params"]
 
     def loss(params, batch: Batch, key):
         x0 = batch.latents_BIhwc
-        t_BI, eps = draw_noise(key, batch.row_ids_B, batch.max_t_BI, x0.shape[2:], diffusion.num_timesteps)
+        t_BI, eps = draw_noise(key, batch.noise_ids_BI2, batch.max_t_BI, x0.shape[2:], diffusion.num_timesteps)
         a_BI = schedule.alpha_bar(t_BI)
         x_t = process.add_noise(x0, eps, a_BI)
         out = model.apply({"params": params}, batch, x_t, t_BI)

@@ -61,7 +61,7 @@ def abstract_batch(cfg: Config, mesh: Mesh | AbstractMesh) -> Batch:
         row_ids_B=s((B,)), tokens_BT=s((B, T)), segment_ids_BT=s((B, T)), image_ids_BT=s((B, T)),
         positions_BT=s((B, T)), loss_mask_BT=s((B, T), jnp.bool_),
         latents_BIhwc=s((B, I, *cfg.model.latent_shape), jnp.float32), image_start_BI=s((B, I)),
-        max_t_BI=s((B, I), jnp.float32))
+        max_t_BI=s((B, I), jnp.float32), noise_ids_BI2=s((B, I, 2), jnp.uint32))
 
 
 def host_mesh() -> Mesh:
