@@ -8,8 +8,8 @@ import shutil
 import numpy as np
 import pytest
 
-from tfusion.data import packing, pipeline, transforms
-from tfusion.data.sources import make_source
+from tfusion.data import packing, pipeline, sources, transforms
+from tfusion.data.sources import make_source, pictures
 from tfusion.errors import UserError
 from tfusion.objectives import make_objective
 from tfusion.types import BOS
@@ -318,16 +318,39 @@ def image_cfg(cfg):
 
 
 def test_autoencoder_rows_show_every_picture_once_per_epoch(cfg):
+    """Of every source: 200 scenes, and the two or three of each of 50 stories."""
     cfg = image_cfg(cfg)
     rows = open_rows(cfg)
     count = len(rows.images)
-    assert count == 200 and int(rows[7].row_ids_B) == 7
+    stories = make_source("stories", cfg.data, "train")
+    assert count == 200 + sum(len(stories[i]) // 2 for i in range(50)) and int(rows[7].row_ids_B) == 7
+    np.testing.assert_array_equal(rows.images[200], stories[0][1])
 
     def epoch(number: int):
         return [rows[row].images_BHWC.tobytes() for row in range(number * count, (number + 1) * count)]
 
     stored = sorted(image.tobytes() for image in rows.images)
     assert sorted(epoch(0)) == sorted(epoch(1)) == stored and epoch(0) != epoch(1)
+
+
+def test_pictures_are_those_of_the_mixture(cfg):
+    """With a limit: as many of each source, from all over it. A source without a share gives none."""
+    stories, both = ({name: 1.0 for name in names} for names in (["stories", "glosses"], ["scenes", "stories"]))
+    every = pictures(replace(cfg, "data", mixture=stories).data, "train")
+    some = pictures(replace(cfg, "data", mixture=both).data, "train", 40)
+    stored = [picture.tobytes() for picture in every]
+    places = [stored.index(picture.tobytes()) for picture in some[20:]]
+    assert len(some) == 40 and max(places) > 60
+    none = replace(cfg, "data", mixture={"glosses": 1.0, "scenes": 0.0})
+    with pytest.raises(UserError, match=r"glosses, scenes: none of these has pictures in its train split"):
+        open_rows(image_cfg(none))
+
+
+def test_pictures_of_several_sizes_are_refused(cfg, monkeypatch):
+    records = [["a", np.zeros((32, 32, 3), np.uint8)], ["b", np.zeros((16, 32, 3), np.uint8)]]
+    monkeypatch.setitem(sources.SOURCES, "scenes", lambda cfg, split: records)
+    with pytest.raises(UserError, match=r"scenes have several sizes, \(16, 32, 3\) and \(32, 32, 3\)"):
+        pictures(replace(cfg, "data", mixture={"scenes": 1.0}).data, "train")
 
 
 def test_autoencoder_batches_are_shared_like_any_other(cfg):

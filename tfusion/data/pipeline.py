@@ -14,7 +14,7 @@ import numpy as np
 from tfusion.config import Config
 from tfusion.data import packing, prepared, transforms
 from tfusion.data.prepared import PreparedSource
-from tfusion.data.sources import make_source
+from tfusion.data.sources import pictures
 from tfusion.errors import UserError
 from tfusion.types import ImageBatch
 
@@ -129,18 +129,17 @@ class PackedRows:
 
 
 class ImageRows:
-    """Row k of the run, as an ImageBatch without the batch axis: the pictures of `scenes`."""
+    """Row k of the run, as an ImageBatch without the batch axis: the pictures of the mixture, each as often."""
 
     def __init__(self, cfg: Config, objective, split: str):
         del objective
         self.identity = {}
-        source = make_source("scenes", cfg.data, split)
-        self.images = np.stack([source[i][1] for i in range(len(source))])
+        self.images = pictures(cfg.data, split)
         size = cfg.image_size
         if self.images.shape[1:] != (size, size, 3):
             raise UserError(f"the pictures are {self.images.shape[1]} pixels wide, model.latent_size x "
                              f"autoencoder.downsample = {size}; change one of them")
-        self._order = grain.MapDataset.range(len(source)).seed(cfg.seed).shuffle().repeat()
+        self._order = grain.MapDataset.range(len(self.images)).seed(cfg.seed).shuffle().repeat()
 
     def __getitem__(self, row: int) -> ImageBatch:
         return ImageBatch(np.int32(row), self.images[self._order[row]])

@@ -6,6 +6,7 @@ To add one, write the function and name it in SOURCES.
 """
 
 import hashlib
+import itertools
 
 import numpy as np
 
@@ -79,3 +80,29 @@ def make_source(name: str, cfg: DataConfig, split: str):
     if name not in SOURCES:
         raise UserError(f"data.mixture names '{name}'; known sources: {', '.join(SOURCES)}")
     return SOURCES[name](cfg, split)
+
+
+def pictures(cfg: DataConfig, split: str, limit: int | None = None):
+    """uint8 (n, H, W, 3): the pictures of every source of data.mixture that has a share, and pictures.
+
+    All, as they are stored; with a limit at most so many, equally many of each source as far as it has them,
+    drawn from all of it. Raises UserError where there are none, or of several sizes.
+    """
+    found = {}
+    for name, share in cfg.mixture.items():
+        if share > 0:
+            source = make_source(name, cfg, split)
+            order = range(len(source)) if limit is None else np.random.default_rng(0).permutation(len(source))
+            parts = (part for i in order for part in source[int(i)] if not isinstance(part, str))
+            found[name] = list(itertools.islice(parts, limit))
+    found = {name: some for name, some in found.items() if some}
+    if not found:
+        raise UserError(f"data.mixture = {', '.join(cfg.mixture)}: none of these has pictures in its {split} "
+                        "split; give a share to one that does")
+    each = None if limit is None else max(1, limit // len(found))
+    chosen = [picture for some in found.values() for picture in some[:each]]
+    sizes = sorted({picture.shape for picture in chosen})
+    if len(sizes) > 1:
+        raise UserError(f"the pictures of {', '.join(found)} have several sizes, {sizes[0]} and {sizes[-1]}: "
+                        "bring them to one")
+    return np.stack(chosen)
