@@ -43,7 +43,7 @@ def prepared_root(tmp_path_factory):
             if name == "glosses":
                 records = [[text[:60]] for (text,) in records]
             prepared.write_source(root / name / split, records, tokenizer.encode_batch, fake_encode)
-    prepared.write_meta(root, "byte", tokenizer.fingerprint, "none", cfg.model.latent_shape)
+    prepared.write_meta(root, tokenizer, "none", cfg.model.latent_shape)
     return root
 
 

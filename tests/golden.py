@@ -12,6 +12,7 @@ tests/testdata/golden_losses.json holds the same losses with a tolerance, for an
 
 import argparse
 import contextlib
+import inspect
 import json
 import os
 import runpy
@@ -66,7 +67,10 @@ def write_data(root: Path) -> None:
             if name == "glosses":
                 records = [[text[:60]] for (text,) in records]
             prepared.write_source(root / name / split, records, tokenizer.encode_batch, encode)
-    prepared.write_meta(root, "byte", tokenizer.fingerprint, "none", cfg.model.latent_shape)
+    if "fingerprint" in inspect.signature(prepared.write_meta).parameters:  # BASE may be older
+        prepared.write_meta(root, "byte", tokenizer.fingerprint, "none", cfg.model.latent_shape)
+    else:
+        prepared.write_meta(root, tokenizer, "none", cfg.model.latent_shape)
 
 
 def read_metrics(workdir: Path) -> list[dict]:
@@ -76,12 +80,18 @@ def read_metrics(workdir: Path) -> list[dict]:
 
 
 def read_state(workdir: Path) -> dict:
-    """{name: array} of the last checkpoint, as it is on disk."""
+    """{name: array} of the last checkpoint, as it is on disk: one tree, or one per item (BASE may be older)."""
     import jax
     import orbax.checkpoint as ocp
 
+    folder, tree = (workdir / "checkpoints" / str(STEPS)).absolute(), {}
     with ocp.PyTreeCheckpointer() as checkpointer, warnings.catch_warnings(action="ignore"):
-        tree = checkpointer.restore((workdir / "checkpoints" / str(STEPS) / "state").absolute())
+        if (folder / "state").exists():
+            tree = checkpointer.restore(folder / "state")
+            del tree["step"]
+        for item, name in (("params", "params"), ("optimizer", "opt_state"), ("ema", "ema_params")):
+            if (folder / item).exists():
+                tree[name] = checkpointer.restore(folder / item)
     return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 

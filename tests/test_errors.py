@@ -16,8 +16,8 @@ from absl import app
 
 from tests.conftest import tiny_config
 from tfusion import config, errors, sharding
+from tfusion.checkpoint import Checkpoints
 from tfusion.objectives import make_objective
-from tfusion.training import checkpoint
 from tfusion.training import state as states
 from tfusion.training.optimizer import make_optimizer
 
@@ -77,7 +77,7 @@ CASES = {  # name: (verb, arguments, what the line says)
                                  "--config.data.mixture.scenes=0", "--config.data.mixture.stories=0",
                                  "--config.data.prepared=TMP/half"], ["names 'glosses'"]),
     "broken_checkpoint": ("train", ["--config=TMP/tiny.py", "--workdir=BROKEN"],
-                          ["BROKEN/checkpoints/0 cannot be read", "delete that folder to start again"]),
+                          ["BROKEN/checkpoints/0 cannot be read", "move that folder away to start again"]),
     "other_model": ("train", ["--config=TMP/tiny.py", "--workdir=BROKEN", "--config.model.num_layers=3"],
                     ["saved with model.num_layers = 2, the config has 3"]),
     "other_tokenizer": ("prepare", [*PREPARE, "--autoencoder=TMP/none", "--config.data.tokenizer=byte"],
@@ -100,8 +100,9 @@ def broken_run(cfg, workdir: Path) -> None:
     tx = make_optimizer(cfg.optimizer, cfg.train.num_steps)
     with jax.set_mesh(mesh):
         state = states.init_state(make_objective(cfg), tx, True, 0, mesh)
-        checkpoints = checkpoint.Checkpoints(workdir)
-        checkpoints.save(state, 0, {}, {}, cfg)
+        checkpoints = Checkpoints(workdir, writing=True)
+        meta = {"next_row": 0, "totals": {}, "identity": {}, "config": cfg.to_dict()}
+        checkpoints.save(0, states.items(state), meta)
         checkpoints.close()
     largest = max((p for p in (workdir / "checkpoints").rglob("*") if p.is_file()),
                   key=lambda p: p.stat().st_size)

@@ -14,16 +14,18 @@ PACKAGE = ROOT / "tfusion"
 MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
 SOURCES = MODULES + sorted(path.relative_to(ROOT) for path in (ROOT / "experiments").rglob("*.py"))
 
-BASE = ("types", "config", "errors", "sharding", "distributed", "accelerators")
+BASE = ("types", "config", "errors", "sharding", "distributed", "accelerators", "workdir")
 LAYERS = [  # DESIGN: each may import only from those before it or its own folder; siblings never each other
-    {"base"}, {"diffusion", "models", "kernels", "data"}, {"objectives"}, {"training", "inference"},
-    {"evals", "scaling", "planning", "reporting"}, {"verb"}]
+    {"base"}, {"diffusion", "models", "kernels", "data"}, {"objectives", "checkpoint"},
+    {"training", "inference"}, {"evals", "scaling", "planning", "reporting"}, {"verb"}]
 TOGETHER = {"models", "kernels"}  # "diffusion | models, kernels | data": these two are one group
 
 
 def unit(module: str) -> str:
     """'tfusion.models.masks' -> 'models'; a top-level module is of the base, or else a verb."""
     parts = module.split(".")
+    if parts[1:2] == ["checkpoint"]:
+        return "checkpoint"
     if len(parts) == 1 or parts[1] in BASE:
         return "base"
     return parts[1] if (PACKAGE / parts[1]).is_dir() else "verb"
@@ -85,7 +87,8 @@ def test_the_rule_itself():
             ("training", "data"), ("verb", "training"), ("models", "kernels"), ("models", "models")]
     bad = [("diffusion", "models"), ("data", "diffusion"), ("models", "data"), ("inference", "training"),
            ("training", "inference"), ("evals", "reporting"), ("verb", "verb"), ("base", "models"),
-           ("models", "objectives"), ("kernels", "diffusion"), ("objectives", "training")]
+           ("models", "objectives"), ("kernels", "diffusion"), ("objectives", "training"),
+           ("checkpoint", "training"), ("data", "checkpoint")]
     assert all(allowed(*pair) for pair in good) and not any(allowed(*pair) for pair in bad)
     assert unit("tfusion.train") == unit("tfusion.sample.main") == "verb"
     assert unit("tfusion.models.masks.dense_mask") == "models" and unit("tfusion.config.load") == "base"

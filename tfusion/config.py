@@ -188,6 +188,13 @@ def load(workdir) -> Config:
     return from_dict(tree)
 
 
+def load_with(workdir, data: dict) -> Config:
+    """`load`, with some of data.* set anew: {key: value}, None where it stays."""
+    tree = load(workdir).to_dict()
+    tree["data"] |= {key: value for key, value in data.items() if value is not None}
+    return from_dict(tree)
+
+
 def save(cfg: Config, workdir) -> None:
     replace_text(Path(workdir) / "config.json", json.dumps(cfg.to_dict(), indent=2) + "\n")
 

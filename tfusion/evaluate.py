@@ -1,32 +1,37 @@
 """Measures a trained Transfusion and writes `<workdir>/evaluation/`: metrics.json, samples, pictures' data.
 
   python -m tfusion.evaluate --workdir=runs/quickstart/transfusion
+  python -m tfusion.evaluate --workdir=/mnt/copied --config.data.prepared=/mnt/data     where the data are now
 """
 
 import json
 import time
+import typing
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict, config_dict, config_flags
 
-from tfusion import distributed
+from tfusion import config, distributed, sharding
 from tfusion.data import pipeline
-from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError, run
 from tfusion.evals import losses, scenes, statistics
-from tfusion.inference import decode
-from tfusion.inference.autoencoder import LatentCodec
+from tfusion.inference import decode, trained
 from tfusion.models.masks import dense_mask
 from tfusion.objectives import make_objective
-from tfusion.training.checkpoint import load_run
 from tfusion.training.metrics import write_timing
 
 WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a trained Transfusion")
 NUM_SCENES = flags.DEFINE_integer("num_scenes", 256, "held-out scenes to draw and to describe",
                                   lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "of the sampling")
+STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the latest")
+MESH = flags.DEFINE_string("mesh", None, "devices to spread the model over, such as fsdp=4; default: one")
+DATA = config_flags.DEFINE_config_dict("config", ConfigDict({"data": {
+    name: config_dict.placeholder(kind) for name, kind in typing.get_type_hints(config.DataConfig).items()
+    if kind in (str, int, float)}}), help_string="--config.data.KEY=VALUE: other than in the run's config.json")
 SHOWN = 48  # pictures kept for the report
 DOCUMENTS = 16  # written from nothing; those with the most pictures are shown
 
@@ -91,10 +96,13 @@ def main() -> None:
         raise UserError("--workdir=DIR is needed: the workdir of a trained Transfusion")
     distributed.start_process()
     began, workdir = time.perf_counter(), Path(WORKDIR.value)
-    cfg, params = load_run(workdir)
+    mesh = sharding.parse_mesh(MESH.value)
+    jax.set_mesh(mesh)
+    _, params, codec, tokenizer = run_ = trained.load(workdir, STEP.value, mesh)
+    cfg = config.load_with(workdir, DATA.value.data.to_dict())
     if cfg.objective != "transfusion":
         raise UserError(f"{workdir} holds a run with objective = '{cfg.objective}', not 'transfusion'")
-    codec, tokenizer = LatentCodec.load(cfg.data.prepared), load_tokenizer(cfg.data.tokenizer)
+    trained.check_data(run_, cfg.data.prepared)
     folder = workdir / "evaluation"
     folder.mkdir(exist_ok=True)
     metrics = both_ways(cfg, params, codec, tokenizer, folder)

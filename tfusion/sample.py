@@ -13,22 +13,22 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import flags
 from PIL import Image, UnidentifiedImageError
 
-from tfusion import distributed
+from tfusion import distributed, sharding
 from tfusion.config import CHOICES
-from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError, run
-from tfusion.inference import decode
-from tfusion.inference.autoencoder import LatentCodec
-from tfusion.training.checkpoint import load_run
+from tfusion.inference import decode, trained
 
 WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a trained Transfusion")
 PROMPTS = flags.DEFINE_multi_string("prompt", [], "text to go on from; repeat for several rows")
 IMAGES = flags.DEFINE_multi_string("image", [], "picture file to go on from; repeat for several rows")
 NUM_DOCUMENTS = flags.DEFINE_integer("num_documents", 0, "rows that start from nothing", lower_bound=0)
+STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the latest")
+MESH = flags.DEFINE_string("mesh", None, "devices to spread the model over, such as fsdp=4; default: one")
 OUT = flags.DEFINE_string("out", None, "where to write; default: WORKDIR/samples")
 SEED = flags.DEFINE_integer("seed", 0, "of the sampling")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "of the text; 0 = greedy", lower_bound=0.0)
@@ -85,17 +85,21 @@ def main() -> None:
     if WORKDIR.value is None or not (PROMPTS.value or IMAGES.value or NUM_DOCUMENTS.value):
         raise UserError("--workdir=DIR and one of --prompt, --image, --num_documents are needed; see --help")
     distributed.start_process()
-    cfg, params = load_run(WORKDIR.value)
+    mesh = sharding.parse_mesh(MESH.value)
+    cfg, params, codec, tokenizer = trained.load(WORKDIR.value, STEP.value, mesh)
     if cfg.objective != "transfusion":
         raise UserError(f"{WORKDIR.value} holds a run with objective = '{cfg.objective}', not 'transfusion'")
     cfg = with_flags(cfg)
-    codec, tokenizer = LatentCodec.load(cfg.data.prepared), load_tokenizer(cfg.data.tokenizer)
+    if codec is None:
+        raise UserError(f"{WORKDIR.value} has no codec.npz to decode pictures with: its latents were made "
+                        "elsewhere")
     pictures = [read_image(path, cfg.image_size) for path in IMAGES.value]
     prompts = [[np.array(tokenizer.encode(text))] for text in PROMPTS.value]
     prompts += [[latent] for latent in (codec.encode(np.stack(pictures)) if pictures else [])]
     prompts += [[]] * NUM_DOCUMENTS.value
-    rows = decode.generate(cfg, params, prompts, seed=SEED.value, temperature=TEMPERATURE.value,
-                           max_images=MAX_IMAGES.value)
+    with jax.set_mesh(mesh):
+        rows = decode.generate(cfg, params, prompts, seed=SEED.value, temperature=TEMPERATURE.value,
+                               max_images=MAX_IMAGES.value)
     names = [*PROMPTS.value, *IMAGES.value, *[""] * NUM_DOCUMENTS.value]
     write(rows, names, codec, tokenizer, Path(OUT.value or f"{WORKDIR.value}/samples"))
 

@@ -62,6 +62,17 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def parse_mesh(text: str | None) -> Mesh:
+    """'fsdp=4,tensor=2' -> a mesh over all devices; nothing -> one device. Raises UserError on another text."""
+    if not text:
+        return make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+    pairs = [part.partition("=") for part in text.split(",")]
+    if any(axis not in AXES or not ((size.isdigit() and int(size)) or (axis, size) == ("fsdp", "-1"))
+           for axis, _, size in pairs):
+        raise UserError(f"--mesh={text} must name sizes of {', '.join(AXES)}, such as --mesh=fsdp=4,tensor=2")
+    return make_mesh(MeshConfig(**{**dict.fromkeys(AXES, 1), **{axis: int(size) for axis, _, size in pairs}}))
+
+
 def spec(*names: str | None) -> PartitionSpec:
     """Logical axis names -> PartitionSpec. Raises UserError on a name that has no rule."""
     for name in names:
@@ -138,6 +149,10 @@ def shardings(abstract_tree, mesh: Mesh):
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec("batch"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:

@@ -13,6 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from tfusion import config, distributed, sharding
+from tfusion import workdir as workdirs
 from tfusion.errors import UserError, run
 from tfusion.objectives import make_objective
 
@@ -61,8 +62,9 @@ def main() -> None:
         if DRY_RUN.value:
             from tfusion.training.dry_run import dry_run
             dry_run(cfg, objective, mesh)
-        else:
-            from tfusion.training.loop import train
+            return
+        from tfusion.training.loop import train
+        with workdirs.hold(workdir / workdirs.LOCK):
             train(cfg, objective, workdir, mesh, profiled_steps(PROFILE.value, cfg.train.num_steps))
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of batches, prepared data and checkpoints
 
 PAD, BOS, EOS = 0, 1, 2
 

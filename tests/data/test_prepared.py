@@ -1,18 +1,22 @@
 """The prepared form on disk: what is written is read back; what is missing or foreign is refused."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
 from tfusion.data.prepared import (
+    MARK,
     PreparedSource,
-    check_identity,
+    assets,
     identity,
     read_meta,
+    replacing,
     write_meta,
     write_source,
 )
+from tfusion.data.tokenizers import ByteTokenizer, load_saved
 from tfusion.errors import UserError
 from tfusion.types import FORMAT_VERSION
 
@@ -55,8 +59,9 @@ def test_sizes_are_known_without_reading(source):
     assert len(source) == 5
     np.testing.assert_array_equal(source.text_tokens, [2, 1, 5, 0, 1])
     np.testing.assert_array_equal(source.images, [1, 0, 2, 1, 0])
-    assert source.meta == {"records": 5, "tokens": 9, "images": 4,
-                           "max_token_id": ord("i")}
+    std = float(np.float32([1, 2, 3, 4]).std())  # of the one channel
+    assert source.meta == {"records": 5, "tokens": 9, "images": 4, "max_token_id": ord("i"),
+                           "latent_std": [pytest.approx(std, abs=1e-4)]}
 
 
 def test_reading_twice_gives_fresh_arrays(source):
@@ -74,10 +79,12 @@ def test_text_only_source_has_no_latents(tmp_path):
 
 
 def test_meta_round_trip(tmp_path):
-    write_meta(tmp_path, "byte", "abc", "def", (8, 8, 4))
-    assert read_meta(tmp_path) == {
-        "format_version": FORMAT_VERSION, "tokenizer": "byte", "tokenizer_fingerprint": "abc",
-        "autoencoder_fingerprint": "def", "latent_shape": [8, 8, 4]}
+    write_meta(tmp_path, ByteTokenizer(), "def", (8, 8, 4))
+    assert read_meta(tmp_path) == {"format_version": FORMAT_VERSION, "tokenizer": ByteTokenizer.fingerprint,
+                                   "codec": "def", "latent_shape": [8, 8, 4]}
+    assert identity(read_meta(tmp_path)) == {"tokenizer": ByteTokenizer.fingerprint, "codec": "def"}
+    assert load_saved(tmp_path).fingerprint == ByteTokenizer.fingerprint
+    assert [path.name for path in assets(tmp_path)] == ["tokenizer.json"]
 
 
 def message(call, *args) -> str:
@@ -98,26 +105,15 @@ def test_missing_source_is_named(tmp_path):
 
 
 def test_other_format_version_is_refused(tmp_path):
-    write_meta(tmp_path, "byte", "abc", "def", (8, 8, 4))
+    write_meta(tmp_path, ByteTokenizer(), "def", (8, 8, 4))
     meta = json.loads((tmp_path / "meta.json").read_text())
     (tmp_path / "meta.json").write_text(json.dumps(meta | {"format_version": FORMAT_VERSION + 1}))
     text = message(read_meta, tmp_path)
     assert f"version {FORMAT_VERSION + 1}" in text and f"reads {FORMAT_VERSION}" in text and "prepare" in text
 
 
-def test_data_of_another_autoencoder_are_refused(tmp_path):
-    """A run must not go on, or be decoded, with latents that mean something else."""
-    write_meta(tmp_path, "byte", "tok", "ae", (4, 4, 4))
-    trained_on = identity(read_meta(tmp_path))
-    check_identity(trained_on, tmp_path, "run")
-    check_identity({}, tmp_path / "nowhere", "an autoencoder's run")
-    write_meta(tmp_path, "byte", "tok", "another", (4, 4, 4))
-    with pytest.raises(UserError, match="run was trained on data of another autoencoder than"):
-        check_identity(trained_on, tmp_path, "run")
-
-
 def test_truncated_files_are_one_line(tmp_path):
-    write_meta(tmp_path, "byte", "tok", "ae", (4, 4, 4))
+    write_meta(tmp_path, ByteTokenizer(), "ae", (4, 4, 4))
     meta = tmp_path / "meta.json"
     meta.write_text(meta.read_text()[:20])
     with pytest.raises(UserError, match=r"is broken .* run `python -m tfusion.prepare` again"):
@@ -127,3 +123,122 @@ def test_truncated_files_are_one_line(tmp_path):
     tokens.write_bytes(tokens.read_bytes()[:-4])
     with pytest.raises(UserError, match=r"tokens\.npy is missing or broken"):
         PreparedSource(tmp_path, "s", "train")
+
+
+# ---------------------------------------------------------------- what is written is looked at first
+
+BAD_PARTS = {
+    "floats from 0 to 1": (np.full((4, 4, 3), 0.5, np.float32), "a part is float32"),
+    "with alpha": (np.zeros((4, 4, 4), np.uint8), r"a part is uint8 \(4, 4, 4\)"),
+    "grey": (np.zeros((4, 4), np.uint8), r"a part is uint8 \(4, 4\)"),
+    "another size": (np.zeros((8, 8, 3), np.uint8), r"a picture is \(8, 8, 3\), that of record 0 \(4, 4, 3\)"),
+    "a number": (7, "a part is int"),
+    "bytes": (b"caption", "a part is bytes"),
+}
+
+
+@pytest.mark.parametrize("part, text", BAD_PARTS.values(), ids=BAD_PARTS)
+def test_a_part_that_is_neither_text_nor_picture_is_named(tmp_path, part, text):
+    with pytest.raises(UserError, match=f"s: record 2: {text}"):
+        write_source(tmp_path / "s", [["a", picture(1)], ["b"], ["c", part]], encode_text, encode_images)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_latent_that_is_no_number_is_named(tmp_path, value):
+    def encode(images):
+        latents = encode_images(images).astype(np.float32)
+        latents[2, 1, 0, 0] = value
+        return latents
+
+    with pytest.raises(UserError, match=r"record 2: the encoder made NaN or infinity .*1 of 4 pictures"):
+        write_source(tmp_path / "s", [*RECORDS[1:], [picture(5)]], encode_text, encode)
+
+
+def test_an_encoder_that_loses_pictures_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"made \(3, 2, 2, 1\) of 4 pictures"):
+        write_source(tmp_path / "s", RECORDS, encode_text, lambda x: encode_images(x)[1:])
+
+
+@pytest.mark.parametrize("scale, warned", [(0.1, True), (1.0, False), (10.0, True)])
+def test_latents_far_from_unit_variance_are_said(tmp_path, capsys, scale, warned):
+    noise = np.random.default_rng(0).normal(size=(4, 8, 8, 2)) * scale
+    write_source(tmp_path / "s", RECORDS, encode_text, lambda _: noise)
+    assert ("normalise them" in capsys.readouterr().err) == warned
+
+
+def test_nothing_to_write_can_be_read(tmp_path):
+    write_source(tmp_path / "none" / "heldout", [], encode_text, None)
+    source = PreparedSource(tmp_path, "none", "heldout")
+    assert len(source) == 0 and len(source.images) == len(source.text_tokens) == 0
+
+
+# ---------------------------------------------------------------- nothing is deleted that is not ours
+
+def tree(folder) -> dict:
+    return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def fill(root, text: str) -> None:
+    with replacing(root) as folder:
+        (folder / "meta.json").write_text(text)
+
+
+def test_data_are_replaced_at_the_end_alone(tmp_path):
+    root = tmp_path / "deep" / "data"
+    fill(root, "old")
+    with pytest.raises(KeyboardInterrupt), replacing(root) as folder:
+        (folder / "meta.json").write_text("half")
+        raise KeyboardInterrupt
+    assert (root / "meta.json").read_text() == "old"
+    fill(root, "new")
+    assert (root / "meta.json").read_text() == "new" and (root / MARK).exists()
+    assert sorted(p.name for p in root.parent.iterdir()) == ["data"]
+
+
+@pytest.mark.parametrize("end", ["", ".unfinished", ".old"])
+def test_a_folder_of_the_users_is_left_as_it_is(tmp_path, end):
+    (tmp_path / f"mine{end}").mkdir()
+    (tmp_path / f"mine{end}" / "thesis.txt").write_text("all of it")
+    (tmp_path / f"mine{end}" / "meta.json").write_text("{}")  # external latents have one too
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match=rf"mine{end} holds what `python -m tfusion.prepare` did not make"):
+        fill(tmp_path / "mine", "new")
+    assert tree(tmp_path) == before
+
+
+def test_the_working_folder_is_left_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "thesis.txt").write_text("all of it")
+    with pytest.raises(UserError, match="did not make"):
+        fill(".", "new")
+    with pytest.raises(UserError, match="did not make"):
+        fill(tmp_path / "thesis.txt", "new")
+    assert tree(tmp_path) == {"thesis.txt": "all of it"}
+
+
+def test_a_symlink_goes_on_pointing_to_the_data(tmp_path):
+    fill(tmp_path / "disk", "old")
+    (tmp_path / "data").symlink_to(tmp_path / "disk")
+    fill(tmp_path / "data", "new")
+    assert (tmp_path / "data").is_symlink() and (tmp_path / "disk" / "meta.json").read_text() == "new"
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.txt").write_text("all of it")
+    os.remove(tmp_path / "data")
+    (tmp_path / "data").symlink_to(tmp_path / "theirs")
+    with pytest.raises(UserError, match="theirs holds what"):
+        fill(tmp_path / "data", "new")
+
+
+def test_an_empty_folder_may_be_filled(tmp_path):
+    (tmp_path / "data").mkdir()
+    fill(tmp_path / "data", "new")
+    assert (tmp_path / "data" / "meta.json").read_text() == "new"
+
+
+def test_two_that_prepare_the_same_folder(tmp_path):
+    with replacing(tmp_path / "data") as folder:
+        (folder / "meta.json").write_text("first")
+        with pytest.raises(UserError, match="is being written by another process"):
+            fill(tmp_path / "data", "second")
+    assert (tmp_path / "data" / "meta.json").read_text() == "first"

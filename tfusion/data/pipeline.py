@@ -36,7 +36,7 @@ class PackedRows:
         if tuple(meta["latent_shape"]) != cfg.model.latent_shape:
             raise UserError(f"{data.prepared} holds latents of shape {tuple(meta['latent_shape'])}, the "
                              f"model expects {cfg.model.latent_shape}: change model.latent_* or prepare again")
-        self.identity = prepared.identity(meta)
+        self.identity, self.assets = prepared.identity(meta), prepared.assets(data.prepared)
         self.sources = [PreparedSource(data.prepared, name, split) for name in names]
         self._keys = [zlib.crc32(name.encode()) for name in names]  # the source's, whatever stands beside it
         self._order = [grain.MapDataset.range(len(source)).seed(self.seed ^ key).shuffle().repeat()
@@ -133,7 +133,7 @@ class ImageRows:
 
     def __init__(self, cfg: Config, objective, split: str):
         del objective
-        self.identity = {}
+        self.identity, self.assets = {}, []
         self.images = pictures(cfg.data, split)
         size = cfg.image_size
         if self.images.shape[1:] != (size, size, 3):

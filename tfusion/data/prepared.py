@@ -1,7 +1,8 @@
 """The prepared form of a data set: tokenised text and encoded images, on disk, read at random.
 
-`<root>/meta.json`                     tokenizer and autoencoder fingerprints, latent shape, format version
-`<root>/autoencoder.npz`               the autoencoder that made the latents (params, mean, std)
+`<root>/meta.json`                     fingerprints of tokenizer and codec, latent shape, format version
+`<root>/tokenizer.json, .model`        the tokenizer
+`<root>/codec.npz`                     the codec that made the latents (params, mean, std), if tfusion's
 `<root>/<source>/<split>/meta.json`    counts, largest token id
                         tokens.npy     int32 (tokens,): all texts, one after the other
                         parts.npy      int64 (parts, 2): (start, stop) in tokens, or (-1, index) in latents
@@ -11,13 +12,22 @@
 Every array is memory-mapped, so opening costs nothing and processes share pages.
 """
 
+import contextlib
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 
+from tfusion.data.tokenizers import SAVED, Tokenizer
 from tfusion.errors import UserError
 from tfusion.types import FORMAT_VERSION
+from tfusion.workdir import CODEC, hold
+
+MARK = ".made_by_prepare"  # stands in every folder that `replacing` made, and may therefore replace
+UNIT_STD = (0.5, 2.0)  # of a channel of the latents: within, nothing is said
 
 
 def write_source(folder: Path, records, encode_text, encode_images) -> dict:
@@ -25,10 +35,11 @@ def write_source(folder: Path, records, encode_text, encode_images) -> dict:
 
     records: iterable of records, each a list of parts (str, or uint8 (H, W, 3)).
     encode_text: list[str] -> list of id lists. encode_images: uint8 (n, H, W, 3) -> float32 (n, h, w, c).
+    Raises UserError, naming the record, where a part or a latent is something else.
     """
     records = [list(record) for record in records]
     texts = [part for record in records for part in record if isinstance(part, str)]
-    images = [part for record in records for part in record if not isinstance(part, str)]
+    images, owners = _pictures(folder, records)
     ids = encode_text(texts)
     ends = np.cumsum([0] + [len(x) for x in ids])
     parts, rows, text, image = [], [], 0, 0
@@ -47,22 +58,91 @@ def write_source(folder: Path, records, encode_text, encode_images) -> dict:
         rows.append(row)
     folder.mkdir(parents=True, exist_ok=True)
     tokens = np.concatenate([np.asarray(x, np.int32) for x in ids] or [np.zeros(0, np.int32)])
-    rows = np.asarray(rows, np.int64)
-    np.save(folder / "tokens.npy", tokens)
-    np.save(folder / "parts.npy", np.asarray(parts, np.int64))
-    np.save(folder / "records.npy", rows)
-    if images:
-        np.save(folder / "latents.npy", encode_images(np.stack(images)).astype(np.float32))
+    rows = np.asarray(rows, np.int64).reshape(-1, 3)
     meta = {"records": len(rows), "tokens": len(tokens), "images": len(images),
             "max_token_id": int(tokens.max(initial=0))}
+    if images:
+        latents = _latents(folder, encode_images(np.stack(images)), owners)
+        meta["latent_std"] = [round(float(x), 4) for x in latents.std((0, 1, 2))]
+        np.save(folder / "latents.npy", latents)
+    np.save(folder / "tokens.npy", tokens)
+    np.save(folder / "parts.npy", np.asarray(parts, np.int64).reshape(-1, 2))
+    np.save(folder / "records.npy", rows)
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     return meta
 
 
-def write_meta(root: Path, tokenizer: str, fingerprint: str, autoencoder: str, latent_shape) -> None:
-    meta = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer, "tokenizer_fingerprint": fingerprint,
-            "autoencoder_fingerprint": autoencoder, "latent_shape": list(latent_shape)}
+def _pictures(folder: Path, records: list) -> tuple[list, list[int]]:
+    """(the records' pictures, the record of each): uint8 (H, W, 3), all of one size."""
+    images, owners = [], []
+    for number, record in enumerate(records):
+        for part in record:
+            if isinstance(part, str):
+                continue
+            kind, shape = getattr(part, "dtype", type(part).__name__), getattr(part, "shape", "")
+            if kind != np.uint8 or len(shape) != 3 or shape[2] != 3:
+                raise UserError(f"{folder}: record {number}: a part is {kind} {shape}; a text is a str, a "
+                                "picture uint8 (H, W, 3) with values 0 to 255")
+            if images and shape != images[0].shape:
+                raise UserError(f"{folder}: record {number}: a picture is {shape}, that of record {owners[0]} "
+                                f"{images[0].shape}: bring all to one size")
+            images.append(part)
+            owners.append(number)
+    return images, owners
+
+
+def _latents(folder: Path, latents, owners: list[int]):
+    """float32 (n, h, w, c), checked; a line on stderr where they are far from unit variance."""
+    latents = np.asarray(latents, np.float32)
+    if latents.ndim != 4 or len(latents) != len(owners):
+        raise UserError(f"{folder}: the encoder made {latents.shape} of {len(owners)} pictures, expected "
+                        f"({len(owners)}, h, w, c)")
+    bad = ~np.isfinite(latents).all((1, 2, 3))
+    if bad.any():
+        raise UserError(f"{folder}: record {owners[int(bad.argmax())]}: the encoder made NaN or infinity of "
+                        f"its picture ({int(bad.sum())} of {len(owners)} pictures): mend it, or leave the record out")
+    low, high = latents.std((0, 1, 2)).min(), latents.std((0, 1, 2)).max()
+    if low < UNIT_STD[0] or high > UNIT_STD[1]:
+        print(f"warning: {folder}: latents have standard deviation {low:.2g} to {high:.2g} per channel; the "
+              "noise schedule is made for about 1: normalise them by their own mean and deviation", file=sys.stderr)
+    return latents
+
+
+def write_meta(root: Path, tokenizer: Tokenizer, codec: str, latent_shape) -> None:
+    """Completes a folder of sources: the tokenizer itself, and what the latents are.
+
+    codec: the fingerprint of what encoded the pictures; '' where there are none.
+    """
+    tokenizer.save(root)
+    meta = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer.fingerprint, "codec": codec,
+            "latent_shape": list(latent_shape)}
     (root / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def replacing(root):
+    """Yields a new folder beside `root` that takes its place at the end; until then `root` stays as it is.
+
+    Raises UserError where `root` holds anything that was not made here, for it would be deleted.
+    """
+    root = Path(root).resolve()  # of a symlink, what it points to
+    beside, old = (root.with_name(root.name + end) for end in (".unfinished", ".old"))
+    for folder in (root, beside, old):
+        ours = (folder / MARK).exists() or folder.is_dir() and not any(folder.iterdir())
+        if folder.exists() and not ours:
+            raise UserError(f"{folder} holds what `python -m tfusion.prepare` did not make, and would be "
+                            "deleted: name another folder in data.prepared, or move that one away")
+    if (beside / MARK).exists():  # left by one that was killed, or still being written
+        hold(beside / MARK).close()
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    with hold(beside / MARK):
+        yield beside
+        shutil.rmtree(old, ignore_errors=True)
+        if root.exists():
+            os.replace(root, old)
+        os.replace(beside, root)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _read_json(path: Path) -> dict:
@@ -84,26 +164,22 @@ def read_meta(root) -> dict:
     path = Path(root) / "meta.json"
     if not path.exists():
         raise UserError(f"{path.absolute()} not found: data.prepared must name a folder written by "
-                                "`python -m tfusion.prepare`")
+                        "`python -m tfusion.prepare`; --config.data.prepared=DIR names another")
     meta = _read_json(path)
     if meta["format_version"] != FORMAT_VERSION:
         raise UserError(f"{path} has format version {meta['format_version']}, this code reads "
-                         f"{FORMAT_VERSION}: run `python -m tfusion.prepare` again")
+                        f"{FORMAT_VERSION}: run `python -m tfusion.prepare` again")
     return meta
 
 
 def identity(meta: dict) -> dict:
-    """What a model trained on the data depends on: the tokenizer and the autoencoder that made them."""
-    return {name: meta[name] for name in ("tokenizer_fingerprint", "autoencoder_fingerprint")}
+    """What a model trained on the data depends on: the tokenizer and the codec that made them."""
+    return {name: meta[name] for name in ("tokenizer", "codec")}
 
 
-def check_identity(trained_on: dict, root, where) -> None:
-    """Raises UserError where a folder's data are not those that the model was trained on."""
-    now = identity(read_meta(root)) if trained_on else {}
-    changed = [name.removesuffix("_fingerprint") for name in now if now[name] != trained_on[name]]
-    if changed:
-        raise UserError(f"{where} was trained on data of another {' and '.join(changed)} than {root} now "
-                        "holds: restore that folder, or train in another --workdir")
+def assets(root) -> list[Path]:
+    """The files of a prepared folder that a run copies, so as not to depend on it."""
+    return [path for path in (Path(root) / name for name in (*SAVED, CODEC)) if path.exists()]
 
 
 class PreparedSource:

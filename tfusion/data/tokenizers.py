@@ -5,6 +5,7 @@ EOI = V + 1), so that a tokenizer knows nothing of images.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +15,9 @@ import sentencepiece
 from tfusion.data import packs
 from tfusion.errors import UserError
 from tfusion.types import BOS, EOS
+
+ABOUT, MODEL = "tokenizer.json", "tokenizer.model"
+SAVED = (ABOUT, MODEL)  # the files that a tokenizer leaves in a folder, as far as it has them
 
 
 class Tokenizer(Protocol):
@@ -47,6 +51,9 @@ class Tokenizer(Protocol):
           ValueError: the id is not in 0..V-1.
         """
 
+    def save(self, folder: Path) -> None:
+        """Writes what `load_saved` needs, under the names of SAVED."""
+
 
 class ByteTokenizer:
     """UTF-8 bytes: 0/1/2/3 = pad/bos/eos/unk, then byte b at id b + 4."""
@@ -73,6 +80,9 @@ class ByteTokenizer:
             return ("<pad>", "<bos>", "<eos>", "<unk>")[token]
         byte = chr(token - 4)
         return byte if byte.isascii() and byte.isprintable() else f"<0x{token - 4:02X}>"
+
+    def save(self, folder: Path) -> None:
+        _write_about(self, "byte", folder)
 
 
 class SentencePieceTokenizer:
@@ -108,7 +118,7 @@ class SentencePieceTokenizer:
                 f"tokenizer {str(path)!r} has bos id {self.bos} and eos id {self.eos}; rows are laid out "
                 f"with {BOS} and {EOS}: train the model with bos_id={BOS} and eos_id={EOS}"
             )
-        self.fingerprint = hashlib.sha256(model).hexdigest()
+        self._model, self.fingerprint = model, hashlib.sha256(model).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
@@ -125,10 +135,35 @@ class SentencePieceTokenizer:
         _check_id(token, self.vocab_size)
         return self._processor.id_to_piece(int(token)).replace("\u2581", " ")
 
+    def save(self, folder: Path) -> None:
+        (folder / MODEL).write_bytes(self._model)
+        _write_about(self, "sentencepiece", folder)
+
 
 def _check_id(token: int, vocab_size: int) -> None:
     if not 0 <= token < vocab_size:
         raise ValueError(f"token id {token} is not a text id; choose 0 to {vocab_size - 1}")
+
+
+def _write_about(tokenizer: Tokenizer, kind: str, folder: Path) -> None:
+    about = {"kind": kind, "fingerprint": tokenizer.fingerprint}
+    (folder / ABOUT).write_text(json.dumps(about) + "\n")
+
+
+def load_saved(folder) -> Tokenizer:
+    """The tokenizer that was saved in a folder. Raises UserError where it is missing or broken."""
+    path = Path(folder) / ABOUT
+    try:
+        about = json.loads(path.read_text())
+        byte = about["kind"] == "byte"
+        tokenizer = ByteTokenizer() if byte else SentencePieceTokenizer(path.with_name(MODEL))
+        whole = tokenizer.fingerprint == about["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"the tokenizer in {folder} is missing or broken ({e})") from e
+    if not whole:
+        raise UserError(f"{path.with_name(MODEL)} is not the tokenizer that {path} describes: bring the former "
+                        "back")
+    return tokenizer
 
 
 def load_tokenizer(name: str) -> Tokenizer:

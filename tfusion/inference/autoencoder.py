@@ -20,7 +20,6 @@ from tfusion import config
 from tfusion.errors import UserError
 from tfusion.models.autoencoder import Autoencoder, to_pixels, to_unit
 
-FILE = "autoencoder.npz"
 CHUNK = 256  # pictures per call, so that one compiled shape serves any number
 
 
@@ -38,14 +37,19 @@ class LatentCodec:
     def __init__(self, cfg: config.AutoencoderConfig, latent_size: int, params, mean, std):
         self.cfg, self.params, self.mean, self.std = cfg, params, mean, std
         self.latent_shape = (latent_size, latent_size, len(mean))
+        self.image_size = latent_size * cfg.downsample
         model = Autoencoder(cfg, len(mean))
         apply = partial(model.apply, {"params": params})
         self._encode = jax.jit(lambda x: (apply(to_unit(x), method="encode")[0] - mean) / std)
         self._decode = jax.jit(lambda z: to_pixels(apply(z * std + mean, method="decode")))
 
     def encode(self, images):
-        """uint8 (n, H, W, 3) -> normalised latents, float32 (n, h, w, c)."""
-        return in_chunks(self._encode, np.asarray(images))
+        """uint8 (n, H, W, 3) -> normalised latents, float32 (n, h, w, c). Raises UserError on another size."""
+        size, images = (self.image_size, self.image_size, 3), np.asarray(images)
+        if images.shape[1:] != size or images.dtype != np.uint8:
+            raise UserError(f"pictures are {images.dtype} {images.shape[1:]}, the autoencoder was trained on "
+                            f"uint8 {size}: bring them to that size")
+        return in_chunks(self._encode, images)
 
     def decode(self, latents):
         """Normalised latents -> uint8 (n, H, W, 3)."""
@@ -65,22 +69,20 @@ class LatentCodec:
 
     def save(self, path: Path) -> None:
         about = {"cfg": dataclasses.asdict(self.cfg), "latent_size": self.latent_shape[0]}
+        del about["cfg"]["kl_weight"]  # only its training needs that
         np.savez(path, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **self._arrays())
 
     @classmethod
-    def load(cls, prepared_root) -> "LatentCodec":
-        """The codec that made a prepared data set's latents."""
-        path = Path(prepared_root) / FILE
-        if not path.exists():
-            raise UserError(f"{path} not found: run `python -m tfusion.prepare` first")
+    def load(cls, path: Path) -> "LatentCodec":
+        """Reads what `save` wrote. Raises UserError where it is broken."""
         try:
             with np.load(path) as file:
                 arrays = {name: file[name] for name in file.files}
             about = json.loads(bytes(arrays["about"]))
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
-            raise UserError(f"{path} is broken ({e}): run `python -m tfusion.prepare` again") from e
+            raise UserError(f"{path} is broken ({e}): bring it back from where it was copied") from e
         flat = {k.removeprefix("params/"): v for k, v in arrays.items() if k.startswith("params/")}
-        return cls(config.AutoencoderConfig(**about["cfg"]), about["latent_size"],
+        return cls(config.AutoencoderConfig(**about["cfg"], kl_weight=0.0), about["latent_size"],
                    unflatten_dict(flat, sep="/"), arrays["mean"], arrays["std"])
 
     @classmethod

@@ -8,10 +8,10 @@ import jax
 from tqdm import tqdm
 
 from tfusion import config, distributed, sharding
+from tfusion.checkpoint import Checkpoints
 from tfusion.data import pipeline
-from tfusion.errors import UserError
 from tfusion.objectives.base import Objective
-from tfusion.training import checkpoint, metrics
+from tfusion.training import metrics, resume
 from tfusion.training import state as states
 from tfusion.training import step as steps
 from tfusion.training.optimizer import learning_rate_schedule, make_optimizer
@@ -50,20 +50,6 @@ def due(step: int, every: int, num_steps: int) -> bool:
     return every > 0 and (step % every == 0 or step == num_steps) and step > 0
 
 
-def start_state(cfg: config.Config, objective: Objective, tx, mesh, checkpoints):
-    """(state, next row, totals): from the latest checkpoint where there is one, else fresh."""
-    ema = cfg.optimizer.ema_decay > 0
-    if checkpoints.latest() is None:
-        return states.init_state(objective, tx, ema, cfg.seed, mesh), 0, None
-    target = states.restore_target(objective, tx, ema, mesh)
-    restored = checkpoints.restore(target, cfg)
-    if int(restored[0].step) > cfg.train.num_steps:
-        raise UserError(f"{checkpoints.folder} is at step {int(restored[0].step)}, beyond train.num_steps = "
-                        f"{cfg.train.num_steps}: raise it, or start in another --workdir")
-    print(f"resumed from step {int(restored[0].step)} of {cfg.train.num_steps}")
-    return restored
-
-
 class Log:
     """Losses and rates of the steps since the last line; a line is written when its step has finished."""
 
@@ -97,9 +83,8 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile
     began, t = time.perf_counter(), cfg.train
     tx = make_optimizer(cfg.optimizer, t.num_steps)
     rows, held = pipeline.open_rows(cfg, objective, "train"), Held(cfg, objective, mesh)
-    checkpoints = checkpoint.Checkpoints(workdir)
-    state, next_row, totals = start_state(cfg, objective, tx, mesh, checkpoints)
-    config.save(cfg, workdir)
+    checkpoints = Checkpoints(workdir, writing=True)
+    state, next_row, totals = resume.start(cfg, objective, tx, mesh, checkpoints, rows, workdir)
     first = int(state.step)
     if profile and profile[0] < first:  # the same command again after a crash must go on
         tqdm.write(f"no trace: --profile={profile[0]}:{profile[1]} begins before step {first}")
@@ -147,7 +132,9 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile
                 if diagnosing:
                     log.writer.write(done, held.diagnose(state))
                 if saving:
-                    checkpoints.save(state, next_row, dict(log.speed.total), rows.identity, cfg)
+                    checkpoints.save(done, states.items(state), {
+                        "next_row": next_row, "totals": dict(log.speed.total), "identity": rows.identity,
+                        "config": cfg.to_dict()})
                 log.speed.pause(time.perf_counter() - pause)
             elif due(done, t.log_every, t.num_steps):
                 late = done

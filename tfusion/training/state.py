@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from tfusion import sharding
@@ -41,6 +42,18 @@ def init_state(objective: Objective, tx, ema: bool, seed: int, mesh) -> TrainSta
     out = sharding.shardings(abstract_state(objective, tx, ema), mesh)
     create = jax.jit(lambda key: nn.meta.unbox(_create(objective, tx, ema, key)), out_shardings=out)
     return create(jax.random.key(seed))
+
+
+def items(state: TrainState) -> dict:
+    """{name: tree}: what a checkpoint holds of a state, apart from its step. Shapes as well as arrays."""
+    ema = {} if state.ema_params is None else {"ema": state.ema_params}
+    return {"params": state.params, "optimizer": state.opt_state, **ema}
+
+
+def from_items(step: int, items: dict, mesh) -> TrainState:
+    """The inverse of `items`."""
+    step = jax.device_put(np.int32(step), sharding.replicated(mesh))
+    return TrainState(step, items["params"], items["optimizer"], items.get("ema"))
 
 
 def sampling_params(state: TrainState):

@@ -1,0 +1,156 @@
+"""A run stands alone: its folder, copied elsewhere, is all that its use needs."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from tests.conftest import tiny_config
+from tfusion import config, sharding
+from tfusion.checkpoint import Checkpoints
+from tfusion.data import prepared
+from tfusion.data.tokenizers import ByteTokenizer, load_tokenizer
+from tfusion.errors import UserError
+from tfusion.inference import decode, trained
+from tfusion.inference.autoencoder import LatentCodec
+from tfusion.models.autoencoder import Autoencoder
+from tfusion.objectives import make_objective
+from tfusion.training import loop
+
+STEPS = 2
+
+
+def make_codec(cfg, seed: int) -> LatentCodec:
+    """An untrained autoencoder."""
+    tiny = dataclasses.replace(cfg.autoencoder, width=8, downsample=8)
+    size = cfg.model.latent_size * tiny.downsample
+    c = cfg.model.latent_channels
+    params = Autoencoder(tiny, c).init(jax.random.key(seed), np.zeros((1, size, size, 3)))
+    return LatentCodec(tiny, cfg.model.latent_size, params["params"], np.zeros(c, np.float32),
+                       np.ones(c, np.float32))
+
+
+@pytest.fixture(scope="module")
+def trained_once(prepared_root, tmp_path_factory):
+    """(workdir, state) of a run on data that have their codec."""
+    root, workdir = tmp_path_factory.mktemp("data") / "prepared", tmp_path_factory.mktemp("run")
+    shutil.copytree(prepared_root, root)
+    cfg = tiny_config(root)
+    codec = make_codec(cfg, 0)
+    codec.save(root / "codec.npz")
+    prepared.write_meta(root, ByteTokenizer(), codec.fingerprint, cfg.model.latent_shape)
+    cfg = dataclasses.replace(cfg, train=dataclasses.replace(
+        cfg.train, num_steps=STEPS, checkpoint_every=1, eval_every=0, diagnostics_every=0))
+    mesh = sharding.parse_mesh(None)
+    with jax.set_mesh(mesh):
+        state = jax.device_get(loop.train(cfg, make_objective(cfg), workdir, mesh))
+    shutil.rmtree(root)  # nothing of the data is left
+    return workdir, state
+
+
+@pytest.fixture
+def copied(trained_once, tmp_path):
+    return shutil.copytree(trained_once[0], tmp_path / "elsewhere")
+
+
+def test_a_copy_without_its_data_has_all_that_sampling_needs(trained_once, copied):
+    run = trained.load(copied)
+    for got, want in zip(jax.tree.leaves(run.params), jax.tree.leaves(trained_once[1].ema_params)):
+        np.testing.assert_array_equal(got, want)
+    assert run.tokenizer.fingerprint == load_tokenizer("byte").fingerprint
+    assert run.codec.fingerprint == make_codec(run.cfg, 0).fingerprint
+    prompt = [[np.array([run.cfg.model.boi])]]
+    drawn = decode.generate(run.cfg, run.params, prompt, max_new_tokens=0, max_images=1)
+    assert run.codec.decode(drawn[0][0][None]).shape == (1, 32, 32, 3)
+
+
+def test_nothing_else_of_the_checkpoint_is_read(trained_once, copied):
+    """Neither the optimizer nor the raw parameters: their files may be gone. What is read is as large as
+    the parameters, and little more."""
+    folder = copied / "checkpoints" / str(STEPS)
+    shutil.rmtree(folder / "optimizer")
+    shutil.rmtree(folder / "params")
+    run = trained.load(copied)
+    size = sum(x.nbytes for x in jax.tree.leaves(run.params))
+    on_disk = sum(p.stat().st_size for p in (folder / "ema").rglob("*") if p.is_file() and "/d/" in str(p))
+    assert on_disk <= 1.1 * size
+
+
+def test_what_only_training_needs_is_not_in_the_codec(copied):
+    with np.load(copied / "codec.npz") as file:
+        about = json.loads(bytes(file["about"]))
+    assert "kl_weight" not in json.dumps(about)
+
+
+def test_a_step_can_be_chosen(copied):
+    old, new = (trained.load(copied, step) for step in (1, 2))
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(old.params), jax.tree.leaves(new.params)))
+    with pytest.raises(UserError, match=r"no checkpoint of step 7 in .*: there are 1, 2"):
+        trained.load(copied, 7)
+
+
+def test_on_any_mesh(copied):
+    """Placed in shards at once, and drawing the same pictures."""
+    whole, mesh = trained.load(copied), sharding.parse_mesh("fsdp=4,tensor=2")
+    prompt = [[np.array([whole.cfg.model.boi])]]
+    want = decode.generate(whole.cfg, whole.params, prompt, max_new_tokens=0, max_images=1)[0][0]
+    run = trained.load(copied, mesh=mesh)
+    table = run.params["token_embedding"]
+    assert len(table.sharding.device_set) == 8 and table.addressable_shards[0].data.size * 8 == table.size
+    with jax.set_mesh(mesh):
+        got = decode.generate(run.cfg, run.params, prompt, max_new_tokens=0, max_images=1)[0][0]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["fsdp", "fsdp=x", "rows=2", "fsdp=0", "tensor=-1", "fsdp=4,,"])
+def test_a_mesh_that_is_none_is_one_line(text):
+    with pytest.raises(UserError, match=f"--mesh={text} must name sizes of data, fsdp, sequence, tensor"):
+        sharding.parse_mesh(text)
+
+
+def replace_tokenizer(workdir):
+    (workdir / "tokenizer.json").unlink()
+    load_tokenizer("default").save(workdir)
+
+
+def replace_codec(workdir):
+    make_codec(config.load(workdir), 1).save(workdir / "codec.npz")
+
+
+@pytest.mark.parametrize("replace, name", [(replace_tokenizer, "tokenizer"), (replace_codec, "codec")])
+def test_a_part_that_is_not_the_runs_is_refused(copied, replace, name):
+    replace(copied)
+    with pytest.raises(UserError, match=f"holds another {name} than the one it was trained with"):
+        trained.load(copied)
+
+
+def test_a_changed_tokenizer_file_is_refused(copied):
+    load_tokenizer("default").save(copied)
+    model = copied / "tokenizer.model"
+    model.write_bytes(model.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="tokenizer"):
+        trained.load(copied)
+
+
+def test_data_of_another_codec_are_refused(copied, prepared_root):
+    with pytest.raises(UserError, match=r"the run was trained on other data .*\(changed: codec\)"):
+        trained.check_data(trained.load(copied), prepared_root)
+
+
+def test_nothing_there_is_one_line(copied, tmp_path):
+    with pytest.raises(UserError, match=r"config\.json not found"):
+        trained.load(tmp_path)
+    shutil.rmtree(copied / "checkpoints")
+    with pytest.raises(UserError, match=r"no checkpoint in .*: run `python -m tfusion.train"):
+        trained.load(copied)
+    assert not (copied / "checkpoints").exists()  # looking makes nothing
+
+
+def test_reading_leaves_the_folder_as_it_is(copied):
+    before = sorted(str(p) for p in copied.rglob("*"))
+    trained.load(copied)
+    assert Checkpoints(copied).steps() == [1, 2]
+    assert sorted(str(p) for p in copied.rglob("*")) == before

@@ -1,0 +1,67 @@
+"""A run, opened for use: everything needed stands in its folder, whatever became of its data."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from tfusion import config, sharding
+from tfusion.checkpoint import Checkpoints, check_identity
+from tfusion.data import prepared
+from tfusion.data.tokenizers import Tokenizer, load_saved
+from tfusion.errors import UserError
+from tfusion.inference.autoencoder import LatentCodec
+from tfusion.objectives import make_objective
+from tfusion.workdir import CODEC
+
+
+class Trained(NamedTuple):
+    cfg: config.Config
+    params: Any  # float32: the moving average where the run kept one
+    codec: LatentCodec | None  # None where the run saw no pictures, or latents of a foreign encoder
+    tokenizer: Tokenizer | None  # None where the run saw no text (an autoencoder)
+
+
+def load(path, step: int | None = None, mesh: Mesh | None = None) -> Trained:
+    """Opens a run's checkpoint (the latest, unless a step is named) on a mesh (one device, unless given).
+
+    Reads the parameters to sample with and nothing else of the checkpoint. Raises UserError where there is
+    none, or where tokenizer or codec are not those that the run was trained with.
+    """
+    cfg, workdir, mesh = config.load(path), Path(path), mesh or sharding.parse_mesh(None)
+    checkpoints = Checkpoints(workdir) if (workdir / "checkpoints").is_dir() else None
+    found = checkpoints.steps() if checkpoints else []
+    if not found or step not in (None, *found):
+        what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        have = f"there are {', '.join(map(str, found))}" if found else (
+            f"run `python -m tfusion.train --workdir={workdir}` first")
+        raise UserError(f"{what} in {workdir / 'checkpoints'}: {have}")
+    step = max(found) if step is None else step
+    identity = checkpoints.meta(step)["identity"]
+    tokenizer = load_saved(workdir) if "tokenizer" in identity else None
+    codec = LatentCodec.load(workdir / CODEC) if (workdir / CODEC).exists() else None
+    for name, part in (("tokenizer", tokenizer), ("codec", codec)):
+        if part and part.fingerprint != identity.get(name):
+            raise UserError(f"{workdir} holds another {name} than the one it was trained with: copy it anew "
+                            "from the run, or resume the run with its data to have it copied")
+    item = "ema" if cfg.optimizer.ema_decay > 0 else "params"
+    with jax.set_mesh(mesh):
+        params = checkpoints.restore(step, {item: _target(cfg, mesh)})[item]
+    checkpoints.close()
+    return Trained(cfg, params, codec, tokenizer)
+
+
+def check_data(run: Trained, root) -> None:
+    """Raises UserError where prepared data are of another tokenizer or codec than the run's."""
+    now = prepared.identity(prepared.read_meta(root))
+    mine = {name: getattr(run, name).fingerprint for name in now if getattr(run, name)}
+    check_identity(mine, {name: now[name] for name in mine}, "the run", root)
+
+
+def _target(cfg: config.Config, mesh: Mesh):
+    """Shapes and shardings of the parameters."""
+    boxed = jax.eval_shape(make_objective(cfg).init, jax.random.key(0))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                        nn.meta.unbox(boxed), sharding.shardings(boxed, mesh))

@@ -1,0 +1,57 @@
+"""A run's folder: what stands in it, and that one process at a time writes there.
+
+    config.json            the resolved config; config_changes.jsonl   what resumes changed in it
+    tokenizer.json, tokenizer.model, codec.npz       copied from the data, so that the run stands alone
+    checkpoints/<step>/    metrics.jsonl    tensorboard/    summary.json    timing.json
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import time
+from pathlib import Path
+
+from tfusion.config import replace_text
+from tfusion.errors import UserError
+
+CODEC = "codec.npz"  # pictures <-> latents (inference/autoencoder.py)
+LOCK, CHANGES = ".lock", "config_changes.jsonl"
+
+
+def hold(lock: Path):
+    """Locks a file until what is returned is closed, or this process ends, however it does.
+
+    Raises UserError where another process holds it.
+    """
+    file = lock.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        who = lock.read_text().strip()
+        file.close()
+        raise UserError(f"{lock.parent} is being written by another process ({who}): wait for it or stop it, "
+                        "or name another folder") from None
+    except OSError:
+        return file  # a file system without locks
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
+
+
+def copy_in(files: list[Path], workdir: Path) -> None:
+    """Copies files into a run's folder, each in one move."""
+    for path in files:
+        unfinished = workdir / f".{path.name}.{os.getpid()}"
+        shutil.copyfile(path, unfinished)
+        os.replace(unfinished, workdir / path.name)
+
+
+def note_changes(workdir: Path, step: int, changed: dict) -> None:
+    """Adds a line to config_changes.jsonl. changed: {key: [old, new]}."""
+    path = workdir / CHANGES
+    old = path.read_text() if path.exists() else ""
+    line = {"time": round(time.time()), "step": step, "changed": changed}
+    replace_text(path, old + json.dumps(line) + "\n")
