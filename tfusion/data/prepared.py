@@ -99,12 +99,14 @@ def _latents(folder: Path, latents, owners: list[int]):
                         f"({len(owners)}, h, w, c)")
     bad = ~np.isfinite(latents).all((1, 2, 3))
     if bad.any():
-        raise UserError(f"{folder}: record {owners[int(bad.argmax())]}: the encoder made NaN or infinity of "
-                        f"its picture ({int(bad.sum())} of {len(owners)} pictures): mend it, or leave the record out")
+        first, count = owners[int(bad.argmax())], f"{int(bad.sum())} of {len(owners)} pictures"
+        raise UserError(f"{folder}: record {first}: the encoder made NaN or infinity of its picture ({count}): "
+                        "mend it, or leave the record out")
     low, high = latents.std((0, 1, 2)).min(), latents.std((0, 1, 2)).max()
     if low < UNIT_STD[0] or high > UNIT_STD[1]:
         print(f"warning: {folder}: latents have standard deviation {low:.2g} to {high:.2g} per channel; the "
-              "noise schedule is made for about 1: normalise them by their own mean and deviation", file=sys.stderr)
+              "noise schedule is made for about 1: normalise them by their own mean and deviation",
+              file=sys.stderr)
     return latents
 
 
@@ -128,7 +130,7 @@ def replacing(root):
     root = Path(root).resolve()  # of a symlink, what it points to
     beside, old = (root.with_name(root.name + end) for end in (".unfinished", ".old"))
     for folder in (root, beside, old):
-        ours = (folder / MARK).exists() or folder.is_dir() and not any(folder.iterdir())
+        ours = (folder / MARK).exists() or (folder.is_dir() and not any(folder.iterdir()))
         if folder.exists() and not ours:
             raise UserError(f"{folder} holds what `python -m tfusion.prepare` did not make, and would be "
                             "deleted: name another folder in data.prepared, or move that one away")
