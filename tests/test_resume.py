@@ -169,7 +169,7 @@ def test_deleting_the_broken_checkpoint_goes_on_from_the_older(whole, copied):
 
 CHANGES = {"model.d_ff": 128, "model.num_layers": 3, "model.patch_positions": "none",
            "diffusion.prediction": "eps", "data.tokenizer": "default",
-           "data.max_scored": 150, "optimizer.ema_decay": 0.0}
+           "data.max_images": 6, "optimizer.ema_decay": 0.0}
 
 
 @pytest.mark.parametrize("name", CHANGES)

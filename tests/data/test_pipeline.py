@@ -88,7 +88,7 @@ def placed_lengths(rows, windows: int) -> np.ndarray:
     {"glosses": 0.12, "scenes": 0.66, "stories": 0.22}, {"glosses": 0.5, "scenes": 0.25, "stories": 0.25}])
 def test_window_gives_the_mixtures_token_shares(cfg, mixture):
     """Within 4 % of the whole, what the window had to drop (no image slot left) included."""
-    cfg = replace(cfg, "data", mixture=mixture, window_rows=256, max_images=8, max_scored=cfg.data.seq_len)
+    cfg = replace(cfg, "data", mixture=mixture, window_rows=256, max_images=8)
     placed = placed_lengths(open_rows(cfg), 1)
     np.testing.assert_allclose(placed / placed.sum(), list(mixture.values()), atol=0.04)
     assert placed.sum() > 0.9 * 256 * cfg.data.seq_len
@@ -217,7 +217,7 @@ def test_held_out_glosses_are_never_in_train(cfg):
 def test_rows_keep_the_contract(cfg):
     """Each document opens with BOS, patches hold the pad id and stand where their slot says."""
     batch = one_batch(cfg, 32)
-    packing.check_batch(batch, cfg.model.vocab_size, cfg.model.num_patches, cfg.data.max_scored)
+    packing.check_batch(batch, cfg.model.vocab_size, cfg.model.num_patches)
     starts = (batch.positions_BT == 0) & (batch.segment_ids_BT > 0)
     assert (batch.tokens_BT[starts] == BOS).all()
     assert (batch.tokens_BT[batch.image_ids_BT > 0] == 0).all()
@@ -244,32 +244,6 @@ def test_cut_texts_still_fill_the_rows(cfg):
     assert np.mean([(rows[row].segment_ids_BT > 0).mean() for row in range(32)]) > 0.9
 
 
-def test_texts_are_cut_to_what_may_be_scored(cfg):
-    """Texts of 60 bytes where 30 positions may be scored: one of 31 positions a row."""
-    rows = open_rows(replace(cfg, "data", mixture={"glosses": 1.0}, seq_len=40, max_scored=30))
-    batch = packing.stack_rows([rows[row] for row in range(32)])
-    assert (batch.loss_mask_BT.sum(axis=1) == 30).mean() > 0.9
-    assert ((batch.segment_ids_BT > 0).sum(axis=1) <= 32).all()
-
-
-@pytest.mark.parametrize("max_scored", [140, 160])
-def test_the_plan_bounds_what_the_rows_score(cfg, max_scored):
-    """The mask of the rows read is what the plan counted from stored lengths: to the position."""
-    cfg = replace(cfg, "data", max_scored=max_scored, caption_dropout=0.3)
-    rows, objective = open_rows(cfg), make_objective(cfg)
-    batch = packing.stack_rows([rows[row] for row in range(2 * cfg.data.window_rows)])
-    for window in range(2):
-        for index, documents in enumerate(rows.plan(window).rows):
-            planned = 0
-            for s, epoch, record in documents:
-                source = rows.sources[s]
-                text, images = source.text_tokens[record], source.images[record]
-                dropped = images > 0 and rows._drops(s, epoch, record)
-                planned += int(objective.scored(0 if dropped else text, images))
-            assert batch.loss_mask_BT[window * cfg.data.window_rows + index].sum() == planned <= max_scored
-    assert batch.loss_mask_BT.sum(axis=1).max() > max_scored - 12
-
-
 def test_dropped_documents_are_counted(cfg):
     rows = open_rows(replace(cfg, "data", max_images=3))
     plan = rows.plan(1)
@@ -281,8 +255,6 @@ ERRORS = {  # changes, what the message must name
     "document with images longer than a row": (
         {"data": {"seq_len": 60}}, ("record", "positions", "data.seq_len = 60", "never cut")),
     "more images than slots": ({"data": {"max_images": 2}}, ("3 images", "data.max_images = 2")),
-    "document with images that scores too much": (
-        {"data": {"max_scored": 40}}, ("images", "of them scored", "data.max_scored = 40", "never cut")),
     "token id beyond the vocabulary": (
         {"model": {"text_vocab_size": 100}}, ("token id", "model.text_vocab_size = 100", "tokenizer")),
     "other latents": ({"model": {"latent_channels": 8}}, ("(4, 4, 4)", "(4, 4, 8)", "model.latent_*")),

@@ -30,7 +30,6 @@ class Candidate(NamedTuple):
     epochs: np.ndarray
     records: np.ndarray
     lengths: np.ndarray
-    scored: np.ndarray  # positions that predict a token
     images: np.ndarray
 
 
@@ -41,36 +40,28 @@ def documents_per_window(shares, mean_lengths, num_rows: int, seq_len: int) -> l
 
 
 def plan_window(seed: int, window: int, candidates: list[Candidate], num_rows: int, seq_len: int,
-                max_scored: int, max_images: int) -> Plan:
-    """First-fit over the shuffled documents of one window, under T positions, S scored ones and I image
-    slots a row. A text too long for a row is cut (`cut_text`).
+                max_images: int) -> Plan:
+    """First-fit over the shuffled documents of one window, under T positions and I image slots a row. A text
+    too long for a row is cut (`cut_text`).
     """
     rng = np.random.default_rng([seed, window])
-    flat = [(s, e, r, n, p, i) for s, c in enumerate(candidates)
-            for e, r, n, p, i in zip(c.epochs.tolist(), c.records.tolist(), c.lengths.tolist(),
-                                     c.scored.tolist(), c.images.tolist())]
-    room, heads, slots = (np.full(num_rows, x) for x in (seq_len, max_scored, max_images))
-    longest = text_limit(seq_len, max_scored)
+    flat = [(s, e, r, n, i) for s, c in enumerate(candidates)
+            for e, r, n, i in zip(c.epochs.tolist(), c.records.tolist(), c.lengths.tolist(), c.images.tolist())]
+    room, slots = np.full(num_rows, seq_len), np.full(num_rows, max_images)
     rows, dropped, cut = [[] for _ in range(num_rows)], 0, 0
     for index in rng.permutation(len(flat)):
-        source, epoch, record, length, scored, images = flat[index]
-        if images == 0 and length > longest:
-            length, scored, cut = longest, longest - 1, cut + 1
-        fits = (room >= length) & (heads >= scored) & (slots >= images)
+        source, epoch, record, length, images = flat[index]
+        if images == 0 and length > seq_len:
+            length, cut = seq_len, cut + 1
+        fits = (room >= length) & (slots >= images)
         row = int(fits.argmax())
         if not fits[row]:
             dropped += 1
             continue
         room[row] -= length
-        heads[row] -= scored
         slots[row] -= images
         rows[row].append((source, epoch, record))
     return Plan([rows[i] for i in rng.permutation(num_rows)], len(flat), dropped, cut)
-
-
-def text_limit(seq_len: int, max_scored: int) -> int:
-    """The positions of the longest text that fits a row: all but its last one are scored."""
-    return min(seq_len, max_scored + 1)
 
 
 def cut_text(example: Example, limit: int) -> Example:
@@ -119,7 +110,7 @@ def stack_rows(rows: list):
     return type(rows[0])(*(np.stack(field) for field in zip(*rows)))
 
 
-def check_batch(batch: Batch, vocab_size: int, num_patches: int, max_scored: int) -> None:
+def check_batch(batch: Batch, vocab_size: int, num_patches: int) -> None:
     """Raises UserError where a batch breaks the data contract (types.Batch), naming row and position."""
 
     def fail(mask, text):
@@ -131,9 +122,10 @@ def check_batch(batch: Batch, vocab_size: int, num_patches: int, max_scored: int
     if bad.any():
         fail(bad, f"token id {batch.tokens_BT[bad][0]} is outside 0..{vocab_size - 1}; "
                   "was the data prepared with this tokenizer?")
-    bad = np.cumsum(batch.loss_mask_BT, axis=1) > max_scored
+    segments = np.pad(batch.segment_ids_BT, ((0, 0), (0, 1)))
+    bad = batch.loss_mask_BT & ((segments[:, :-1] == 0) | (segments[:, :-1] != segments[:, 1:]))
     if bad.any():
-        fail(bad, f"more than data.max_scored = {max_scored} positions of the row are scored")
+        fail(bad, "is scored on what follows its document's end")
     bad = (batch.image_ids_BT > 0) & (batch.segment_ids_BT == 0)
     if bad.any():
         fail(bad, "an image patch lies in padding")

@@ -57,8 +57,7 @@ class PackedRows:
         some = slice(None, None, max(1, len(source) // MEAN_SAMPLE))
         text, images = source.text_tokens[some], source.images[some]
         keep = 1 - self.cfg.data.caption_dropout * self.dropout
-        limit = packing.text_limit(self.cfg.data.seq_len, self.cfg.data.max_scored)
-        whole = np.minimum(self.objective.length(text, images), limit)
+        whole = np.minimum(self.objective.length(text, images), self.cfg.data.seq_len)
         return float(np.where(images > 0, self.objective.length(keep * text, images), whole).mean())
 
     def _check(self) -> None:
@@ -70,16 +69,13 @@ class PackedRows:
                     f"model.text_vocab_size = {self.cfg.model.text_vocab_size}; was it prepared with "
                     "another tokenizer?")
             lengths = self.objective.length(source.text_tokens, source.images)
-            scored = self.objective.scored(source.text_tokens, source.images)
-            bad = (source.images > 0) & ((lengths > data.seq_len) | (source.images > data.max_images)
-                                         | (scored > data.max_scored))
+            bad = (source.images > 0) & ((lengths > data.seq_len) | (source.images > data.max_images))
             if bad.any():
                 record = int(np.argmax(bad))
                 raise UserError(
                     f"{source.folder}: record {record} has {source.images[record]} images and needs "
-                    f"{lengths[record]} positions, {scored[record]} of them scored; data.seq_len = "
-                    f"{data.seq_len}, data.max_images = {data.max_images}, data.max_scored = "
-                    f"{data.max_scored} (a document with images is never cut)")
+                    f"{lengths[record]} positions; data.seq_len = {data.seq_len}, data.max_images = "
+                    f"{data.max_images} (a document with images is never cut)")
 
     def _plan(self, window: int) -> packing.Plan:
         candidates = []
@@ -90,11 +86,10 @@ class PackedRows:
             images = np.asarray(source.images[records])
             text = np.where(self._drops(index, epochs, records) & (images > 0), 0,
                             source.text_tokens[records])
-            candidates.append(packing.Candidate(epochs, records, self.objective.length(text, images),
-                                                self.objective.scored(text, images), images))
+            candidates.append(packing.Candidate(epochs, records, self.objective.length(text, images), images))
         data = self.cfg.data
         return packing.plan_window(self.seed, window, candidates, data.window_rows, data.seq_len,
-                                   data.max_scored, data.max_images)
+                                   data.max_images)
 
     def _drops(self, source: int, epoch, record):
         drops = transforms.drops_caption(self.cfg.data, self.seed, self._keys[source], epoch, record)
@@ -106,8 +101,7 @@ class PackedRows:
         document = transforms.arrange(
             self.sources[source].read(record), bool(self._drops(source, epoch, record)), bool(first),
             self.cfg.data.image_first_max_t)
-        limit = packing.text_limit(self.cfg.data.seq_len, self.cfg.data.max_scored)
-        return packing.cut_text(self.objective.layout(document), limit)
+        return packing.cut_text(self.objective.layout(document), self.cfg.data.seq_len)
 
     def __getitem__(self, row: int):
         data = self.cfg.data
@@ -124,8 +118,7 @@ class PackedRows:
                 "data/cut_documents": plan.num_cut / plan.num_documents}
 
     def check(self, batch) -> None:
-        packing.check_batch(batch, self.cfg.model.vocab_size, self.cfg.model.num_patches,
-                            self.cfg.data.max_scored)
+        packing.check_batch(batch, self.cfg.model.vocab_size, self.cfg.model.num_patches)
 
 
 class ImageRows:

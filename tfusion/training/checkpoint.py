@@ -21,7 +21,7 @@ from tfusion.types import FORMAT_VERSION
 KEPT = 2
 SAME_ON_RESUME = (  # what the parameters mean, and what the position in the data counts in
     "objective", "seed", "model.", "diffusion.prediction", "data.tokenizer", "data.mixture.", "data.seq_len",
-    "data.max_images", "data.max_scored", "data.window_rows")
+    "data.max_images", "data.window_rows")
 MAY_CHANGE = ("model.remat", "model.compute_dtype")
 
 
