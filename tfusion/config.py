@@ -264,6 +264,8 @@ def _check_numbers(cfg: Config) -> None:
     _divides(cfg, "model.num_kv_heads", "model.num_heads")
     _divides(cfg, "model.patch_size", "model.latent_size")
     _divides(cfg, "train.num_microbatches", "train.batch_size")
+    if cfg.data.seq_len < 2:
+        raise UserError(f"data.seq_len = {cfg.data.seq_len} must be at least 2: <bos> and a token")
     if cfg.model.head_dim % 2:
         raise UserError(f"model.d_model / model.num_heads = {cfg.model.head_dim} must be even for RoPE")
     for name in ("data.caption_dropout", "data.image_first_fraction", "data.image_first_max_t",

@@ -14,30 +14,30 @@ T, I, ROWS = 64, 3, 20
 
 
 def random_candidates(seed: int, documents: int = 120):
-    """Two sources: pictures of 9..38 positions with 1..3 images, and text of 2..100 positions."""
+    """Two sources: pictures of 9..38 positions with 1..3 images, and text of 2..64 positions."""
     rng = np.random.default_rng(seed)
 
     def source(lengths, images):
         n = len(lengths)
-        return packing.Candidate(rng.integers(0, 3, n), np.arange(n), lengths, images)
+        return packing.Candidate(rng.integers(0, 3, n), np.arange(n), np.zeros(n, int), lengths, images)
 
     pictures = rng.integers(1, 4, documents)
-    lengths, texts = 8 + pictures * rng.integers(1, 11, documents), rng.integers(2, 101, documents)
+    lengths, texts = 8 + pictures * rng.integers(1, 11, documents), rng.integers(2, T + 1, documents)
     return [source(lengths, pictures), source(texts, np.zeros(documents, int))]
 
 
 def candidate(lengths, images):
     """Of records 0, 1, ... in epoch 0."""
     n = len(lengths)
-    return packing.Candidate(np.zeros(n, int), np.arange(n), lengths, images)
+    return packing.Candidate(np.zeros(n, int), np.arange(n), np.zeros(n, int), lengths, images)
 
 
 def sizes(candidates, document):
     """(positions in a row, images) of a planned (source, epoch, record)."""
-    source, epoch, record = document
+    source, epoch, record, _ = document
     c = candidates[source]
     assert c.epochs[record] == epoch and c.records[record] == record
-    return min(c.lengths[record], T), c.images[record]
+    return c.lengths[record], c.images[record]
 
 
 def plan(seed: int = 0, window: int = 0, candidates=None, max_images: int = I):
@@ -62,7 +62,6 @@ def test_every_document_is_placed_once_or_counted(seed):
     placed = [document for row in made.rows for document in row]
     assert len(set(placed)) == len(placed)
     assert made.num_documents == 240 == len(placed) + made.num_dropped
-    assert made.num_cut == (candidates[1].lengths > T).sum() > 0
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -72,7 +71,7 @@ def test_only_what_fits_nowhere_is_dropped(seed):
     made = plan(seed, 0, candidates)
     used = np.array([np.sum([sizes(candidates, d) for d in row], axis=0) for row in made.rows])
     room = np.array([T, I]) - used
-    everything = {(s, int(e), int(r)) for s, c in enumerate(candidates) for e, r in zip(c.epochs, c.records)}
+    everything = {(s, int(e), int(r), 0) for s, c in enumerate(candidates) for e, r in zip(c.epochs, c.records)}
     dropped = everything - {document for row in made.rows for document in row}
     assert dropped and made.num_dropped == len(dropped)
     for document in dropped:
@@ -111,7 +110,7 @@ def test_rows_are_full():
     rng = np.random.default_rng(0)
     lengths = rng.integers(2, 12, 400)
     made = plan(0, 0, [candidate(lengths, np.zeros(400, int))])
-    assert sum(lengths[r] for row in made.rows for _, _, r in row) > 0.97 * ROWS * T
+    assert sum(lengths[r] for row in made.rows for _, _, r, _ in row) > 0.97 * ROWS * T
 
 
 def test_documents_per_window_gives_the_token_shares():
@@ -175,20 +174,6 @@ def test_stacked_rows_have_the_contracts_shapes_and_dtypes():
         "image_start_BI": ((3, 4), np.int32), "max_t_BI": ((3, 4), np.float32),
         "noise_ids_BI2": ((3, 4, 2), np.uint32)}
     assert {name: (x.shape, x.dtype) for name, x in batch._asdict().items()} == expected
-
-
-def test_long_text_is_cut_and_its_last_position_is_not_scored():
-    long = example([BOS, *range(30, 60), EOS], [0] * 32)
-    cut = packing.cut_text(long, 10)
-    np.testing.assert_array_equal(cut.tokens_L, long.tokens_L[:10])
-    assert cut.loss_mask_L.tolist() == [True] * 9 + [False] and long.loss_mask_L[9]
-    assert len(cut.image_ids_L) == 10
-    for length in (32, 33):
-        assert packing.cut_text(long, length) is long
-
-
-def test_a_document_with_images_is_never_cut():
-    assert packing.cut_text(FIRST, 3) is FIRST
 
 
 def good_batch():

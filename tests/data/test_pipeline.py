@@ -79,8 +79,8 @@ def placed_lengths(rows, windows: int) -> np.ndarray:
     """Positions that each source takes in the first windows."""
     total = np.zeros(len(rows.sources))
     for window in range(windows):
-        for source, epoch, record in itertools.chain(*rows.plan(window).rows):
-            total[source] += len(rows.example(source, epoch, record).tokens_L)
+        for document in itertools.chain(*rows.plan(window).rows):
+            total[document[0]] += len(rows.example(*document).tokens_L)
     return total
 
 
@@ -151,24 +151,10 @@ def test_captions_are_dropped_in_training_only(cfg):
     assert heldout and all(scored > 0 for scored, _, _ in heldout)
 
 
-def captured_candidates(cfg, windows: int, monkeypatch):
-    """What every window offers to the planner, before any of it is dropped."""
-    offered = []
-
-    def keep(seed, window, candidates, *sizes):
-        offered.append(candidates)
-        return packing.Plan([], 0, 0, 0)
-
-    monkeypatch.setattr(packing, "plan_window", keep)
-    rows = open_rows(cfg)
-    for window in range(windows):
-        rows.plan(window)
-    return rows, offered
-
-
-def test_every_record_once_per_epoch(cfg, monkeypatch):
+def test_every_record_once_per_epoch(cfg):
     """In a new order each epoch, also where an epoch ends inside a window."""
-    rows, offered = captured_candidates(cfg, 12, monkeypatch)
+    rows = open_rows(cfg)
+    offered = [rows.offered(window) for window in range(12)]
     for index, source in enumerate(rows.sources):
         epochs, records = (np.concatenate([getattr(c[index], name) for c in offered])
                            for name in ("epochs", "records"))
@@ -181,9 +167,10 @@ def test_every_record_once_per_epoch(cfg, monkeypatch):
         assert complete >= 2 or source.name == "glosses"
 
 
-def test_sources_are_shuffled_apart(cfg, monkeypatch):
+def test_sources_are_shuffled_apart(cfg):
     """Two sources of the same length are not read in the same order."""
-    rows, offered = captured_candidates(cfg, 6, monkeypatch)
+    rows = open_rows(cfg)
+    offered = [rows.offered(window) for window in range(6)]
     assert len(rows.sources[0]) == len(rows.sources[1])
     a, b = (np.concatenate([c[i].records for c in offered])[:50] for i in (0, 1))
     assert (a != b).sum() > 40
@@ -226,22 +213,6 @@ def test_rows_keep_the_contract(cfg):
         assert batch.tokens_BT[row, start - 1] == cfg.model.boi
         assert batch.tokens_BT[row, start + cfg.model.num_patches] == cfg.model.eoi
         assert batch.latents_BIhwc[row, slot].any() and batch.max_t_BI[row, slot] > 0
-
-
-def test_long_texts_are_cut_and_counted(cfg):
-    """Texts of 60 bytes in rows of 40 positions."""
-    cfg = replace(cfg, "data", mixture={"glosses": 1.0}, seq_len=40)
-    rows = open_rows(cfg)
-    plan, lengths = rows.plan(0), rows.sources[0].text_tokens + 2
-    assert plan.num_cut > 0.8 * plan.num_documents and (lengths > 40).mean() > 0.8
-    assert rows.stats(0)["data/cut_documents"] == plan.num_cut / plan.num_documents
-    assert not any(rows[row].loss_mask_BT[-1] for row in range(32))
-
-
-def test_cut_texts_still_fill_the_rows(cfg):
-    """A text cut at 40 counts as 40, not 60, when a window is told how many texts it needs."""
-    rows = open_rows(replace(cfg, "data", mixture={"glosses": 1.0}, seq_len=40))
-    assert np.mean([(rows[row].segment_ids_BT > 0).mean() for row in range(32)]) > 0.9
 
 
 def test_dropped_documents_are_counted(cfg):

@@ -16,12 +16,11 @@ from tfusion.types import PAD, Batch, Example
 
 
 class Plan(NamedTuple):
-    """rows[r] = list of (source, epoch, record); what did not fit, and what was cut, is counted."""
+    """rows[r] = list of (source, epoch, record, piece); what did not fit is counted."""
 
     rows: list
     num_documents: int
     num_dropped: int
-    num_cut: int
 
 
 class Candidate(NamedTuple):
@@ -29,6 +28,7 @@ class Candidate(NamedTuple):
 
     epochs: np.ndarray
     records: np.ndarray
+    pieces: np.ndarray  # of a text longer than a row (data/documents.py)
     lengths: np.ndarray
     images: np.ndarray
 
@@ -41,18 +41,13 @@ def documents_per_window(shares, mean_lengths, num_rows: int, seq_len: int) -> l
 
 def plan_window(seed: int, window: int, candidates: list[Candidate], num_rows: int, seq_len: int,
                 max_images: int) -> Plan:
-    """First-fit over the shuffled documents of one window, under T positions and I image slots a row. A text
-    too long for a row is cut (`cut_text`).
-    """
+    """First-fit over the shuffled documents of one window, under T positions and I image slots a row."""
     rng = np.random.default_rng([seed, window])
-    flat = [(s, e, r, n, i) for s, c in enumerate(candidates)
-            for e, r, n, i in zip(c.epochs.tolist(), c.records.tolist(), c.lengths.tolist(), c.images.tolist())]
+    flat = [(s, *document) for s, c in enumerate(candidates) for document in zip(*(x.tolist() for x in c))]
     room, slots = np.full(num_rows, seq_len), np.full(num_rows, max_images)
-    rows, dropped, cut = [[] for _ in range(num_rows)], 0, 0
+    rows, dropped = [[] for _ in range(num_rows)], 0
     for index in rng.permutation(len(flat)):
-        source, epoch, record, length, images = flat[index]
-        if images == 0 and length > seq_len:
-            length, cut = seq_len, cut + 1
+        *document, length, images = flat[index]
         fits = (room >= length) & (slots >= images)
         row = int(fits.argmax())
         if not fits[row]:
@@ -60,18 +55,8 @@ def plan_window(seed: int, window: int, candidates: list[Candidate], num_rows: i
             continue
         room[row] -= length
         slots[row] -= images
-        rows[row].append((source, epoch, record))
-    return Plan([rows[i] for i in rng.permutation(num_rows)], len(flat), dropped, cut)
-
-
-def cut_text(example: Example, limit: int) -> Example:
-    """A text-only document cut to `limit` positions; its last position predicts nothing."""
-    if len(example.max_t_I) or len(example.tokens_L) <= limit:
-        return example
-    mask = example.loss_mask_L[:limit].copy()
-    mask[-1] = False
-    return example._replace(tokens_L=example.tokens_L[:limit], loss_mask_L=mask,
-                            image_ids_L=example.image_ids_L[:limit])
+        rows[row].append(tuple(document))
+    return Plan([rows[i] for i in rng.permutation(num_rows)], len(flat), dropped)
 
 
 def pack_row(row_id: int, examples: list[Example], seq_len: int, max_images: int, latent_shape) -> Batch:
