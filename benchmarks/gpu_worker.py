@@ -287,7 +287,7 @@ def step_config(size: str, remat: str, batch_size: int) -> config.Config:
     if rehearsing():
         tree.model.update(num_layers=2, d_model=32, num_heads=4, num_kv_heads=4, d_ff=64, text_vocab_size=260,
                           latent_size=4, latent_channels=4)
-        tree.data.update(seq_len=128, max_scored=120)
+        tree.data.seq_len = 128
     return config.from_dict(tree)
 
 
@@ -305,7 +305,7 @@ def mixed_rows(cfg: config.Config, objective):
     batch = packing.stack_rows([
         packing.pack_row(i, [document() for _ in range(4)], T, cfg.data.max_images, m.latent_shape)
         for i in range(cfg.train.batch_size)])
-    packing.check_batch(batch, m.vocab_size, m.num_patches, cfg.data.max_scored)
+    packing.check_batch(batch, m.vocab_size, m.num_patches)
     assert batch.segment_ids_BT.all()
     return batch
 

@@ -82,8 +82,7 @@ def make_config(name: str) -> config.Config:
         **MODELS[name], num_layers=s["layers"], text_vocab_size=s["text_vocab_size"],
         latent_size=s["latent_size"], latent_channels=s["latent_channels"], patch_size=1, remat="none",
         compute_dtype="float32")
-    scored = s["text_part"] * (s["images"] + 1) + s["images"] + 1
-    c.data.update(seq_len=s["seq_len"], max_images=s["images"], max_scored=scored)
+    c.data.update(seq_len=s["seq_len"], max_images=s["images"])
     c.optimizer.ema_decay = 0.0  # the peer keeps no moving average
     c.train.batch_size = s["batch_size"]
     return config.from_dict(c)
@@ -104,7 +103,7 @@ def make_batch(cfg: config.Config, objective):
     rows = [packing.pack_row(i, [document()], cfg.data.seq_len, cfg.data.max_images, m.latent_shape)
             for i in range(cfg.train.batch_size)]
     batch = packing.stack_rows(rows)
-    packing.check_batch(batch, m.vocab_size, m.num_patches, cfg.data.max_scored)
+    packing.check_batch(batch, m.vocab_size, m.num_patches)
     assert batch.segment_ids_BT.all()
     return batch
 

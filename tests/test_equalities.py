@@ -320,7 +320,7 @@ def test_diagnostics_are_the_norms_of_separate_gradients(runs):
 
 def suits(runs, rows, limit: int) -> bool:
     """No more than `limit` documents, some with several pictures, some with none, several to a row."""
-    images = [[int(runs.rows.sources[s].images[r]) for s, _, r in plan] for _, plan in rows]
+    images = [[int(runs.rows.sources[s].images(r)) for s, _, r, _ in plan] for _, plan in rows]
     every = list(itertools.chain(*images))
     return len(every) <= limit and 0 in every and max(every) > 1 and min(map(len, images)) > 1
 
@@ -358,7 +358,7 @@ def test_packed_rows_equal_each_document_alone(runs):
         out = Transfusion(model).apply({"params": params}, batch, process.add_noise(x0, eps, a), t)
         target = process.target(runs.cfg.diffusion.prediction, x0, eps, a)
         lm = lm_head.next_token_loss(out.hidden_BTD, out.lm_head_DV, batch.tokens_BT, batch.loss_mask_BT,
-                                     data.max_scored, model.vocab_size)
+                                     data.seq_len, model.vocab_size)
         diffusion = diffusion_losses(out.prediction_BIhwc, target, t, batch.max_t_BI)["diffusion_loss"]
         return lm[0] + diffusion[0], (lm, diffusion, out)
 

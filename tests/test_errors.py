@@ -59,8 +59,6 @@ CASES = {  # name: (verb, arguments, what the line says)
     "profile_no_steps": ("train", [*TRAIN, "--profile=5:0"], ["--profile=5:0 must be START:N"]),
     "profile_past_the_end": ("train", [*TRAIN, "--config.train.num_steps=20", "--profile=18:3"],
                              ["--profile=18:3", "at most train.num_steps = 20"]),
-    "too_many_scored": ("train", [*TRAIN, "--config.data.max_scored=129"],
-                        ["data.max_scored = 129 must be at most data.seq_len = 128"]),
     "bad_mesh": ("train", [*TRAIN, "--config.mesh.data=3"], ["mesh data=3", "does not fit 1 devices"]),
     "no_config": ("train", ["--workdir=TMP/run"], ["--config", "--workdir"]),
     "no_workdir": ("train", TRAIN[:1], ["--config", "--workdir"]),

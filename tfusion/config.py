@@ -101,7 +101,6 @@ class DataConfig:
     mixture: dict[str, float] = dataclasses.field(hash=False)  # source -> share of the tokens
     seq_len: int
     max_images: int  # I: image slots per row
-    max_scored: int  # S: positions per row that predict a token, at most
     window_rows: int  # R: rows planned at once
     caption_dropout: float
     image_first_fraction: float
@@ -272,9 +271,8 @@ def _check_numbers(cfg: Config) -> None:
     _divides(cfg, "model.num_kv_heads", "model.num_heads")
     _divides(cfg, "model.patch_size", "model.latent_size")
     _divides(cfg, "train.num_microbatches", "train.batch_size")
-    if cfg.data.max_scored > cfg.data.seq_len:
-        raise UserError(f"data.max_scored = {cfg.data.max_scored} must be at most data.seq_len = "
-                        f"{cfg.data.seq_len}")
+    if cfg.data.seq_len < 2:
+        raise UserError(f"data.seq_len = {cfg.data.seq_len} must be at least 2: <bos> and a token")
     if cfg.model.head_dim % 2:
         raise UserError(f"model.d_model / model.num_heads = {cfg.model.head_dim} must be even for RoPE")
     for name in ("data.caption_dropout", "data.image_first_fraction", "data.image_first_max_t",

@@ -1,6 +1,6 @@
 """Packing: the plan's invariants on random windows, rows by hand, and what check_batch refuses.
 
-T positions, I image slots, S scored positions, N patches per image.
+T positions, I image slots, N patches per image.
 """
 
 import numpy as np
@@ -10,43 +10,39 @@ from tfusion.data import packing
 from tfusion.errors import UserError
 from tfusion.types import BOS, EOS, PAD, Example
 
-T, I, S, ROWS = 64, 3, 48, 20
+T, I, ROWS = 64, 3, 20
 
 
 def random_candidates(seed: int, documents: int = 120):
-    """Two sources: pictures of 9..38 positions with 1..3 images, and text of 2..100 positions."""
+    """Two sources: pictures of 9..38 positions with 1..3 images, and text of 2..64 positions."""
     rng = np.random.default_rng(seed)
 
-    def source(lengths, scored, images):
+    def source(lengths, images):
         n = len(lengths)
-        return packing.Candidate(rng.integers(0, 3, n), np.arange(n), lengths, scored, images)
+        return packing.Candidate(rng.integers(0, 3, n), np.arange(n), np.zeros(n, int), lengths, images)
 
     pictures = rng.integers(1, 4, documents)
-    lengths, texts = 8 + pictures * rng.integers(1, 11, documents), rng.integers(2, 101, documents)
-    return [source(lengths, rng.integers(0, lengths), pictures),
-            source(texts, texts - 1, np.zeros(documents, int))]
+    lengths, texts = 8 + pictures * rng.integers(1, 11, documents), rng.integers(2, T + 1, documents)
+    return [source(lengths, pictures), source(texts, np.zeros(documents, int))]
 
 
 def candidate(lengths, images):
-    """Of records 0, 1, ... in epoch 0; every position but the last is scored."""
+    """Of records 0, 1, ... in epoch 0."""
     n = len(lengths)
-    return packing.Candidate(np.zeros(n, int), np.arange(n), lengths, np.asarray(lengths) - 1, images)
+    return packing.Candidate(np.zeros(n, int), np.arange(n), np.zeros(n, int), lengths, images)
 
 
-def sizes(candidates, document, max_scored: int = S):
-    """(positions in a row, scored ones, images) of a planned (source, epoch, record)."""
-    source, epoch, record = document
+def sizes(candidates, document):
+    """(positions in a row, images) of a planned (source, epoch, record)."""
+    source, epoch, record, _ = document
     c = candidates[source]
     assert c.epochs[record] == epoch and c.records[record] == record
-    if c.images[record]:
-        return c.lengths[record], c.scored[record], c.images[record]
-    length = min(c.lengths[record], T, max_scored + 1)
-    return length, length - 1, 0
+    return c.lengths[record], c.images[record]
 
 
-def plan(seed: int = 0, window: int = 0, candidates=None, max_scored: int = S, max_images: int = I):
+def plan(seed: int = 0, window: int = 0, candidates=None, max_images: int = I):
     candidates = candidates or random_candidates(0)
-    return packing.plan_window(seed, window, candidates, ROWS, T, max_scored, max_images)
+    return packing.plan_window(seed, window, candidates, ROWS, T, max_images)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -55,23 +51,8 @@ def test_rows_keep_to_positions_and_slots(seed):
     rows = plan(seed, 1, candidates).rows
     assert len(rows) == ROWS
     for row in rows:
-        lengths, scored, images = zip(*(sizes(candidates, document) for document in row))
-        assert sum(lengths) <= T and sum(images) <= I and sum(scored) <= S
-
-
-@pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("max_scored", [40, 50, 63, 64])
-def test_rows_keep_to_the_scored_positions(seed, max_scored):
-    """What a narrow limit changes is what is scored, and it does bite; S = T - 1 is no limit at all."""
-    candidates = random_candidates(seed)
-    rows = plan(seed, 1, candidates, max_scored).rows
-    scored = [sum(sizes(candidates, document, max_scored)[1] for document in row) for row in rows]
-    assert max(scored) <= max_scored
-    free = plan(seed, 1, candidates, 10 * T).rows
-    assert (rows == free) == (max_scored >= T - 1)
-    if rows != free:
-        assert max(scored) > max_scored - 3
-        assert max(sum(sizes(candidates, d, 10 * T)[1] for d in row) for row in free) > max_scored
+        lengths, images = zip(*(sizes(candidates, document) for document in row))
+        assert sum(lengths) <= T and sum(images) <= I
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -81,17 +62,16 @@ def test_every_document_is_placed_once_or_counted(seed):
     placed = [document for row in made.rows for document in row]
     assert len(set(placed)) == len(placed)
     assert made.num_documents == 240 == len(placed) + made.num_dropped
-    assert made.num_cut == (candidates[1].lengths > S + 1).sum() > 0
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_only_what_fits_nowhere_is_dropped(seed):
-    """First-fit: at the end no row has room for any dropped document, in positions, scored ones and slots."""
+    """First-fit: at the end no row has room for any dropped document, in positions and slots."""
     candidates = random_candidates(seed)
     made = plan(seed, 0, candidates)
     used = np.array([np.sum([sizes(candidates, d) for d in row], axis=0) for row in made.rows])
-    room = np.array([T, S, I]) - used
-    everything = {(s, int(e), int(r)) for s, c in enumerate(candidates) for e, r in zip(c.epochs, c.records)}
+    room = np.array([T, I]) - used
+    everything = {(s, int(e), int(r), 0) for s, c in enumerate(candidates) for e, r in zip(c.epochs, c.records)}
     dropped = everything - {document for row in made.rows for document in row}
     assert dropped and made.num_dropped == len(dropped)
     for document in dropped:
@@ -102,23 +82,6 @@ def test_slots_alone_can_be_the_limit():
     """Twenty one-image documents of 10 positions: with one slot a row holds one, not six."""
     made = plan(0, 0, [candidate(np.full(40, 10), np.ones(40, int))], max_images=1)
     assert [len(row) for row in made.rows] == [1] * ROWS and made.num_dropped == 20
-
-
-def test_scored_positions_alone_can_be_the_limit():
-    """Twenty texts of 10 positions, 9 of them scored: of 20 a row holds two, not six."""
-    made = plan(0, 0, [candidate(np.full(60, 10), np.zeros(60, int))], max_scored=20)
-    assert [len(row) for row in made.rows] == [2] * ROWS and made.num_dropped == 20 and made.num_cut == 0
-
-
-def test_a_document_with_images_and_nothing_scored_takes_no_scored_position():
-    """Its caption was dropped: six of 10 positions, though a row may score but one."""
-    one = candidate(np.full(120, 10), np.ones(120, int))._replace(scored=np.zeros(120, int))
-    assert [len(row) for row in plan(0, 0, [one], max_scored=1, max_images=6).rows] == [6] * ROWS
-
-
-@pytest.mark.parametrize("seq_len, max_scored, limit", [(64, 48, 49), (64, 63, 64), (64, 64, 64), (9, 1, 2)])
-def test_text_limit(seq_len, max_scored, limit):
-    assert packing.text_limit(seq_len, max_scored) == limit
 
 
 def test_plan_is_pure():
@@ -138,7 +101,7 @@ def test_plan_ignores_global_randomness():
 def test_rows_are_shuffled():
     """First-fit fills the early rows first; the run must not see a window go from full to sparse."""
     candidates = [candidate(np.full(60, 16), np.zeros(60, int))]
-    counts = [len(row) for row in plan(0, 0, candidates, max_scored=T).rows]
+    counts = [len(row) for row in plan(0, 0, candidates).rows]
     assert sorted(counts, reverse=True) == [4] * 15 + [0] * 5 != counts
 
 
@@ -146,8 +109,8 @@ def test_rows_are_full():
     """Small documents to spare: nothing is left over but what no document fits."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(2, 12, 400)
-    made = plan(0, 0, [candidate(lengths, np.zeros(400, int))], max_scored=T)
-    assert sum(lengths[r] for row in made.rows for _, _, r in row) > 0.97 * ROWS * T
+    made = plan(0, 0, [candidate(lengths, np.zeros(400, int))])
+    assert sum(lengths[r] for row in made.rows for _, _, r, _ in row) > 0.97 * ROWS * T
 
 
 def test_documents_per_window_gives_the_token_shares():
@@ -213,30 +176,13 @@ def test_stacked_rows_have_the_contracts_shapes_and_dtypes():
     assert {name: (x.shape, x.dtype) for name, x in batch._asdict().items()} == expected
 
 
-def test_long_text_is_cut_and_its_last_position_is_not_scored():
-    long = example([BOS, *range(30, 60), EOS], [0] * 32)
-    cut = packing.cut_text(long, 10)
-    np.testing.assert_array_equal(cut.tokens_L, long.tokens_L[:10])
-    assert cut.loss_mask_L.tolist() == [True] * 9 + [False] and long.loss_mask_L[9]
-    assert len(cut.image_ids_L) == 10
-    for length in (32, 33):
-        assert packing.cut_text(long, length) is long
-
-
-def test_a_document_with_images_is_never_cut():
-    assert packing.cut_text(FIRST, 3) is FIRST
-
-
-SCORED = 6  # of FIRST and TEXT: all that a row may score
-
-
 def good_batch():
     return packing.stack_rows([packing.pack_row(i, [FIRST, TEXT], 20, 4, (2, 2, 1)) for i in (40, 41)])
 
 
 def test_check_batch_accepts_what_pack_row_makes():
-    assert good_batch().loss_mask_BT.sum(axis=1).tolist() == [SCORED, SCORED]
-    packing.check_batch(good_batch(), 22, 2, SCORED)
+    assert good_batch().loss_mask_BT.sum(axis=1).tolist() == [6, 6]
+    packing.check_batch(good_batch(), 22, 2)
 
 
 def edited(field: str, row: int, position: int, value):
@@ -246,7 +192,10 @@ def edited(field: str, row: int, position: int, value):
 
 
 BAD = {  # batch, the message's parts
-    "too many scored": (edited("loss_mask_BT", 1, 12, True), ("row 41, position 12", "data.max_scored = 6")),
+    "scored on the next document": (
+        edited("loss_mask_BT", 1, 6, True), ("row 41, position 6", "document's end")),
+    "scored in padding": (edited("loss_mask_BT", 1, 12, True), ("row 41, position 12", "document's end")),
+    "scored at the row's end": (edited("loss_mask_BT", 0, 19, True), ("row 40, position 19", "document's end")),
     "token id out of range": (edited("tokens_BT", 1, 5, 22), ("row 41, position 5", "token id 22", "0..21")),
     "negative token id": (edited("tokens_BT", 0, 2, -1), ("row 40, position 2", "token id -1")),
     "patch in padding": (edited("image_ids_BT", 1, 15, 1), ("row 41, position 15", "padding")),
@@ -261,5 +210,5 @@ BAD = {  # batch, the message's parts
 @pytest.mark.parametrize("batch, parts", BAD.values(), ids=BAD.keys())
 def test_check_batch_names_row_and_position(batch, parts):
     with pytest.raises(UserError) as error:
-        packing.check_batch(batch, 22, 2, SCORED)
+        packing.check_batch(batch, 22, 2)
     assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value)

@@ -79,8 +79,8 @@ def placed_lengths(rows, windows: int) -> np.ndarray:
     """Positions that each source takes in the first windows."""
     total = np.zeros(len(rows.sources))
     for window in range(windows):
-        for source, epoch, record in itertools.chain(*rows.plan(window).rows):
-            total[source] += len(rows.example(source, epoch, record).tokens_L)
+        for document in itertools.chain(*rows.plan(window).rows):
+            total[document[0]] += len(rows.example(*document).tokens_L)
     return total
 
 
@@ -88,7 +88,7 @@ def placed_lengths(rows, windows: int) -> np.ndarray:
     {"glosses": 0.12, "scenes": 0.66, "stories": 0.22}, {"glosses": 0.5, "scenes": 0.25, "stories": 0.25}])
 def test_window_gives_the_mixtures_token_shares(cfg, mixture):
     """Within 4 % of the whole, what the window had to drop (no image slot left) included."""
-    cfg = replace(cfg, "data", mixture=mixture, window_rows=256, max_images=8, max_scored=cfg.data.seq_len)
+    cfg = replace(cfg, "data", mixture=mixture, window_rows=256, max_images=8)
     placed = placed_lengths(open_rows(cfg), 1)
     np.testing.assert_allclose(placed / placed.sum(), list(mixture.values()), atol=0.04)
     assert placed.sum() > 0.9 * 256 * cfg.data.seq_len
@@ -151,24 +151,10 @@ def test_captions_are_dropped_in_training_only(cfg):
     assert heldout and all(scored > 0 for scored, _, _ in heldout)
 
 
-def captured_candidates(cfg, windows: int, monkeypatch):
-    """What every window offers to the planner, before any of it is dropped."""
-    offered = []
-
-    def keep(seed, window, candidates, *sizes):
-        offered.append(candidates)
-        return packing.Plan([], 0, 0, 0)
-
-    monkeypatch.setattr(packing, "plan_window", keep)
-    rows = open_rows(cfg)
-    for window in range(windows):
-        rows.plan(window)
-    return rows, offered
-
-
-def test_every_record_once_per_epoch(cfg, monkeypatch):
+def test_every_record_once_per_epoch(cfg):
     """In a new order each epoch, also where an epoch ends inside a window."""
-    rows, offered = captured_candidates(cfg, 12, monkeypatch)
+    rows = open_rows(cfg)
+    offered = [rows.offered(window) for window in range(12)]
     for index, source in enumerate(rows.sources):
         epochs, records = (np.concatenate([getattr(c[index], name) for c in offered])
                            for name in ("epochs", "records"))
@@ -181,9 +167,10 @@ def test_every_record_once_per_epoch(cfg, monkeypatch):
         assert complete >= 2 or source.name == "glosses"
 
 
-def test_sources_are_shuffled_apart(cfg, monkeypatch):
+def test_sources_are_shuffled_apart(cfg):
     """Two sources of the same length are not read in the same order."""
-    rows, offered = captured_candidates(cfg, 6, monkeypatch)
+    rows = open_rows(cfg)
+    offered = [rows.offered(window) for window in range(6)]
     assert len(rows.sources[0]) == len(rows.sources[1])
     a, b = (np.concatenate([c[i].records for c in offered])[:50] for i in (0, 1))
     assert (a != b).sum() > 40
@@ -217,7 +204,7 @@ def test_held_out_glosses_are_never_in_train(cfg):
 def test_rows_keep_the_contract(cfg):
     """Each document opens with BOS, patches hold the pad id and stand where their slot says."""
     batch = one_batch(cfg, 32)
-    packing.check_batch(batch, cfg.model.vocab_size, cfg.model.num_patches, cfg.data.max_scored)
+    packing.check_batch(batch, cfg.model.vocab_size, cfg.model.num_patches)
     starts = (batch.positions_BT == 0) & (batch.segment_ids_BT > 0)
     assert (batch.tokens_BT[starts] == BOS).all()
     assert (batch.tokens_BT[batch.image_ids_BT > 0] == 0).all()
@@ -226,48 +213,6 @@ def test_rows_keep_the_contract(cfg):
         assert batch.tokens_BT[row, start - 1] == cfg.model.boi
         assert batch.tokens_BT[row, start + cfg.model.num_patches] == cfg.model.eoi
         assert batch.latents_BIhwc[row, slot].any() and batch.max_t_BI[row, slot] > 0
-
-
-def test_long_texts_are_cut_and_counted(cfg):
-    """Texts of 60 bytes in rows of 40 positions."""
-    cfg = replace(cfg, "data", mixture={"glosses": 1.0}, seq_len=40)
-    rows = open_rows(cfg)
-    plan, lengths = rows.plan(0), rows.sources[0].text_tokens + 2
-    assert plan.num_cut > 0.8 * plan.num_documents and (lengths > 40).mean() > 0.8
-    assert rows.stats(0)["data/cut_documents"] == plan.num_cut / plan.num_documents
-    assert not any(rows[row].loss_mask_BT[-1] for row in range(32))
-
-
-def test_cut_texts_still_fill_the_rows(cfg):
-    """A text cut at 40 counts as 40, not 60, when a window is told how many texts it needs."""
-    rows = open_rows(replace(cfg, "data", mixture={"glosses": 1.0}, seq_len=40))
-    assert np.mean([(rows[row].segment_ids_BT > 0).mean() for row in range(32)]) > 0.9
-
-
-def test_texts_are_cut_to_what_may_be_scored(cfg):
-    """Texts of 60 bytes where 30 positions may be scored: one of 31 positions a row."""
-    rows = open_rows(replace(cfg, "data", mixture={"glosses": 1.0}, seq_len=40, max_scored=30))
-    batch = packing.stack_rows([rows[row] for row in range(32)])
-    assert (batch.loss_mask_BT.sum(axis=1) == 30).mean() > 0.9
-    assert ((batch.segment_ids_BT > 0).sum(axis=1) <= 32).all()
-
-
-@pytest.mark.parametrize("max_scored", [140, 160])
-def test_the_plan_bounds_what_the_rows_score(cfg, max_scored):
-    """The mask of the rows read is what the plan counted from stored lengths: to the position."""
-    cfg = replace(cfg, "data", max_scored=max_scored, caption_dropout=0.3)
-    rows, objective = open_rows(cfg), make_objective(cfg)
-    batch = packing.stack_rows([rows[row] for row in range(2 * cfg.data.window_rows)])
-    for window in range(2):
-        for index, documents in enumerate(rows.plan(window).rows):
-            planned = 0
-            for s, epoch, record in documents:
-                source = rows.sources[s]
-                text, images = source.text_tokens[record], source.images[record]
-                dropped = images > 0 and rows._drops(s, epoch, record)
-                planned += int(objective.scored(0 if dropped else text, images))
-            assert batch.loss_mask_BT[window * cfg.data.window_rows + index].sum() == planned <= max_scored
-    assert batch.loss_mask_BT.sum(axis=1).max() > max_scored - 12
 
 
 def test_dropped_documents_are_counted(cfg):
@@ -281,8 +226,6 @@ ERRORS = {  # changes, what the message must name
     "document with images longer than a row": (
         {"data": {"seq_len": 60}}, ("record", "positions", "data.seq_len = 60", "never cut")),
     "more images than slots": ({"data": {"max_images": 2}}, ("3 images", "data.max_images = 2")),
-    "document with images that scores too much": (
-        {"data": {"max_scored": 40}}, ("images", "of them scored", "data.max_scored = 40", "never cut")),
     "token id beyond the vocabulary": (
         {"model": {"text_vocab_size": 100}}, ("token id", "model.text_vocab_size = 100", "tokenizer")),
     "other latents": ({"model": {"latent_channels": 8}}, ("(4, 4, 4)", "(4, 4, 8)", "model.latent_*")),

@@ -54,6 +54,19 @@ def test_records_come_back_in_any_order(source, record):
             np.testing.assert_array_equal(got, encode_images(part[None])[0].astype(np.float32))
 
 
+def test_text_is_read_by_its_tokens(tmp_path):
+    """Across the parts of a record, and never into the next record's."""
+    write_source(tmp_path / "s" / "train", [["ab", "", "cde"], [], [""], ["fg"]], encode_text, None)
+    source = PreparedSource(tmp_path, "s", "train")
+
+    def text(*place):
+        return "".join(map(chr, source.read_text(*place)))
+
+    assert [text(0, 0, 9), text(0, 1, 3), text(0, 4, 6), text(0, 7, 9)] == ["abcde", "bc", "e", ""]
+    assert [text(record, 0, 9) for record in (1, 2, 3)] == ["", "", "fg"]
+    assert source.read_text(0, 0, 2).dtype == np.int32
+
+
 def test_sizes_are_known_without_reading(source):
     """The planner sees these and never the documents."""
     assert len(source) == 5

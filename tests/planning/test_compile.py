@@ -47,7 +47,7 @@ def test_two_slices_compile():
 def test_rows_split_over_chips_compile():
     """Two half rows on a chip need less than two whole ones."""
     cfg = small_config(batch_size=4, d_model=512, d_ff=1024)
-    cfg = search.change(cfg, data={"seq_len": 4096, "max_scored": 1024}, mesh={"fsdp": 2, "sequence": 2})
+    cfg = search.change(cfg, data={"seq_len": 4096}, mesh={"fsdp": 2, "sequence": 2})
     made = plan.make_plan(cfg, parse_accelerator("v5litepod-4"), "half rows")
     assert made["mesh"] == {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 1}
     assert made["exchange"]["sequence_keys"] > 0

@@ -24,7 +24,7 @@ def small_config(remat="none"):
     tree = transfusion.get_config("0.16b")
     tree.model.update(num_layers=3, d_model=48, num_heads=4, num_kv_heads=2, d_ff=160, text_vocab_size=600,
                       latent_size=8, latent_channels=5, remat=remat, compute_dtype="float32")
-    tree.data.update(seq_len=72, max_scored=72, max_images=2)
+    tree.data.update(seq_len=72, max_images=2)
     tree.train.update(batch_size=2)
     return config.from_dict(tree)
 

@@ -16,12 +16,11 @@ from tfusion.types import PAD, Batch, Example
 
 
 class Plan(NamedTuple):
-    """rows[r] = list of (source, epoch, record); what did not fit, and what was cut, is counted."""
+    """rows[r] = list of (source, epoch, record, piece); what did not fit is counted."""
 
     rows: list
     num_documents: int
     num_dropped: int
-    num_cut: int
 
 
 class Candidate(NamedTuple):
@@ -29,8 +28,8 @@ class Candidate(NamedTuple):
 
     epochs: np.ndarray
     records: np.ndarray
+    pieces: np.ndarray  # of a text longer than a row (data/documents.py)
     lengths: np.ndarray
-    scored: np.ndarray  # positions that predict a token
     images: np.ndarray
 
 
@@ -41,46 +40,23 @@ def documents_per_window(shares, mean_lengths, num_rows: int, seq_len: int) -> l
 
 
 def plan_window(seed: int, window: int, candidates: list[Candidate], num_rows: int, seq_len: int,
-                max_scored: int, max_images: int) -> Plan:
-    """First-fit over the shuffled documents of one window, under T positions, S scored ones and I image
-    slots a row. A text too long for a row is cut (`cut_text`).
-    """
+                max_images: int) -> Plan:
+    """First-fit over the shuffled documents of one window, under T positions and I image slots a row."""
     rng = np.random.default_rng([seed, window])
-    flat = [(s, e, r, n, p, i) for s, c in enumerate(candidates)
-            for e, r, n, p, i in zip(c.epochs.tolist(), c.records.tolist(), c.lengths.tolist(),
-                                     c.scored.tolist(), c.images.tolist())]
-    room, heads, slots = (np.full(num_rows, x) for x in (seq_len, max_scored, max_images))
-    longest = text_limit(seq_len, max_scored)
-    rows, dropped, cut = [[] for _ in range(num_rows)], 0, 0
+    flat = [(s, *document) for s, c in enumerate(candidates) for document in zip(*(x.tolist() for x in c))]
+    room, slots = np.full(num_rows, seq_len), np.full(num_rows, max_images)
+    rows, dropped = [[] for _ in range(num_rows)], 0
     for index in rng.permutation(len(flat)):
-        source, epoch, record, length, scored, images = flat[index]
-        if images == 0 and length > longest:
-            length, scored, cut = longest, longest - 1, cut + 1
-        fits = (room >= length) & (heads >= scored) & (slots >= images)
+        *document, length, images = flat[index]
+        fits = (room >= length) & (slots >= images)
         row = int(fits.argmax())
         if not fits[row]:
             dropped += 1
             continue
         room[row] -= length
-        heads[row] -= scored
         slots[row] -= images
-        rows[row].append((source, epoch, record))
-    return Plan([rows[i] for i in rng.permutation(num_rows)], len(flat), dropped, cut)
-
-
-def text_limit(seq_len: int, max_scored: int) -> int:
-    """The positions of the longest text that fits a row: all but its last one are scored."""
-    return min(seq_len, max_scored + 1)
-
-
-def cut_text(example: Example, limit: int) -> Example:
-    """A text-only document cut to `limit` positions; its last position predicts nothing."""
-    if len(example.max_t_I) or len(example.tokens_L) <= limit:
-        return example
-    mask = example.loss_mask_L[:limit].copy()
-    mask[-1] = False
-    return example._replace(tokens_L=example.tokens_L[:limit], loss_mask_L=mask,
-                            image_ids_L=example.image_ids_L[:limit])
+        rows[row].append(tuple(document))
+    return Plan([rows[i] for i in rng.permutation(num_rows)], len(flat), dropped)
 
 
 def pack_row(row_id: int, examples: list[Example], seq_len: int, max_images: int, latent_shape) -> Batch:
@@ -119,7 +95,7 @@ def stack_rows(rows: list):
     return type(rows[0])(*(np.stack(field) for field in zip(*rows)))
 
 
-def check_batch(batch: Batch, vocab_size: int, num_patches: int, max_scored: int) -> None:
+def check_batch(batch: Batch, vocab_size: int, num_patches: int) -> None:
     """Raises UserError where a batch breaks the data contract (types.Batch), naming row and position."""
 
     def fail(mask, text):
@@ -131,9 +107,10 @@ def check_batch(batch: Batch, vocab_size: int, num_patches: int, max_scored: int
     if bad.any():
         fail(bad, f"token id {batch.tokens_BT[bad][0]} is outside 0..{vocab_size - 1}; "
                   "was the data prepared with this tokenizer?")
-    bad = np.cumsum(batch.loss_mask_BT, axis=1) > max_scored
+    segments = np.pad(batch.segment_ids_BT, ((0, 0), (0, 1)))
+    bad = batch.loss_mask_BT & ((segments[:, :-1] == 0) | (segments[:, :-1] != segments[:, 1:]))
     if bad.any():
-        fail(bad, f"more than data.max_scored = {max_scored} positions of the row are scored")
+        fail(bad, "is scored on what follows its document's end")
     bad = (batch.image_ids_BT > 0) & (batch.segment_ids_BT == 0)
     if bad.any():
         fail(bad, "an image patch lies in padding")

@@ -6,21 +6,19 @@ position in the data is therefore one integer, the next row, for any number of p
 
 import functools
 import threading
-import zlib
 
 import grain
 import numpy as np
 
 from tfusion.config import Config
 from tfusion.data import packing, prepared, transforms
-from tfusion.data.prepared import PreparedSource
+from tfusion.data.documents import Documents
 from tfusion.data.sources import pictures
 from tfusion.errors import UserError
 from tfusion.types import ImageBatch
 
 READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
 WINDOWS_KEPT = 4
-MEAN_SAMPLE = 65_536  # records from which a source's mean length is taken
 
 
 class PackedRows:
@@ -37,12 +35,10 @@ class PackedRows:
             raise UserError(f"{data.prepared} holds latents of shape {tuple(meta['latent_shape'])}, the "
                              f"model expects {cfg.model.latent_shape}: change model.latent_* or prepare again")
         self.identity, self.assets = prepared.identity(meta), prepared.assets(data.prepared)
-        self.sources = [PreparedSource(data.prepared, name, split) for name in names]
-        self._keys = [zlib.crc32(name.encode()) for name in names]  # the source's, whatever stands beside it
-        self._order = [grain.MapDataset.range(len(source)).seed(self.seed ^ key).shuffle().repeat()
-                       for key, source in zip(self._keys, self.sources)]
-        self._check()
-        means = [self._mean_length(source) for source in self.sources]
+        self.sources = [Documents(cfg, objective, name, split) for name in names]
+        self._order = [grain.MapDataset.range(len(source)).seed(self.seed ^ source.key).shuffle().repeat()
+                       for source in self.sources]
+        means = [source.mean_length(data.caption_dropout * self.dropout) for source in self.sources]
         self.per_window = packing.documents_per_window(
             [data.mixture[name] for name in names], means, data.window_rows, data.seq_len)
         for name, count in zip(names, self.per_window):
@@ -52,62 +48,32 @@ class PackedRows:
         self._lock = threading.Lock()
         self.plan = functools.lru_cache(WINDOWS_KEPT)(self._plan)
 
-    def _mean_length(self, source) -> float:
-        """Mean positions of a document as it is packed: captions dropped, long texts cut; over a sample."""
-        some = slice(None, None, max(1, len(source) // MEAN_SAMPLE))
-        text, images = source.text_tokens[some], source.images[some]
-        keep = 1 - self.cfg.data.caption_dropout * self.dropout
-        limit = packing.text_limit(self.cfg.data.seq_len, self.cfg.data.max_scored)
-        whole = np.minimum(self.objective.length(text, images), limit)
-        return float(np.where(images > 0, self.objective.length(keep * text, images), whole).mean())
-
-    def _check(self) -> None:
-        data = self.cfg.data
-        for source in self.sources:
-            if source.meta["max_token_id"] >= self.cfg.model.text_vocab_size:
-                raise UserError(
-                    f"{source.folder}: token id {source.meta['max_token_id']} is not below "
-                    f"model.text_vocab_size = {self.cfg.model.text_vocab_size}; was it prepared with "
-                    "another tokenizer?")
-            lengths = self.objective.length(source.text_tokens, source.images)
-            scored = self.objective.scored(source.text_tokens, source.images)
-            bad = (source.images > 0) & ((lengths > data.seq_len) | (source.images > data.max_images)
-                                         | (scored > data.max_scored))
-            if bad.any():
-                record = int(np.argmax(bad))
-                raise UserError(
-                    f"{source.folder}: record {record} has {source.images[record]} images and needs "
-                    f"{lengths[record]} positions, {scored[record]} of them scored; data.seq_len = "
-                    f"{data.seq_len}, data.max_images = {data.max_images}, data.max_scored = "
-                    f"{data.max_scored} (a document with images is never cut)")
-
-    def _plan(self, window: int) -> packing.Plan:
+    def offered(self, window: int) -> list[packing.Candidate]:
+        """The documents of each source that a window is offered, with their sizes."""
         candidates = []
         for index, (source, count) in enumerate(zip(self.sources, self.per_window)):
             places = range(window * count, (window + 1) * count)
-            records = np.array([self._order[index][place] for place in places], np.int64)
+            records, pieces = source.locate([self._order[index][place] for place in places])
             epochs = np.asarray(places, np.int64) // len(source)
-            images = np.asarray(source.images[records])
-            text = np.where(self._drops(index, epochs, records) & (images > 0), 0,
-                            source.text_tokens[records])
-            candidates.append(packing.Candidate(epochs, records, self.objective.length(text, images),
-                                                self.objective.scored(text, images), images))
+            lengths = source.lengths(records, pieces, self._drops(index, epochs, records))
+            candidates.append(packing.Candidate(epochs, records, pieces, lengths, source.images(records)))
+        return candidates
+
+    def _plan(self, window: int) -> packing.Plan:
         data = self.cfg.data
-        return packing.plan_window(self.seed, window, candidates, data.window_rows, data.seq_len,
-                                   data.max_scored, data.max_images)
+        return packing.plan_window(self.seed, window, self.offered(window), data.window_rows, data.seq_len,
+                                   data.max_images)
 
     def _drops(self, source: int, epoch, record):
-        drops = transforms.drops_caption(self.cfg.data, self.seed, self._keys[source], epoch, record)
+        drops = transforms.drops_caption(self.cfg.data, self.seed, self.sources[source].key, epoch, record)
         return drops & self.dropout
 
-    def example(self, source: int, epoch: int, record: int):
+    def example(self, source: int, epoch: int, record: int, piece: int):
         """One document, arranged and laid out."""
-        first = transforms.puts_image_first(self.cfg.data, self.seed, self._keys[source], epoch, record)
-        document = transforms.arrange(
-            self.sources[source].read(record), bool(self._drops(source, epoch, record)), bool(first),
-            self.cfg.data.image_first_max_t)
-        limit = packing.text_limit(self.cfg.data.seq_len, self.cfg.data.max_scored)
-        return packing.cut_text(self.objective.layout(document), limit)
+        documents = self.sources[source]
+        first = transforms.puts_image_first(self.cfg.data, self.seed, documents.key, epoch, record)
+        return documents.read(record, piece, bool(self._drops(source, epoch, record)), bool(first),
+                              self.cfg.data.image_first_max_t)
 
     def __getitem__(self, row: int):
         data = self.cfg.data
@@ -118,14 +84,14 @@ class PackedRows:
                                 data.max_images, self.cfg.model.latent_shape)
 
     def stats(self, row: int) -> dict:
-        """What the plan of the row's window left out."""
+        """Of the documents of the row's window: how many found no room, how many go on with a longer text."""
         plan = self.plan(row // self.cfg.data.window_rows)
+        continued = sum(piece > 0 for documents in plan.rows for *_, piece in documents)
         return {"data/dropped_documents": plan.num_dropped / plan.num_documents,
-                "data/cut_documents": plan.num_cut / plan.num_documents}
+                "data/continued_documents": continued / plan.num_documents}
 
     def check(self, batch) -> None:
-        packing.check_batch(batch, self.cfg.model.vocab_size, self.cfg.model.num_patches,
-                            self.cfg.data.max_scored)
+        packing.check_batch(batch, self.cfg.model.vocab_size, self.cfg.model.num_patches)
 
 
 class ImageRows:

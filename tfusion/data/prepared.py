@@ -216,3 +216,11 @@ class PreparedSource:
         first = self._records[record - 1, 0] if record else 0
         parts = self._parts[first : self._records[record, 0]]
         return [np.array(self._latents[b]) if a < 0 else np.array(self._tokens[a:b]) for a, b in parts]
+
+    def read_text(self, record: int, start: int, stop: int):
+        """int32 (n,): tokens `start` to `stop` of a record without images, whose parts lie end to end."""
+        first, last = (self._records[r, 0] if r >= 0 else 0 for r in (record - 1, record))
+        if first == last:
+            return np.zeros(0, np.int32)
+        begin, end = self._parts[first, 0], self._parts[last - 1, 1]
+        return np.array(self._tokens[min(begin + start, end) : min(begin + stop, end)])

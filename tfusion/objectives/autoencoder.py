@@ -46,4 +46,4 @@ def make(cfg: Config) -> Objective:
     return Objective(
         init=init, loss=loss, counts=counts,
         weights={"reconstruction_l1": 1.0, "reconstruction_mse": 1.0, "kl": cfg.autoencoder.kl_weight},
-        length=None, scored=None, layout=None)
+        length=None, layout=None)

@@ -12,5 +12,4 @@ class Objective(NamedTuple):
     counts: Callable  # (batch) -> {name: count} for the names in `weights`
     weights: dict  # {name: weight in the total}; other names are reported only
     length: Callable  # (text_tokens, images) -> positions of a document (arrays too)
-    scored: Callable  # (text_tokens, images) -> scored positions of a document; 0 without its captions
     layout: Callable  # (Document) -> Example

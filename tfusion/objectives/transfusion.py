@@ -86,7 +86,7 @@ def make(cfg: Config) -> Objective:
         out = model.apply({"params": params}, batch, x_t, t_BI)
         target = process.target(diffusion.prediction, x0, eps, a_BI)
         lm_loss = next_token_loss(out.hidden_BTD, out.lm_head_DV, batch.tokens_BT, batch.loss_mask_BT,
-                                  cfg.data.max_scored, model_cfg.vocab_size)
+                                  cfg.data.seq_len, model_cfg.vocab_size)
         return {"lm_loss": lm_loss,
                 **diffusion_losses(out.prediction_BIhwc, target, t_BI, batch.max_t_BI)}
 
@@ -98,11 +98,8 @@ def make(cfg: Config) -> Objective:
     def length(text_tokens, images):
         return text_tokens + images * (model_cfg.num_patches + 2) + 2
 
-    def scored(text_tokens, images):
-        return np.where(text_tokens > 0, text_tokens + images + 1, 0)  # all but BOI, patches and EOS
-
     return Objective(
         init=init, loss=loss, counts=counts,
         weights={"lm_loss": 1.0, "diffusion_loss": diffusion.loss_weight},
-        length=length, scored=scored,
+        length=length,
         layout=lambda document: layout(document, model_cfg.num_patches, model_cfg.boi, model_cfg.eoi))

@@ -1,0 +1,104 @@
+"""A source's documents, the unit that windows, orders and shuffles count in: (record, piece).
+
+A record is one document, but for a text whose `<bos> text <eos>` is longer than a row: it goes on in further
+documents, its pieces. Each opens with BOS and takes the next T - 1 tokens; the last one alone ends with EOS.
+A position predicts the next token of its own piece, the last position of a piece that goes on predicts nothing:
+every token of the text, EOS too, is predicted once. Windows count documents and not records, so that one very
+long text is spread over the run instead of overflowing its window.
+"""
+
+import zlib
+
+import numpy as np
+
+from tfusion.config import Config
+from tfusion.data import transforms
+from tfusion.data.prepared import PreparedSource
+from tfusion.errors import UserError
+from tfusion.types import Document, Example
+
+MEAN_SAMPLE = 65_536  # records from which a source's mean length is taken
+
+
+class Documents:
+    """The documents of one split of one prepared source, by number: record after record, piece after piece.
+
+    Raises UserError where a record does not fit the config.
+    """
+
+    def __init__(self, cfg: Config, objective, name: str, split: str):
+        self.cfg, self.objective, self.name = cfg, objective, name
+        self.source = PreparedSource(cfg.data.prepared, name, split)
+        self.key = zlib.crc32(name.encode())  # the source's own, whatever stands beside it
+        lengths = objective.length(self.source.text_tokens, self.source.images)
+        self._check(lengths)
+        pieces = self._pieces(lengths)
+        self._number = int(pieces.sum())
+        self._firsts = np.cumsum(pieces) - pieces if self._number > len(pieces) else None  # per record
+
+    def _check(self, lengths) -> None:
+        data, source = self.cfg.data, self.source
+        if source.meta["max_token_id"] >= self.cfg.model.text_vocab_size:
+            raise UserError(f"{source.folder}: token id {source.meta['max_token_id']} is not below "
+                            f"model.text_vocab_size = {self.cfg.model.text_vocab_size}; was it prepared with "
+                            "another tokenizer?")
+        bad = (source.images > 0) & ((lengths > data.seq_len) | (source.images > data.max_images))
+        if bad.any():
+            record = int(np.argmax(bad))
+            raise UserError(f"{source.folder}: record {record} has {source.images[record]} images and needs "
+                            f"{lengths[record]} positions; data.seq_len = {data.seq_len}, data.max_images = "
+                            f"{data.max_images} (a document with images is never cut)")
+
+    def _pieces(self, lengths):
+        """How many documents records of so many positions become: each but the first costs one more BOS."""
+        return np.maximum(1, -(-(lengths - 1) // (self.cfg.data.seq_len - 1)))
+
+    def __len__(self) -> int:
+        return self._number
+
+    def locate(self, documents):
+        """(records, pieces), int64, of document numbers."""
+        documents = np.asarray(documents, np.int64)
+        if self._firsts is None:
+            return documents, np.zeros_like(documents)
+        records = np.searchsorted(self._firsts, documents, side="right") - 1
+        return records, documents - self._firsts[records]
+
+    def images(self, records):
+        return np.asarray(self.source.images[records])
+
+    def lengths(self, records, pieces, dropped=False):
+        """Positions of documents as `read` lays them out. dropped: bool, which lost their captions."""
+        images = self.images(records)
+        text = np.where(dropped & (images > 0), 0, self.source.text_tokens[records])
+        T = self.cfg.data.seq_len
+        return np.minimum(self.objective.length(text, images) - pieces * (T - 1), T)
+
+    def mean_length(self, dropout: float) -> float:
+        """Mean positions of a document where `dropout` of those with images lose their captions; a sample."""
+        some = slice(None, None, max(1, len(self.source) // MEAN_SAMPLE))
+        text, images = self.source.text_tokens[some], self.source.images[some]
+        whole = self.objective.length(text, images)
+        pieces = self._pieces(whole)
+        kept = self.objective.length((1 - dropout) * text, images)
+        positions = np.where(images > 0, kept, whole + pieces - 1)
+        return float(positions.sum() / pieces.sum())
+
+    def read(self, record: int, piece: int, drop_caption: bool = False, image_first: bool = False,
+             image_first_max_t: float = 1.0) -> Example:
+        """One document, arranged (transforms.arrange) and laid out."""
+        if self.source.images[record]:
+            return self.objective.layout(transforms.arrange(
+                self.source.read(record), drop_caption, image_first, image_first_max_t))
+        T = self.cfg.data.seq_len
+        text = self.source.read_text(record, piece * (T - 1), (piece + 1) * (T - 1))
+        example = self.objective.layout(Document((text,), 1.0, True))
+        return example if len(example.tokens_L) <= T else without_end(example)
+
+
+def without_end(example: Example) -> Example:
+    """A text that goes on in its next piece: no EOS, and its last position predicts nothing."""
+    mask = example.loss_mask_L[:-1].copy()
+    mask[-1] = False
+    return example._replace(tokens_L=example.tokens_L[:-1], image_ids_L=example.image_ids_L[:-1],
+                            loss_mask_L=mask)
