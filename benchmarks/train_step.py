@@ -117,9 +117,8 @@ def naive_attention(q_BTHE, k_BTHE, v_BTHE, k_start_BT, k_end_BT):
     return jnp.einsum("bhts,bshe->bthe", weights_BHTS, v_BTHE)
 
 
-def naive_next_token_loss(h_BTD, head_DV, tokens_BT, loss_mask_BT, num_scored, vocab_size: int):
+def naive_next_token_loss(h_BTD, head_DV, tokens_BT, loss_mask_BT, vocab_size: int):
     """Logits at every position."""
-    del num_scored
     logits_BTV = jnp.where(jnp.arange(head_DV.shape[1]) < vocab_size, h_BTD @ head_DV, -1e9)
     targets_BT = jnp.roll(tokens_BT, -1, axis=1)
     nll_BT = -jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), targets_BT[..., None], axis=-1)[..., 0]

@@ -358,7 +358,7 @@ def test_packed_rows_equal_each_document_alone(runs):
         out = Transfusion(model).apply({"params": params}, batch, process.add_noise(x0, eps, a), t)
         target = process.target(runs.cfg.diffusion.prediction, x0, eps, a)
         lm = lm_head.next_token_loss(out.hidden_BTD, out.lm_head_DV, batch.tokens_BT, batch.loss_mask_BT,
-                                     data.seq_len, model.vocab_size)
+                                     model.vocab_size)
         diffusion = diffusion_losses(out.prediction_BIhwc, target, t, batch.max_t_BI)["diffusion_loss"]
         return lm[0] + diffusion[0], (lm, diffusion, out)
 

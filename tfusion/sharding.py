@@ -125,6 +125,21 @@ def sharded(fn, in_axes, out_axes):
     return run
 
 
+def sum_over(x, name: str):
+    """Inside `sharded`: the sum over the devices that split a logical axis."""
+    return jax.lax.psum(x, RULES[name]) if _split(name) else x
+
+
+def max_over(x, name: str):
+    """Inside `sharded`: the largest over the devices that split a logical axis."""
+    return jax.lax.pmax(x, RULES[name]) if _split(name) else x
+
+
+def _split(name: str) -> bool:
+    """Whether the current mesh splits a logical axis, and `sharded` thus runs by parts."""
+    return num_shards(name) > 1
+
+
 def shardings(abstract_tree, mesh: Mesh):
     """Shardings for a tree of shapes, some boxed with logical axis names by `nn.Partitioned` boxes.
 

@@ -1,6 +1,6 @@
-"""The LM head's loss against its formula in numpy, in one piece and in chunks of the vocabulary.
+"""The LM head's loss against its formula in float64: any rows, any mesh, and no more work than is scored.
 
-B batch, T positions, D d_model, S scored positions, V padded vocabulary.
+B batch, T positions, D d_model, V padded vocabulary, C positions of a chunk.
 """
 
 import re
@@ -14,131 +14,176 @@ from tfusion import sharding
 from tfusion.config import MeshConfig
 from tfusion.models import lm_head
 
-B, T, D, V = 3, 16, 8, 64
+B, T, D, V = 4, 32, 8, 64
+VOCAB = V - 11
+MESHES = {  # data, fsdp, tensor, sequence
+    "one": (1, 1, 1, 1), "data2-fsdp2-tensor2": (2, 2, 2, 1), "fsdp4": (1, 4, 1, 1), "tensor8": (1, 1, 8, 1),
+    "fsdp8 for 4 rows": (1, 8, 1, 1), "data4-tensor2": (4, 1, 2, 1), "fsdp2-tensor2-sequence2": (1, 2, 2, 2),
+    "sequence4": (1, 1, 1, 4), "data2-sequence4": (2, 1, 1, 4), "sequence8": (1, 1, 1, 8)}
 
 
-def random_inputs(seed: int, vocab: int, scale: float = 1.0):
-    """(h_BTD, head_DV, tokens_BT, mask_BT): rows with unequal numbers of scored positions, one with none."""
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """Compiling is nine tenths of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def random_mask(seed: int):
+    """Rows with very unequal numbers of scored positions: some, none, all but the last, one."""
+    mask = np.random.default_rng(seed).random((B, T)) < np.array([[0.4], [0.0], [1.0], [0.0]])
+    mask[3, T // 2 - 1] = True  # the last of a device's part
+    mask[:, -1] = False
+    return mask
+
+
+MASKS = {"unequal": random_mask(0), "none": np.zeros((B, T), bool),
+         "one row": np.arange(B)[:, None] * np.ones(T) == 2, "all": np.ones((B, T), bool)}
+for whole in ("one row", "all"):
+    MASKS[whole][:, -1] = False
+
+
+def random_inputs(seed: int, scale: float = 1.0, dtype=np.float32):
+    """(h_BTD, head_DV, tokens_BT); the head's padding is not zero."""
     rng = np.random.default_rng(seed)
     h, head = rng.standard_normal((B, T, D)), scale * rng.standard_normal((D, V))
-    mask = rng.random((B, T)) < np.array([[0.3], [0.0], [0.8]])
-    mask[:, -1] = False
-    return h.astype(np.float32), head.astype(np.float32), rng.integers(0, vocab, (B, T)), mask
+    return h.astype(dtype), head.astype(np.float32), rng.integers(0, VOCAB, (B, T))
 
 
-def dense(h, head, targets, vocab: int):
-    """-log softmax(h @ head)[target] over the real vocabulary."""
-    z = (h @ head)[..., :vocab]
-    return -jnp.take_along_axis(jax.nn.log_softmax(z), targets[..., None], -1)[..., 0]
+def dense(h, head, tokens, mask):
+    """(loss, gradient of h, gradient of the head) of -log softmax(h[p] @ head)[tokens[p + 1]] in float64."""
+    h, head = np.float64(h), np.float64(head)[:, :VOCAB]
+    z = h @ head
+    e = np.exp(z - z.max(-1, keepdims=True))
+    p = e / e.sum(-1, keepdims=True)
+    hit = np.eye(VOCAB)[np.roll(tokens, -1, axis=1)]
+    dz = mask[..., None] * (p - hit)
+    nll = np.log(e.sum(-1)) + z.max(-1) - (z * hit).sum(-1)
+    return (mask * nll).sum(), dz @ head.T, np.pad(np.einsum("btd,btv->dv", h, dz), ((0, 0), (0, V - VOCAB)))
 
 
-CHUNKS = {"1": (V, 1), "2": (32, 2), "2 by a limit that does not divide": (40, 2), "4": (16, 4), "64": (1, 64)}
+def loss_and_gradients():
+    """A jitted step: h, head, tokens, mask, weight -> ((weight * sum, count), gradients)."""
+    def loss(h, head, tokens, mask, weight=1.0):
+        total, count = lm_head.next_token_loss(h, head, tokens, mask, VOCAB)
+        return weight * total, count
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
 
 
-@pytest.mark.parametrize("vocab", [V, V - 3, 21])
-@pytest.mark.parametrize("name", CHUNKS)
-def test_cross_entropy_in_chunks_is_the_dense_one(name, vocab):
-    """Value and gradients; the vocabulary's padding gets exactly none, also where a chunk is nothing else."""
-    chunk, number = CHUNKS[name]
-    h, head, tokens, _ = random_inputs(vocab, vocab)
-    tokens[0, : min(T, vocab)] = np.arange(vocab)[-min(T, vocab):]  # the last ids too
-    weights = np.random.default_rng(1).standard_normal((B, T))
-
-    def total(fn):
-        return jax.value_and_grad(lambda h, head: (weights * fn(h, head)).sum(), argnums=(0, 1))
-
-    chunked = total(lambda h, head: lm_head.cross_entropy(h, head, tokens, vocab, chunk))
-    value, grads = chunked(h, head)
-    want, want_grads = total(lambda h, head: dense(h, head, tokens, vocab))(h, head)
-    assert float(value) == pytest.approx(float(want), rel=1e-5)
-    for got, wanted in zip(grads, want_grads):
-        assert np.linalg.norm(got - wanted) <= 1e-5 * np.linalg.norm(wanted)
-    assert not np.asarray(grads[1])[:, vocab:].any()
-    scans = [e.params["length"] for e in equations(jax.make_jaxpr(chunked)(h, head).jaxpr)
-             if e.primitive.name == "scan"]
-    assert scans == ([number] * 2 if number > 1 else [])  # forward and backward
+def on_mesh(sizes):
+    return jax.set_mesh(sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)]))
 
 
-@pytest.mark.parametrize("sizes, whole", [
-    ((1, 1, 1, 1), 12 * V), ((1, 3, 1, 1), 4 * V), ((1, 3, 2, 1), 2 * V), ((1, 1, 1, 4), 3 * V)])
-def test_logits_are_cut_by_their_size_on_one_device(monkeypatch, sizes, whole):
-    """In one piece up to KEPT_LOGITS: rows are spread over fsdp, a row over sequence, ids over tensor."""
-    targets, head = np.zeros((3, 4), np.int32), jax.ShapeDtypeStruct((D, V), jnp.float32)
-    mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
-    with jax.set_mesh(mesh):
-        monkeypatch.setattr(lm_head, "KEPT_LOGITS", whole)
-        assert lm_head.chunk_size(targets, head) == V
-        monkeypatch.setattr(lm_head, "KEPT_LOGITS", whole - 1)
-        assert lm_head.chunk_size(targets, head) == lm_head.CHUNK
+def small_chunks(monkeypatch, chunk: int = 3):
+    monkeypatch.setattr(lm_head, "chunk_size", lambda num_positions, vocab: min(chunk, num_positions))
 
 
-def test_scored_positions_are_spread_where_rows_are():
-    """Each of four devices that share the rows makes a quarter of the logits, and the loss is the same."""
-    h, head, tokens, mask = random_inputs(3, V)
-
-    def loss(h, head):
-        return lm_head.next_token_loss(h, head, tokens, mask, 13, V)[0]
-
-    want, want_grads = jax.value_and_grad(loss, (0, 1))(h, head)
-    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1, sequence=4), jax.devices()[:4])
-    with jax.set_mesh(mesh):
-        h = jax.device_put(h, jax.NamedSharding(mesh, sharding.spec("batch", "length", "hidden")))
-        compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(h, head).compile()
-        got, grads = compiled(h, head)
-    assert float(got) == pytest.approx(float(want), rel=1e-5)
-    for a, b in zip(grads, want_grads):
-        np.testing.assert_allclose(a, b, atol=1e-5)
-    products = re.findall(r"= f32\[([\d,]+)\]\S* dot\(", compiled.as_text())
-    logits = [shape for shape in products if shape.endswith(f",{V}") and not shape.startswith(f"{D},")]
-    assert logits and all(np.prod(list(map(int, shape.split(",")))) == B * 16 // 4 * V for shape in logits)
+def assert_near(got, want, rtol):
+    assert np.linalg.norm(np.float64(got) - want) <= rtol * np.linalg.norm(want)
 
 
-def test_large_logits_stay_finite():
-    """Logits of +-1000, with the largest in any chunk."""
-    h, head, tokens, _ = random_inputs(0, V, scale=400.0)
-    z = np.einsum("btd,dv->btv", h.astype(np.float64), head.astype(np.float64))
-    top = z.max(-1)
-    hit = np.take_along_axis(z, tokens[..., None], -1)[..., 0]
-    want = np.log(np.exp(z - top[..., None]).sum(-1)) + top - hit
-    for chunk in (V, 16):
-        np.testing.assert_allclose(lm_head.cross_entropy(h, head, tokens, V, chunk), want, rtol=1e-5, atol=2e-3)
-    assert np.abs(z).max() > 1000
+# ---------------------------------------------------------------- the numbers
+
+@pytest.mark.parametrize("chunk", [3, 32, 128])
+def test_loss_and_gradients_are_the_dense_ones(monkeypatch, chunk):
+    """Whatever is scored; the vocabulary's padding and what is not scored get exactly no gradient."""
+    small_chunks(monkeypatch, chunk)
+    inputs, step = random_inputs(1), loss_and_gradients()
+    plain = jax.jit(lambda *x: lm_head.next_token_loss(*x, VOCAB))  # no gradient asked for
+    for name, mask in MASKS.items():
+        (total, count), (dh, dhead) = step(*inputs, mask, 0.25)
+        want, want_dh, want_dhead = dense(*inputs, mask)
+        assert (int(count), float(total)) == (mask.sum(), pytest.approx(want / 4, rel=1e-5)), name
+        assert_near(dh, want_dh / 4, 1e-5)
+        assert_near(dhead, want_dhead / 4, 1e-5)
+        np.testing.assert_array_equal(np.abs(dh).sum(-1) > 0, mask)
+        assert not np.asarray(dhead)[:, VOCAB:].any()
+        total, count = plain(*inputs, mask)
+        assert (int(count), float(total)) == (mask.sum(), pytest.approx(want, rel=1e-5)), name
 
 
-@pytest.mark.parametrize("one_piece", [lm_head.KEPT_LOGITS, 0])
-@pytest.mark.parametrize("num_scored", [13, T, 2 * T])
-def test_next_token_loss_is_next_token_cross_entropy(monkeypatch, num_scored, one_piece):
-    """-log softmax(h[p] @ head)[tokens[p + 1]] over the mask, in float64, with the vocabulary's padding out."""
-    vocab = V - 11
-    h, head, tokens, mask = random_inputs(3, vocab, scale=3.0)
-    assert 0 == mask[1].sum() < mask[0].sum() < mask[2].sum() <= 13
-    total = 0.0
-    for b, p in np.argwhere(mask):
-        z = (h[b, p].astype(np.float64) @ head)[:vocab]
-        total += np.log(np.exp(z - z.max()).sum()) + z.max() - z[tokens[b, p + 1]]
-    monkeypatch.setattr(lm_head, "KEPT_LOGITS", one_piece)
-    monkeypatch.setattr(lm_head, "CHUNK", 16)
-    got, count = lm_head.next_token_loss(h, head, tokens, mask, num_scored, vocab)
-    assert float(got) == pytest.approx(total, rel=1e-5) and int(count) == mask.sum()
+@pytest.mark.parametrize("name", MESHES)
+def test_the_same_on_any_mesh(monkeypatch, name):
+    """Rows, positions and vocabulary split, each device with another number of chunks; a head split by fsdp."""
+    small_chunks(monkeypatch)
+    inputs, mask = random_inputs(2), MASKS["unequal"]
+    want, want_dh, want_dhead = dense(*inputs, mask)
+    with on_mesh(MESHES[name]):
+        h, head, tokens = inputs
+        split = jax.NamedSharding(jax.sharding.get_mesh(), sharding.spec("embed", "vocab"))
+        head = jax.device_put(head, split)
+        (total, count), (dh, dhead) = loss_and_gradients()(h, head, tokens, mask, 3.0)
+        alone, _ = jax.jit(lambda *x: lm_head.next_token_loss(*x, VOCAB))(h, head, tokens, mask)
+    assert (int(count), float(total)) == (mask.sum(), pytest.approx(3 * want, rel=1e-5))
+    assert float(alone) == pytest.approx(want, rel=1e-5)
+    assert_near(dh, 3 * want_dh, 1e-5)
+    assert_near(dhead, 3 * want_dhead, 1e-5)
 
 
-def test_positions_that_are_not_scored_get_no_gradient():
-    h, head, tokens, mask = random_inputs(4, V)
-    grad = jax.grad(lambda h: lm_head.next_token_loss(h, head, tokens, mask, T, V)[0])(h)
-    np.testing.assert_array_equal(np.abs(grad).sum(-1) > 0, mask)
+def test_large_logits_stay_finite(monkeypatch):
+    """Logits beyond +-1000, of which float32 has no exponential, wherever the largest lies."""
+    small_chunks(monkeypatch)
+    inputs, mask = random_inputs(0, scale=400.0), MASKS["all"]
+    want, want_dh, _ = dense(*inputs, mask)
+    assert np.abs(np.float64(inputs[0]) @ np.float64(inputs[1])).max() > 1000
+    for name in ("one", "tensor8"):
+        with on_mesh(MESHES[name]):
+            (total, _), (dh, dhead) = loss_and_gradients()(*inputs, mask)
+        assert float(total) == pytest.approx(want, rel=1e-5)
+        assert np.isfinite(dhead).all()
+        assert_near(dh, want_dh, 1e-3)
 
 
-@pytest.mark.parametrize("num_scored", [6, 9, 20])
-def test_scored_positions(num_scored):
-    """In order, then zeros that are not used."""
-    mask = np.zeros((3, 9), bool)
-    mask[0, [0, 3, 4, 8]], mask[1, [2, 5, 6, 7, 8, 1]] = True, True
-    positions, used = lm_head.scored_positions(mask, num_scored)
-    width = min(num_scored, 9)
-    assert positions.shape == used.shape == (3, width)
-    for row, want in enumerate(([0, 3, 4, 8], [1, 2, 5, 6, 7, 8], [])):
-        assert positions[row].tolist() == want + [0] * (width - len(want))
-        assert used[row].tolist() == [True] * len(want) + [False] * (width - len(want))
+def test_bfloat16_loses_what_rounding_its_inputs_loses(monkeypatch):
+    """The sum over chunks and the logits are float32: the loss is the float64 one of the rounded inputs."""
+    small_chunks(monkeypatch)
+    h, head, tokens = random_inputs(5, dtype=jnp.bfloat16)
+    (total, _), (dh, dhead) = loss_and_gradients()(h, head, tokens, MASKS["all"])
+    want, want_dh, want_dhead = dense(h, head.astype(jnp.bfloat16), tokens, MASKS["all"])
+    assert float(total) == pytest.approx(want, rel=1e-5)
+    assert (dh.dtype, dhead.dtype) == (jnp.bfloat16, jnp.float32)
+    assert_near(dh, want_dh, 2**-7)
+    assert_near(dhead, want_dhead, 2**-7)
+
+
+# ---------------------------------------------------------------- the work
+
+@pytest.mark.parametrize("positions, vocab, want", [
+    (1, 64, 1), (63, 64, 63), (64, 1024, 64), (512, 1024, 64), (2048, 8320, 256), (2048 + 64 * 8, 8320, 320),
+    (4096, 32128, 512), (4 * 4096, 32128, 1024), (4 * 4096, 32128 // 4, 2048), (2**20, 2**18, 128),
+    (2**20, 2**26, 64)])
+def test_chunk_size(positions, vocab, want):
+    """An eighth of the positions, in tiles of 64, at most 2^25 logits; a tile at least, or all there are."""
+    assert lm_head.chunk_size(positions, vocab) == want
+
+
+@pytest.mark.parametrize("count, chunk, want", [(0, 8, 0), (1, 8, 1), (8, 8, 1), (9, 8, 2), (31 * 8, 8, 31)])
+def test_num_chunks(count, chunk, want):
+    assert lm_head.num_chunks(count, chunk) == want
+
+
+@pytest.mark.parametrize("name", ["one", "fsdp4", "tensor8", "fsdp2-tensor2-sequence2"])
+def test_chunks_run_as_many_as_are_scored(monkeypatch, name):
+    """Each device runs the chunks that its own scored positions fill, whatever the others run."""
+    small_chunks(monkeypatch)
+    ran, chunk = [], lm_head._chunk
+
+    def counted(*args):
+        jax.debug.callback(lambda: ran.append(1))
+        return chunk(*args)
+
+    monkeypatch.setattr(lm_head, "_chunk", counted)
+    data, fsdp, tensor, sequence = MESHES[name]
+    step = loss_and_gradients()
+    for mask in MASKS.values():
+        ran.clear()
+        with on_mesh(MESHES[name]):
+            jax.block_until_ready(step(*random_inputs(3), mask))
+            jax.effects_barrier()
+        counts = mask.reshape(data * fsdp, -1, sequence, T // sequence).sum((1, 3))
+        assert len(ran) == tensor * sum(-(-n // 3) for n in counts.ravel())
 
 
 def equations(jaxpr):
@@ -149,19 +194,54 @@ def equations(jaxpr):
             yield from equations(inner)
 
 
-@pytest.mark.parametrize("chunk, one_piece", [(V, 4 * 30 * V), (16, 4 * 30 * V - 1)])
-def test_no_array_of_positions_times_vocabulary(monkeypatch, chunk, one_piece):
-    """Of the loss and its gradient nothing is larger than scored positions x one chunk, or the head itself."""
-    rows, length, scored = 4, 200, 30
-    monkeypatch.setattr(lm_head, "KEPT_LOGITS", one_piece)
-    monkeypatch.setattr(lm_head, "CHUNK", 16)
-    shapes = (jax.ShapeDtypeStruct(s, t) for s, t in (
-        ((rows, length, D), jnp.float32), ((D, V), jnp.float32), ((rows, length), jnp.int32),
-        ((rows, length), jnp.bool_)))
-    loss = jax.value_and_grad(
-        lambda h, head, tokens, mask: lm_head.next_token_loss(h, head, tokens, mask, scored, V)[0], (0, 1))
-    sizes = {v.aval.shape: v.aval.size for e in equations(jax.make_jaxpr(loss)(*shapes).jaxpr)
-             for v in e.outvars}
-    assert (rows, scored, chunk) in sizes  # the logits are seen
-    assert max(sizes.values()) <= max(rows * scored * chunk, rows * length * D, D * V)
-    assert max(sizes.values()) < rows * length * V
+def products(jaxpr):
+    """[(dtypes of the operands, dtype of the result, shape of the result)] of every matrix product."""
+    return [({v.aval.dtype.name for v in e.invars}, e.outvars[0].aval.dtype.name, e.outvars[0].aval.shape)
+            for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+
+
+def traced(dtype, rows: int = 4, length: int = 256, gradients: bool = True):
+    shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (
+        ((rows, length, D), dtype), ((D, V), jnp.float32), ((rows, length), jnp.int32), ((rows, length), bool))]
+
+    def loss(*x):
+        return lm_head.next_token_loss(*x, VOCAB)[0]
+
+    return jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)) if gradients else loss)(*shapes).jaxpr
+
+
+def test_three_products_a_chunk_and_one_without_gradients():
+    """A logit is made once; nothing is larger than h, the head, or one chunk of logits."""
+    C = lm_head.chunk_size(4 * 256, V)
+    assert [shape for *_, shape in products(traced(jnp.float32))] == [(C, V), (C, D), (D, V)]
+    assert [shape for *_, shape in products(traced(jnp.float32, gradients=False))] == [(C, V)]
+    largest = max(v.aval.size for e in equations(traced(jnp.float32)) for v in e.outvars)
+    assert largest == max(4 * 256 * D, D * V, C * V) < 4 * 256 * V
+
+
+def test_bfloat16_products_are_of_bfloat16():
+    """Logits leave their product in float32; their cotangent enters both backward products in bfloat16. The
+    head's gradient is summed over chunks in float32."""
+    bfloat16 = {"bfloat16"}
+    C = lm_head.chunk_size(4 * 256, V)
+    assert products(traced(jnp.bfloat16)) == [
+        (bfloat16, "float32", (C, V)), (bfloat16, "bfloat16", (C, D)), (bfloat16, "float32", (D, V))]
+
+
+def test_decoding_takes_logits_in_float32():
+    shapes = jax.ShapeDtypeStruct((3, D), jnp.bfloat16), jax.ShapeDtypeStruct((D, V), jnp.float32)
+    jaxpr = jax.make_jaxpr(lambda h, head: lm_head.logits(h, head, VOCAB))(*shapes).jaxpr
+    assert products(jaxpr) == [({"bfloat16"}, "float32", (3, V))]
+
+
+def test_devices_that_share_rows_share_the_work():
+    """Compiled for a row on four devices: each makes logits of its own positions, by chunks of their number."""
+    h, head, tokens = random_inputs(3)
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1, sequence=4), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        h = jax.device_put(h, jax.NamedSharding(mesh, sharding.spec("batch", "length", "hidden")))
+        text = jax.jit(jax.grad(lambda *x: lm_head.next_token_loss(*x, VOCAB)[0], (0, 1))).lower(
+            h, head, tokens, MASKS["all"]).compile().as_text()
+    logits = {shape for shape in re.findall(r"= f32\[([\d,]+)\]\S* dot\(", text)
+              if shape.endswith(f",{V}") and not shape.startswith(f"{D},")}
+    assert logits == {f"{lm_head.chunk_size(B * T // 4, V)},{V}"} == {f"{B * T // 4},{V}"}

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 
 from experiments import transfusion
 from tests.planning.plans import small_config
-from tfusion import config
+from tfusion import config, sharding
 from tfusion.accelerators import CHIPS, GIB, parse_accelerator
 from tfusion.errors import UserError
 from tfusion.planning import collectives, compile, plan, roofline, search, text, topology, walk
@@ -164,18 +164,39 @@ def test_walk_counts_loops_shards_and_platforms():
     def loop(x):
         return jax.lax.scan(lambda c, _: (by_platform(c), None), x, None, length=5)[0]
 
+    def some(x, n):
+        return jax.lax.fori_loop(0, n, lambda _, c: c @ x, x)
+
     def sharded(x):
         return jax.shard_map(lambda x: jnp.einsum("bij,bjk->bik", x, x), mesh=mesh, in_specs=spec,
                              out_specs=spec)(x)
 
-    def flops_of(f, shape, platform):
-        jaxpr = jax.make_jaxpr(f)(jax.ShapeDtypeStruct(shape, jnp.float32)).jaxpr
-        return sum(walk.dot_flops(eqn) * n for eqn, n in walk.equations(jaxpr, platform))
+    def flops_of(f, shape, platform, *more):
+        jaxpr = jax.make_jaxpr(f)(jax.ShapeDtypeStruct(shape, jnp.float32), *more).jaxpr
+        return sum(walk.dot_flops(eqn) * n for eqn, n, _ in walk.equations(jaxpr, platform, loops=7))
 
     assert flops_of(loop, (8, 8), "tpu") == 5 * 2 * 2 * 8**3
     assert flops_of(loop, (8, 8), "cpu") == 5 * 2 * 8**3
+    assert flops_of(some, (8, 8), "tpu", 3) == 7 * 2 * 8**3
     with compile.entered(mesh):
         assert flops_of(sharded, (4, 8, 8), "tpu") == 4 * 2 * 8**3
+
+
+@pytest.mark.parametrize(("micros", "shape"), [
+    (1, {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}), (1, dict.fromkeys(sharding.AXES, 1)),
+    (2, {"data": 2, "fsdp": 1, "sequence": 2, "tensor": 2})])
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_the_walk_counts_the_head_by_the_expected_number_of_scored_positions(micros, shape, platform):
+    """On any mesh; three products per scored position, in the step's one loop of unknown length."""
+    cfg = small_config(batch_size=8, num_microbatches=micros, text_vocab_size=600)
+    mesh = jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape))
+    jaxpr = compile.trace(cfg, compile.abstract_state(cfg), mesh).jaxpr.jaxpr
+    found = list(walk.equations(jaxpr, platform, roofline.expected_chunks(cfg, shape)))
+    D, V, scored = cfg.model.d_model, cfg.model.padded_vocab_size, roofline.assumed_counts(cfg).scored
+    head = sum(walk.dot_flops(eqn) * n for eqn, n, _ in found
+               if any(V // shape["tensor"] in v.aval.shape for v in (*eqn.invars, *eqn.outvars)))
+    assert head == pytest.approx(3 * 2 * D * V * scored)
+    assert sum(eqn.primitive.name == "while" for eqn, *_ in found) == 1
 
 
 def test_kernels_with_a_stated_cost_are_counted_and_others_noted():

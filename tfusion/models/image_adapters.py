@@ -12,7 +12,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from tfusion.config import ModelConfig
-from tfusion.models.transformer import kernel, linear
+from tfusion.models.transformer import kernel, linear, linear_f32
 
 TIME_FEATURES = 256
 
@@ -76,7 +76,7 @@ class LinearAdapter(nn.Module):
 
     def decode(self, h_BIND):
         """Outputs at the patches -> the target's estimate (B, I, h, w, c), float32."""
-        out_BINP = linear(h_BIND, self.patch_out).astype(jnp.float32) + self.patch_out_bias
+        out_BINP = linear_f32(h_BIND, self.patch_out) + self.patch_out_bias
         return unpatchify(out_BINP, self.cfg.patch_size, self.cfg.latent_size)
 
 

@@ -1,86 +1,131 @@
-"""The LM head and its loss, only where a token is scored and never as a B x T x V array.
+"""The LM head and its loss, whose cost follows how many positions are scored, not how many there are.
 
-Half the positions of a mixed row are patches, which predict no token. The plan of the rows bounds the
-scored positions per row, so they are gathered into a static number S of them; where their logits are large,
-the softmax then runs over chunks of the vocabulary, each recomputed in the backward pass.
+Half the positions of a mixed row are patches, which predict no token. Each device takes those of its own
+positions that are scored, C at a time, as many chunks as they fill. The loss is one sum, so its gradients are
+made in the same pass, chunk by chunk (three matrix products; a logit is never made twice), and the backward
+pass only scales them. No array is as large as positions x vocabulary.
 
-B batch, T positions, D d_model, S scored positions per row, V vocabulary (padded), C chunks, W = V / C.
+B batch, T positions, D d_model, V vocabulary (padded); N = B * T positions, C positions of a chunk.
 """
 
-import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from tfusion.models.transformer import linear
-from tfusion.sharding import constrain, num_shards
+from tfusion.models.transformer import linear_f32
+from tfusion.sharding import max_over, sharded, sum_over
 
-KEPT_LOGITS = 2**24  # logits per device (64 MiB) up to which they are kept rather than made twice
-CHUNK = 8192  # vocabulary entries per chunk, at most, where there are more
+CHUNK_LOGITS = 2**25  # float32 logits of a chunk, at most (128 MiB)
+CHUNK_TILE = 64  # a chunk's positions are a multiple of this
 
 
 def logits(h, head_DV, vocab_size: int):
     """(..., D) -> float32 (..., V); ids of the vocabulary's padding get -1e9."""
-    return _mask_padding(linear(h, head_DV).astype(jnp.float32), jnp.arange(head_DV.shape[1]), vocab_size)
+    return mask_padding(linear_f32(h, head_DV), jnp.arange(head_DV.shape[1]), vocab_size)
 
 
-def _mask_padding(z, ids, vocab_size: int):
+def mask_padding(z, ids, vocab_size: int):
     return jnp.where(ids < vocab_size, z, -1e9)
 
 
-def scored_positions(loss_mask_BT, num_scored: int):
-    """(positions_BS, used_BS): each row's scored positions in order; the rest are position 0, used False.
-
-    A row with more than S scored positions would lose some: the plan and `check_batch` rule that out.
-    """
-    T = loss_mask_BT.shape[1]
-    positions_BS = jnp.sort(jnp.where(loss_mask_BT, jnp.arange(T), T), axis=1)[:, :num_scored]
-    used_BS = positions_BS < T
-    return jnp.where(used_BS, positions_BS, 0), used_BS
-
-
-def next_token_loss(h_BTD, head_DV, tokens_BT, loss_mask_BT, num_scored: int, vocab_size: int):
+def next_token_loss(h_BTD, head_DV, tokens_BT, loss_mask_BT, vocab_size: int):
     """(sum, count) of -log p(tokens[p + 1]) over the scored positions p, float32.
 
-    Where a row is spread over devices, so are its scored positions, rounded up to the same number on each.
+    Rows are split over devices, positions of a row too, and the vocabulary: each device sums over its own
+    positions, with as many chunks as it needs. Those that split the vocabulary between them hold the same
+    positions, so they agree on the number of chunks; only they meet inside the loop. The head is gathered
+    before it in the compute dtype, once, and its gradient summed after it, once.
     """
-    parts = num_shards("length")
-    positions_BS, used_BS = scored_positions(loss_mask_BT, -(-num_scored // parts) * parts)
-    h_BSD = jnp.take_along_axis(h_BTD, positions_BS[..., None], axis=1)
-    h_BSD = constrain(h_BSD, "batch", "length", "hidden")
-    targets_BS = jnp.take_along_axis(jnp.roll(tokens_BT, -1, axis=1), positions_BS, axis=1)
-    nll_BS = cross_entropy(h_BSD, head_DV, targets_BS, vocab_size, chunk_size(targets_BS, head_DV))
-    return jnp.sum(jnp.where(used_BS, nll_BS, 0.0)), jnp.sum(loss_mask_BT)
+    axes = ("batch", "length", "hidden"), (None, "vocab"), ("vocab",), ("batch", "length"), ("batch", "length")
+    one = sharded(partial(_sum_on_device, vocab_size=vocab_size), axes, ("batch", "length"))
+    targets_BT = jnp.roll(tokens_BT, -1, axis=1)  # a device's last one is its neighbour's first token
+    ids_V = jnp.arange(head_DV.shape[1])
+    sums = one(h_BTD, head_DV.astype(h_BTD.dtype), ids_V, targets_BT, loss_mask_BT)
+    return jnp.sum(sums), jnp.sum(loss_mask_BT)
 
 
-def chunk_size(targets_BS, head_DV) -> int:
-    """How many vocabulary entries to take at a time: all, where their logits are few."""
-    V, parts = head_DV.shape[1], num_shards("batch") * num_shards("length") * num_shards("vocab")
-    return V if targets_BS.size * V // parts <= KEPT_LOGITS else CHUNK
+def _sum_on_device(h_BTD, head_DV, ids_V, targets_BT, mask_BT, vocab_size: int):
+    """(1, 1): the loss summed over one device's positions."""
+    h_ND = h_BTD.reshape(-1, h_BTD.shape[-1])
+    total = scored_sum(vocab_size, h_ND, head_DV, ids_V, targets_BT.reshape(-1), mask_BT.reshape(-1))
+    return total.reshape(1, 1)
 
 
-def cross_entropy(h, head_DV, targets, vocab_size: int, chunk: int):
-    """-log softmax(h @ head)[target], float32, shaped as targets, over chunks of the vocabulary."""
-    D, V = head_DV.shape
-    C = next(c for c in range(1, V + 1) if V % c == 0 and V // c <= chunk)
-    if C == 1:
-        z = logits(h, head_DV, vocab_size)
-        hit = jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(z, axis=-1) - hit
-    # Strided: chunk c holds the ids c, c + C, c + 2C, ..., so that a sharded vocabulary stays sharded.
-    head_CDW = jnp.moveaxis(head_DV.reshape(D, V // C, C), 2, 0)
+def chunk_size(num_positions: int, vocab: int) -> int:
+    """C for a device with so many positions and vocabulary entries.
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def one(carry, x):
-        top, total, hit = carry
-        c, head_DW = x
-        z = linear(h, head_DW).astype(jnp.float32)
-        z = _mask_padding(z, c + C * jnp.arange(V // C), vocab_size)
-        new = jax.lax.stop_gradient(jnp.maximum(top, z.max(axis=-1)))
-        total = total * jnp.exp(top - new) + jnp.exp(z - new[..., None]).sum(axis=-1)
-        mine = jnp.take_along_axis(z, (targets // C)[..., None], axis=-1)[..., 0]
-        return (new, total, jnp.where(targets % C == c, mine, hit)), None
+    Large chunks are full ones: every chunk reads the head and adds to its gradient, and with a thousand
+    positions an accelerator's products outweigh that. But the last chunk is half empty on average, so that
+    there should be several.
+    """
+    tiles = min(num_positions // 8, CHUNK_LOGITS // vocab) // CHUNK_TILE
+    return min(max(tiles, 1) * CHUNK_TILE, num_positions)
 
-    start = jnp.full(targets.shape, -1e30), jnp.zeros(targets.shape), jnp.zeros(targets.shape)
-    (top, total, hit), _ = jax.lax.scan(one, start, (jnp.arange(C), head_CDW))
-    return top + jnp.log(total) - hit
+
+def num_chunks(count, chunk: int):
+    """How many chunks hold `count` positions."""
+    return (count + chunk - 1) // chunk
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scored_sum(vocab_size: int, h_ND, head_DV, ids_V, targets_N, mask_N):
+    """The sum of -log softmax(h @ head)[target] where mask is True, float32. ids: of head's columns."""
+
+    def add(p_C, used_C, total):
+        h_CD, target_C = h_ND[p_C], targets_N[p_C]
+        return total + jnp.sum(jnp.where(used_C, _chunk(h_CD, head_DV, ids_V, target_C, vocab_size)[0], 0.0))
+
+    return _over_chunks(add, mask_N, head_DV, jnp.zeros(()))
+
+
+def _scored_sum_and_gradients(vocab_size: int, h_ND, head_DV, ids_V, targets_N, mask_N):
+    def add(p_C, used_C, carry):
+        total, dh_ND, dhead_DV = carry
+        h_CD, target_C = h_ND[p_C], targets_N[p_C]
+        nll_C, dz_CV = _chunk(h_CD, head_DV, ids_V, target_C, vocab_size)
+        dz_CV = jnp.where(used_C[:, None], dz_CV, 0.0).astype(h_CD.dtype)
+        dh_ND = dh_ND.at[p_C].set(dz_CV @ head_DV.T, mode="drop", unique_indices=True, indices_are_sorted=True)
+        dhead_DV += jnp.matmul(h_CD.T, dz_CV, preferred_element_type=jnp.float32)
+        return total + jnp.sum(jnp.where(used_C, nll_C, 0.0)), dh_ND, dhead_DV
+
+    start = jnp.zeros(()), jnp.zeros_like(h_ND), jnp.zeros(head_DV.shape, jnp.float32)
+    total, dh_ND, dhead_DV = _over_chunks(add, mask_N, head_DV, start)
+    return total, (dh_ND, dhead_DV.astype(head_DV.dtype))
+
+
+def _scale_gradients(vocab_size: int, gradients, cotangent):
+    """Every device that holds a part of the vocabulary computes the same sum, and shard_map gives each its
+    share of the sum's cotangent: together they are the whole."""
+    del vocab_size
+    whole = sum_over(cotangent, "vocab")
+    return *((whole * g).astype(g.dtype) for g in gradients), None, None, None
+
+
+scored_sum.defvjp(_scored_sum_and_gradients, _scale_gradients)
+
+
+def _over_chunks(add, mask_N, head_DV, carry):
+    """carry = add(p_C, used_C, carry) over chunks of the scored positions, in order. Where the last chunk is
+    not full, used is False and the positions are different ones past the end."""
+    N = mask_N.shape[0]
+    C = chunk_size(N, head_DV.shape[1])
+    p = jnp.arange(num_chunks(N, C) * C)
+    order = jnp.sort(jnp.where(jnp.pad(mask_N, (0, len(p) - N)), p, N + p))
+
+    def body(i, carry):
+        p_C = jax.lax.dynamic_slice(order, (i * C,), (C,))
+        return add(p_C, p_C < N, carry)
+
+    return jax.lax.fori_loop(0, num_chunks(jnp.sum(mask_N), C), body, carry)
+
+
+def _chunk(h_CD, head_DV, ids_V, target_C, vocab_size: int):
+    """(-log softmax(z)[target], its gradient by the logits z), float32, z = h @ head."""
+    z_CV = mask_padding(linear_f32(h_CD, head_DV), ids_V, vocab_size)
+    top_C1 = max_over(z_CV.max(axis=-1, keepdims=True), "vocab")
+    e_CV = jnp.exp(z_CV - top_C1)
+    total_C1 = sum_over(e_CV.sum(axis=-1, keepdims=True), "vocab")
+    hit_CV = ids_V == target_C[:, None]
+    hit_C = sum_over(jnp.sum(jnp.where(hit_CV, z_CV, 0.0), axis=-1), "vocab")
+    return (top_C1 + jnp.log(total_C1))[:, 0] - hit_C, e_CV / total_C1 - hit_CV

@@ -35,6 +35,27 @@ def linear(x, w):
     return (x.reshape(-1, x.shape[-1]) @ w.astype(x.dtype)).reshape(*x.shape[:-1], w.shape[-1])
 
 
+@jax.custom_vjp
+def linear_f32(x, w):
+    """linear, but float32 leaves the product: not rounded to x's dtype and back. Its cotangent is cast to x's
+    dtype before both backward products, which would else be float32 x bfloat16."""
+    return jnp.einsum("...d,df->...f", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _linear_f32_fwd(x, w):
+    return linear_f32(x, w), (x, w)
+
+
+def _linear_f32_bwd(inputs, cotangent):
+    x, w = inputs
+    cotangent = cotangent.astype(x.dtype)
+    return (*jax.linear_transpose(lambda x: linear(x, w), x)(cotangent),
+            *jax.linear_transpose(lambda w: linear(x, w), w)(cotangent))
+
+
+linear_f32.defvjp(_linear_f32_fwd, _linear_f32_bwd)
+
+
 # Under every policy the elementwise parts are made again from their inputs: on a CPU that is cheaper than to
 # write and read all that their gradients need.
 @jax.checkpoint

@@ -86,7 +86,7 @@ def make(cfg: Config) -> Objective:
         out = model.apply({"params": params}, batch, x_t, t_BI)
         target = process.target(diffusion.prediction, x0, eps, a_BI)
         lm_loss = next_token_loss(out.hidden_BTD, out.lm_head_DV, batch.tokens_BT, batch.loss_mask_BT,
-                                  cfg.data.seq_len, model_cfg.vocab_size)
+                                  model_cfg.vocab_size)
         return {"lm_loss": lm_loss,
                 **diffusion_losses(out.prediction_BIhwc, target, t_BI, batch.max_t_BI)}
 

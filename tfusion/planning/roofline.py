@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from tfusion.accelerators import Accelerator
 from tfusion.config import Config
+from tfusion.models import lm_head
 from tfusion.planning.collectives import Collectives
 from tfusion.planning.memory import Memory
 from tfusion.planning.walk import Work
@@ -57,6 +58,15 @@ def assumed_counts(cfg: Config) -> flops.Counts:
     return flops.Counts(text=rows * text, patches=rows * per_row * N,
                         scored=rows * (text - per_row - documents),  # not BOI, not EOS
                         images=rows * per_row, pairs=round(rows * documents * pairs))
+
+
+def expected_chunks(cfg: Config, shape: dict[str, int]) -> float:
+    """How many chunks of scored positions the LM head runs on a chip and micro-batch, as if the last were only
+    as long as it has to be."""
+    parts = shape["data"] * shape["fsdp"] * shape["sequence"] * cfg.train.num_microbatches
+    positions = cfg.train.batch_size * cfg.data.seq_len // parts
+    chunk = lm_head.chunk_size(positions, cfg.model.padded_vocab_size // shape["tensor"])
+    return assumed_counts(cfg).scored / parts / chunk
 
 
 def kernel_work(cfg: Config, work: Work, counts: flops.Counts) -> Work:

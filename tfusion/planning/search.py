@@ -52,12 +52,12 @@ class Planner:
 
     def work(self, cfg: Config, mesh: AbstractMesh) -> Work:
         """Global FLOPs and bytes: the same on every mesh, but that kept keys and values are whole on each
-        part of a row's length."""
+        part of a row's length (and the size of the LM head's chunks, of which bytes depend a little)."""
         key = cfg.model.remat, cfg.train.num_microbatches, mesh.shape["sequence"]
         if key not in self._works:
             platform = "tpu" if self.accelerator.chip.is_tpu else "cuda"
             self._works[key] = work(trace(cfg, self.state, mesh).jaxpr.jaxpr, self.state.params,
-                                    cfg.model.num_layers, platform)
+                                    cfg.model.num_layers, platform, roofline.expected_chunks(cfg, mesh.shape))
         return self._works[key]
 
     def candidate(self, cfg: Config) -> Candidate:

@@ -3,6 +3,8 @@
 Read off the jaxpr, so it is right for any remat policy and any attention; XLA's own cost analysis counts a
 loop's body once and a Pallas kernel as nothing. Elementwise work is left out: taken to be fused.
 Shapes in a jaxpr are global; inside shard_map they are one shard's, and are multiplied by the number of shards.
+How often a `while` runs only the data tell: on accelerators there is one, the LM head's over chunks of scored
+positions, and how many are expected is asked for.
 """
 
 import math
@@ -18,7 +20,7 @@ class Work(NamedTuple):
 
     flops: float
     weight_bytes: float  # operands and results of matrices that have a parameter's shape
-    activation_bytes: float  # the others
+    activation_bytes: float  # the others, and all inside shard_map
     residual_bytes: float  # kept by the layers' scan from forward to backward, of one micro-batch
     largest_bytes: float  # the largest result of a matrix product (dense attention's or the head's logits)
     kernels: int  # Pallas calls that state no cost: their FLOPs and bytes are missing
@@ -45,29 +47,33 @@ def _branch(eqn, platform: str):
     branches, platforms = _inner(eqn), eqn.params.get("branches_platforms")
     if platforms:
         return next(b for b, names in zip(branches, platforms) if names is None or platform in names)
-    return max(branches, key=lambda j: sum(dot_flops(e) * n for e, n in equations(j, platform)))
+    return max(branches, key=lambda j: sum(dot_flops(e) * n for e, n, _ in equations(j, platform)))
 
 
-def equations(jaxpr, platform: str, times: float = 1.0) -> Iterator[tuple]:
-    """(equation, how often it runs) over everything that a jaxpr runs on a platform ('tpu', 'cuda', 'cpu')."""
+def equations(jaxpr, platform: str, loops: float = 1.0, times: float = 1.0, shards: int = 0) -> Iterator[tuple]:
+    """(equation, how often it runs on all shards together, of how many: 0 outside shard_map) over everything
+    that a jaxpr runs on a platform ('tpu', 'cuda', 'cpu'). loops: how often a `while` runs."""
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
-        yield eqn, times
+        yield eqn, times, shards
         if name == "pallas_call":
             continue
-        inner, often = _inner(eqn), times
+        inner, often, parts = _inner(eqn), times, shards
         if name == "scan":
             often = times * eqn.params["length"]
+        elif name == "while":
+            often = times * loops
         elif name == "shard_map":
             mesh = eqn.params["mesh"]
             axes = eqn.params.get("manual_axes") or mesh.axis_names
-            often = times * math.prod(mesh.shape[axis] for axis in axes)
+            parts = math.prod(mesh.shape[axis] for axis in axes)
+            often = times * parts
         elif name == "cond":
             inner = [_branch(eqn, platform)]
         elif name == "custom_vjp_call":
             inner = inner[:1]
         for body in inner:
-            yield from equations(body, platform, often)
+            yield from equations(body, platform, loops, often, parts)
 
 
 def dot_flops(eqn) -> float:
@@ -85,7 +91,7 @@ def residual_bytes(jaxpr, num_layers: int, platform: str) -> float:
     That scan is the one of length num_layers, not reversed, with the largest stacked output.
     """
     kept = 0.0
-    for eqn, _ in equations(jaxpr, platform):
+    for eqn, *_ in equations(jaxpr, platform):
         if eqn.primitive.name == "scan" and eqn.params["length"] == num_layers and not eqn.params["reverse"]:
             kept = max(kept, sum(_bytes(v.aval) for v in eqn.outvars[eqn.params["num_carry"]:]))
     return kept
@@ -100,12 +106,12 @@ def parameter_shapes(params, num_layers: int) -> set[tuple[int, ...]]:
     return shapes
 
 
-def work(jaxpr, params, num_layers: int, platform: str = "tpu") -> Work:
+def work(jaxpr, params, num_layers: int, platform: str = "tpu", loops: float = 1.0) -> Work:
     """Walks a step's jaxpr; `params` tells weights from activations."""
     shapes = parameter_shapes(params, num_layers)
     flops = weights = activations = largest = 0.0
     kernels = 0
-    for eqn, times in equations(jaxpr, platform):
+    for eqn, times, shards in equations(jaxpr, platform, loops):
         if eqn.primitive.name == "pallas_call":
             cost = eqn.params.get("cost_estimate")
             kernels += cost is None
@@ -113,9 +119,9 @@ def work(jaxpr, params, num_layers: int, platform: str = "tpu") -> Work:
             activations += times * (cost.bytes_accessed if cost else 0)
         elif eqn.primitive.name == "dot_general":
             flops += times * dot_flops(eqn)
-            largest = max(largest, _bytes(eqn.outvars[0].aval))
+            largest = max(largest, _bytes(eqn.outvars[0].aval) * max(shards, 1))
             for v in (*eqn.invars, *eqn.outvars):
-                if v.aval.shape in shapes:
+                if v.aval.shape in shapes and not shards:
                     weights += times * _bytes(v.aval)
                 else:
                     activations += times * _bytes(v.aval)
