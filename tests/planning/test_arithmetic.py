@@ -199,6 +199,23 @@ def test_the_walk_counts_the_head_by_the_expected_number_of_scored_positions(mic
     assert sum(eqn.primitive.name == "while" for eqn, *_ in found) == 1
 
 
+def test_weights_inside_shard_map_are_each_chips_own():
+    """Four chips read a whole 8 x 6 matrix each: as many bytes a chip as when one reads it outside."""
+    mesh = jax.sharding.AbstractMesh((4,), ("x",))
+    rows, whole = jax.sharding.PartitionSpec("x"), jax.sharding.PartitionSpec()
+    x, w = jax.ShapeDtypeStruct((4, 8), jnp.float32), jax.ShapeDtypeStruct((8, 6), jnp.float32)
+
+    def split(x, w):
+        return jax.shard_map(jnp.dot, mesh=mesh, in_specs=(rows, whole), out_specs=rows)(x, w)
+
+    with compile.entered(mesh):
+        inside = walk.work(jax.make_jaxpr(split)(x, w).jaxpr, w, 1)
+    outside = walk.work(jax.make_jaxpr(jnp.dot)(x, w).jaxpr, w, 1)
+    assert (outside.weight_bytes, outside.activation_bytes) == (4 * 8 * 6, 4 * 4 * (8 + 6))
+    assert (inside.weight_bytes, inside.activation_bytes) == (0, 4 * 4 * 8 * 6 + 4 * 4 * (8 + 6))
+    assert inside.largest_bytes == outside.largest_bytes == 4 * 4 * 6
+
+
 def test_kernels_with_a_stated_cost_are_counted_and_others_noted():
     def kernel(x_ref, o_ref):
         o_ref[...] = x_ref[...]
