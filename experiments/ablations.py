@@ -6,15 +6,15 @@ causal_images: table 5, no bidirectional attention inside images. noise_limit: t
 image precedes its caption.
 """
 
-from experiments.common import base, pick
+from experiments.common import base, parse
 
-VARIANTS = ("causal_images", "noise_limit")
+ABLATIONS = ("causal_images", "noise_limit")
 
 
 def get_config(arg=None):
-    variant = pick(arg, VARIANTS, "causal_images")
+    ablation = parse(arg, ablation=ABLATIONS)["ablation"] or "causal_images"
     config = base()  # the 0.76B size
-    if variant == "causal_images":
+    if ablation == "causal_images":
         config.model.image_attention = "causal"
     else:
         config.data.image_first_max_t = 0.5

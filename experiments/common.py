@@ -39,9 +39,18 @@ def base() -> ConfigDict:
     ))
 
 
-def pick(arg: str | None, choices, default: str) -> str:
-    """The variant named after the colon of --config=FILE:variant."""
-    arg = arg or default
-    if arg not in choices:
-        raise ValueError(f"unknown variant '{arg}'; choices: {', '.join(choices)}")
-    return arg
+def parse(arg: str | None, **groups) -> dict[str, str | None]:
+    """The words after the colon of --config=FILE:word,word, in any order: {group: its word, or None}.
+
+    groups: name=words, of which at most one may be given. Raises ValueError, in one line, on any other word.
+    """
+    chosen = dict.fromkeys(groups)
+    for word in arg.split(",") if arg else ():
+        group = next((name for name, words in groups.items() if word in words), None)
+        if group is None:
+            choices = "; ".join(f"{name}: {', '.join(words)}" for name, words in groups.items())
+            raise ValueError(f"unknown variant '{word}'; at most one of each: {choices}")
+        if chosen[group]:
+            raise ValueError(f"variants '{chosen[group]}' and '{word}': at most one {group} can be chosen")
+        chosen[group] = word
+    return chosen

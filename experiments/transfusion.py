@@ -4,11 +4,11 @@
       --config.data.prepared=DIR --config.data.tokenizer=DIR/llama2/tokenizer.model
 """
 
-from experiments.common import MODEL_SIZES, base, pick
+from experiments.common import MODEL_SIZES, base, parse
 
 
 def get_config(arg=None):
-    size = MODEL_SIZES[pick(arg, MODEL_SIZES, "0.76b")]
+    size = MODEL_SIZES[parse(arg, size=MODEL_SIZES)["size"] or "0.76b"]
     config = base()
     config.model.update(size, num_kv_heads=size["num_heads"])
     return config
