@@ -1,4 +1,4 @@
-"""Ablations of the Transfusion paper at 0.76B.
+"""Ablations of the Transfusion paper, at 0.76B unless a size is named; strict as in transfusion.py.
 
   python -m tfusion.train --config=experiments/ablations.py:causal_images --workdir=/mnt/runs/causal_images
 
@@ -6,14 +6,15 @@ causal_images: table 5, no bidirectional attention inside images. noise_limit: t
 image precedes its caption.
 """
 
-from experiments.common import base, parse
+from experiments.common import MODEL_SIZES, STRICT, base, parse
 
 ABLATIONS = ("causal_images", "noise_limit")
 
 
 def get_config(arg=None):
-    ablation = parse(arg, ablation=ABLATIONS)["ablation"] or "causal_images"
-    config = base()  # the 0.76B size
+    chosen = parse(arg, ablation=ABLATIONS, size=MODEL_SIZES, preset=STRICT)
+    ablation = chosen.pop("ablation") or "causal_images"
+    config = base(**chosen)
     if ablation == "causal_images":
         config.model.image_attention = "causal"
     else:

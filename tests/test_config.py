@@ -259,6 +259,15 @@ def test_variants_that_cannot_be(arg, message):
     assert str(e.value).startswith(message) and "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("experiment", ["transfusion", "ablations"])
+def test_strict_leaves_two_things_out_and_changes_no_more(experiment):
+    added, strict = get(experiment), get(experiment, "strict")
+    assert (added.optimizer.ema_decay, added.data.caption_dropout) == (0.9999, 0.1)
+    assert (strict.optimizer.ema_decay, strict.data.caption_dropout) == (0.0, 0.0)
+    added.optimizer.ema_decay = added.data.caption_dropout = 0.0
+    assert added.to_dict() == strict.to_dict()
+
+
 @pytest.mark.parametrize("experiment", NAMES)
 def test_the_docstring_is_the_command(experiment):
     doc = importlib.import_module(f"experiments.{experiment}").__doc__
