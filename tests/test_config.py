@@ -13,6 +13,7 @@ import jax
 import pytest
 from absl.flags import FlagValues
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 from ml_collections import config_flags
 
 from experiments import quickstart
@@ -266,6 +267,30 @@ def test_strict_leaves_two_things_out_and_changes_no_more(experiment):
     assert (strict.optimizer.ema_decay, strict.data.caption_dropout) == (0.0, 0.0)
     added.optimizer.ema_decay = added.data.caption_dropout = 0.0
     assert added.to_dict() == strict.to_dict()
+
+
+ABLATED = {  # what each changes; image slots and scored positions follow from the patch size
+    "text_only": {"data.mixture.scenes": None, "data.mixture.glosses": 1.0, "train.batch_size": 256},
+    "causal_images": {"model.image_attention": "causal"}, "linear_noise_limit": {"data.image_first_max_t": 0.5},
+    "patch1": {"model.patch_size": 1}, "patch2": {}, "patch4": {"model.patch_size": 4},
+    "patch8": {"model.patch_size": 8}}
+
+
+@pytest.mark.parametrize("ablation", groups("ablations")[0])
+def test_an_ablation_changes_what_it_is_named_after(ablation):
+    base, ablated = (flatten_dict(get("ablations", x).to_dict(), sep=".") for x in (None, ablation))
+    assert base == flatten_dict(get("transfusion", "0.76b").to_dict(), sep=".")
+    changed = {key: ablated.get(key) for key in base if ablated.get(key) != base[key]}
+    for derived in ("data.max_images", "data.max_scored"):
+        changed.pop(derived, None)
+    assert changed == ABLATED[ablation] and ablated.keys() <= base.keys()
+
+
+def test_tokens_in_a_step_of_the_ablations():
+    """Table 4: 1M text tokens a step, with 1M patches beside them or alone."""
+    both, alone = (config.from_dict(get("ablations", x)) for x in (None, "text_only"))
+    assert both.train.batch_size * both.data.seq_len * both.data.mixture["glosses"] == 2**20
+    assert alone.train.batch_size * alone.data.seq_len == 2**20
 
 
 @pytest.mark.parametrize("experiment", NAMES)
