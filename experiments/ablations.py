@@ -1,21 +1,37 @@
-"""Ablations of the Transfusion paper at 0.76B.
+"""Ablations of the Transfusion paper with the linear adapter, at 0.76B unless a size is named.
 
   python -m tfusion.train --config=experiments/ablations.py:causal_images --workdir=/mnt/runs/causal_images
+  python -m tfusion.train --config=experiments/ablations.py:patch4,0.16b,strict --workdir=/mnt/runs/patch4
 
-causal_images: table 5, no bidirectional attention inside images. noise_limit: table 8, t <= 500 where the
-image precedes its caption.
+no word             what the others are compared with: 2 x 2 patches, full attention inside images
+text_only           table 4, first row: no images, and half the batch, so that as much text is seen
+causal_images       table 5: no bidirectional attention inside images
+patch1 ... patch8   table 6: patches of 1, 2 (as with no word), 4 or 8 latent pixels squared
+linear_noise_limit  t <= 500 where the image precedes its caption. Table 8 is the U-Net adapter's, so no row of
+                    the paper is this one. With strict, nothing trains guidance above t = 500
+
+strict as in transfusion.py. docs/recipe.md ("Ablations") has the paper's figures.
 """
 
-from experiments.common import base, pick
+from experiments.common import MODEL_SIZES, STRICT, base, parse
 
-VARIANTS = ("causal_images", "noise_limit")
+ABLATIONS = ("text_only", "causal_images", "patch1", "patch2", "patch4", "patch8", "linear_noise_limit")
 
 
 def get_config(arg=None):
-    variant = pick(arg, VARIANTS, "causal_images")
-    config = base()  # the 0.76B size
-    if variant == "causal_images":
+    chosen = parse(arg, ablation=ABLATIONS, size=MODEL_SIZES, preset=STRICT)
+    ablation = chosen.pop("ablation")
+    config = base(**chosen)
+    if ablation == "text_only":
+        config.data.mixture = dict(glosses=1.0)
+        config.data.max_scored = config.data.seq_len - 1
+        config.train.batch_size //= 2
+    elif ablation == "causal_images":
         config.model.image_attention = "causal"
-    else:
+    elif ablation == "linear_noise_limit":
         config.data.image_first_max_t = 0.5
+    elif ablation:
+        config.model.patch_size = int(ablation.removeprefix("patch"))
+        config.data.max_scored = config.data.seq_len - 1
+        config.data.max_images = {1: 3, 2: 16, 4: 39, 8: 143}[config.model.patch_size]
     return config

@@ -9,13 +9,11 @@ divided by sqrt(alphabar), draws few sprites right), learnt patch positions, a n
 picture comes first, and a short, fast optimizer schedule. docs/recipe.md has the reasons.
 """
 
-from experiments.common import base, pick
-
-VARIANTS = ("transfusion", "autoencoder", "smoke", "smoke_autoencoder")
+from experiments.common import base, parse
 
 
 def get_config(arg=None):
-    variant = pick(arg, VARIANTS, "transfusion")
+    chosen = parse(arg, objective=("transfusion", "autoencoder"), length=("smoke",))
     config = base()
     config.model.update(
         num_layers=4, d_model=128, num_heads=4, num_kv_heads=4, d_ff=336, text_vocab_size=1022,
@@ -31,12 +29,12 @@ def get_config(arg=None):
         num_steps=5000, batch_size=4, log_every=50, eval_every=500, eval_batches=32, diagnostics_every=500,
         checkpoint_every=1000)
     config.sampling.update(sampler="ddim", num_inference_steps=25, guidance_scale=2.5)
-    if "autoencoder" in variant:
+    if chosen["objective"] == "autoencoder":
         config.objective = "autoencoder"
         config.train.update(num_steps=5000, batch_size=32, eval_every=1000, eval_batches=8,
                             diagnostics_every=0, checkpoint_every=2500)
         config.optimizer.update(b2=0.99, weight_decay=1e-4)
-    if "smoke" in variant:  # the same path in seconds, for CI
+    if chosen["length"] == "smoke":  # the same path in seconds, for CI
         config.data.prepared = "runs/smoke/data"
         config.data.num_scenes = 2000
         config.train.update(num_steps=60, log_every=20, eval_every=30, eval_batches=4, checkpoint_every=30)

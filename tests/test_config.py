@@ -4,13 +4,17 @@ tests/testdata/<experiment>_<variant>.txt says (`python -m tests.update_golden` 
 
 import dataclasses
 import importlib
+import itertools
 import json
 import re
 from pathlib import Path
 
 import jax
 import pytest
+from absl.flags import FlagValues
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
+from ml_collections import config_flags
 
 from experiments import quickstart
 from tfusion import config
@@ -184,23 +188,29 @@ def test_load_from_a_folder_that_is_no_workdir(tmp_path):
 
 # ---------------------------------------------------------------- experiments
 
-def variants(experiment: str) -> list[str | None]:
-    """What `pick` offers; [None] where the experiment takes no argument."""
+def get(experiment: str, arg: str | None = None):
+    return importlib.import_module(f"experiments.{experiment}").get_config(arg)
+
+
+def groups(experiment: str) -> list[list[str]]:
+    """The words that `parse` offers, by group; [] where the experiment takes none."""
     try:
-        importlib.import_module(f"experiments.{experiment}").get_config("?")
+        get(experiment, "?")
     except ValueError as e:
-        return re.search(r"unknown variant '\?'; choices: (.+)", str(e))[1].split(", ")
-    return [None]
+        choices = re.fullmatch(r"unknown variant '\?'; at most one of each: (.+)", str(e))[1]
+        return [group.split(": ")[1].split(", ") for group in choices.split("; ")]
+    return []
 
 
 EXPERIMENTS = [(path.stem, variant) for path in sorted((ROOT / "experiments").glob("*.py"))
-               if path.stem not in ("__init__", "common") for variant in variants(path.stem)]
+               if path.stem not in ("__init__", "common")
+               for variant in ([*itertools.chain(*groups(path.stem))] or [None])]
+NAMES = sorted({name for name, _ in EXPERIMENTS})
 
 
 def describe(experiment: str, variant: str | None) -> str:
     """Name, shape, dtype and logical axes of every parameter; allocates nothing."""
-    tree = importlib.import_module(f"experiments.{experiment}").get_config(variant)
-    cfg = config.from_dict(tree)
+    cfg = config.from_dict(get(experiment, variant))
     params = jax.eval_shape(make_objective(cfg).init, jax.random.key(0))
     lines = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(
@@ -227,7 +237,83 @@ def test_no_golden_file_without_an_experiment():
     assert {path.name for path in TESTDATA.glob("*.txt")} == {golden_path(*x).name for x in EXPERIMENTS}
 
 
-@pytest.mark.parametrize("experiment", sorted({name for name, _ in EXPERIMENTS}))
+@pytest.mark.parametrize("experiment", NAMES)
+def test_variants_compose(experiment):
+    """One word of each group, in any order, is a valid config; each word of a group says something else."""
+    choices = groups(experiment)
+    for words in choices:
+        assert len({get(experiment, word).to_json() for word in words}) == len(words)
+    for words in itertools.product(*([*words, None] for words in choices)):
+        given = [word for word in words if word]
+        cfg = config.from_dict(get(experiment, ",".join(given)))
+        assert cfg == config.from_dict(get(experiment, ",".join(reversed(given))))
+
+
+@pytest.mark.parametrize(("arg", "message"), [
+    ("huge", "unknown variant 'huge'; at most one of each: size: 0.16b, 0.37b, 0.76b, 1.4b, 7b"),
+    ("0.76b,,", "unknown variant ''; at most one of each: size: "),
+    ("7b,0.16b", "variants '7b' and '0.16b': at most one size can be chosen"),
+    ("7b,7b", "variants '7b' and '7b': at most one size can be chosen")])
+def test_variants_that_cannot_be(arg, message):
+    with pytest.raises(ValueError) as e:
+        get("transfusion", arg)
+    assert str(e.value).startswith(message) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("experiment", ["transfusion", "ablations"])
+def test_strict_leaves_two_things_out_and_changes_no_more(experiment):
+    added, strict = get(experiment), get(experiment, "strict")
+    assert (added.optimizer.ema_decay, added.data.caption_dropout) == (0.9999, 0.1)
+    assert (strict.optimizer.ema_decay, strict.data.caption_dropout) == (0.0, 0.0)
+    added.optimizer.ema_decay = added.data.caption_dropout = 0.0
+    assert added.to_dict() == strict.to_dict()
+
+
+ABLATED = {  # what each changes; image slots and scored positions follow from the patch size
+    "text_only": {"data.mixture.scenes": None, "data.mixture.glosses": 1.0, "train.batch_size": 256},
+    "causal_images": {"model.image_attention": "causal"}, "linear_noise_limit": {"data.image_first_max_t": 0.5},
+    "patch1": {"model.patch_size": 1}, "patch2": {}, "patch4": {"model.patch_size": 4},
+    "patch8": {"model.patch_size": 8}}
+
+
+@pytest.mark.parametrize("ablation", groups("ablations")[0])
+def test_an_ablation_changes_what_it_is_named_after(ablation):
+    base, ablated = (flatten_dict(get("ablations", x).to_dict(), sep=".") for x in (None, ablation))
+    assert base == flatten_dict(get("transfusion", "0.76b").to_dict(), sep=".")
+    changed = {key: ablated.get(key) for key in base if ablated.get(key) != base[key]}
+    for derived in ("data.max_images", "data.max_scored"):
+        changed.pop(derived, None)
+    assert changed == ABLATED[ablation] and ablated.keys() <= base.keys()
+
+
+def test_tokens_in_a_step_of_the_ablations():
+    """Table 4: 1M text tokens a step, with 1M patches beside them or alone."""
+    both, alone = (config.from_dict(get("ablations", x)) for x in (None, "text_only"))
+    assert both.train.batch_size * both.data.seq_len * both.data.mixture["glosses"] == 2**20
+    assert alone.train.batch_size * alone.data.seq_len == 2**20
+
+
+@pytest.mark.parametrize("experiment", NAMES)
 def test_the_docstring_is_the_command(experiment):
     doc = importlib.import_module(f"experiments.{experiment}").__doc__
     assert f"python -m tfusion.train --config=experiments/{experiment}.py" in re.sub(r"\s+", " ", doc)
+
+
+def documented_commands() -> list[str]:
+    """Flags of every `python -m tfusion.<verb> --config=...` in docstrings, README and docs."""
+    texts = [p.read_text() for folder, pattern in ((".", "*.md"), ("docs", "*.md"), ("experiments", "*.py"),
+                                                   ("tfusion", "*.py")) for p in (ROOT / folder).glob(pattern)]
+    found = re.findall(r"python -m\s+tfusion\.\w+ +([^\n`]*)", re.sub(r"\\\n\s*", "", "\n".join(texts)))
+    return sorted({line for line in found if re.search(r"--config=experiments/(?!mine)", line)})
+
+
+@pytest.mark.parametrize("command", documented_commands())
+def test_documented_commands_are_valid(command, monkeypatch):
+    """The config that the command names, changed as it says."""
+    flags = FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=flags)
+    given = [word for word in command.split() if word.startswith("--config")]
+    argv = ["verb", *(word.replace("=experiments", f"={ROOT}/experiments") for word in given)]
+    monkeypatch.setattr("sys.argv", argv)  # where ml_collections looks for the overrides
+    flags(argv)
+    config.from_dict(flags.config)

@@ -131,6 +131,23 @@ def test_resumed_equals_uninterrupted(whole, tmp_path, monkeypatch, capsys):
     assert saved_steps(tmp_path) == saved_steps(workdir) == [EVERY, STEPS]
 
 
+def test_a_strict_run_evaluates_resumes_and_is_what_is_sampled(prepared_root, tmp_path):
+    """No moving average, no dropped caption: what is trained is evaluated and sampled, resumed or not."""
+    tree = tiny_dict(prepared_root)
+    tree.optimizer.ema_decay = tree.data.caption_dropout = 0.0
+    tree.train.update(num_steps=4, checkpoint_every=2, log_every=2, eval_every=2, eval_batches=1,
+                      diagnostics_every=0)
+    cfg = config.from_dict(tree)
+    state = train(cfg, tmp_path)
+    assert state.ema_params is None
+    before = lines(tmp_path)
+    assert [line["step"] for line in before if line.get("eval/diffusion_loss")] == [2, 4]
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    assert_same_bits(train(cfg, tmp_path), state)
+    assert lines(tmp_path) == before
+    assert_same_bits(checkpoint.load_run(tmp_path)[1], state.params)
+
+
 def test_a_finished_run_is_left_as_it_is(whole, copied):
     cfg, workdir, state = whole
     assert_same_bits(train(cfg, copied), state)

@@ -114,3 +114,22 @@ def test_arrange(parts, drop, first, expected, max_t, score):
     assert all(got is want or np.array_equal(got, want) for got, want in zip(document.parts, expected))
     assert document.max_t == max_t and document.score_text is score
     assert len(parts) == len(before) and all(x is y for x, y in zip(parts, before))  # not changed in place
+
+
+# Documents of one picture that are `<bos> <boi> patches ...`, so that the picture is denoised from nothing:
+# of all, and of those with t above and below 0.5. docs/recipe.md, 1, quotes them.
+UNCONDITIONAL = {  # caption_dropout, image_first_max_t -> shares
+    (0.1, 1.0): (0.28, 0.28, 0.28), (0.1, 0.5): (0.28, 0.122, 0.390),
+    (0.0, 1.0): (0.20, 0.20, 0.20), (0.0, 0.5): (0.20, 0.0, 1 / 3)}
+
+
+@pytest.mark.parametrize(("dropout", "limit"), UNCONDITIONAL)
+def test_unconditional_share_of_documents_with_one_image(cfg, dropout, limit):
+    choices, record = data(cfg, caption_dropout=dropout, image_first_fraction=0.2), np.arange(N)
+    drops = transforms.drops_caption(choices, 0, 1, 0, record)
+    first = transforms.puts_image_first(choices, 0, 1, 0, record)
+    documents = [transforms.arrange(ONE, *coins, limit) for coins in zip(drops.tolist(), first.tolist())]
+    alone = np.array([document.parts[0].ndim > 1 for document in documents])
+    above = np.array([1 - min(0.5 / document.max_t, 1) for document in documents])  # P(t > 0.5)
+    shares = alone.mean(), (alone * above).sum() / above.sum(), (alone * (1 - above)).sum() / (1 - above).sum()
+    np.testing.assert_allclose(shares, UNCONDITIONAL[dropout, limit], atol=0.015)

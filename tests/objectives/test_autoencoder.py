@@ -30,7 +30,7 @@ def quick_compiles():
 @functools.cache
 def tiny():
     """(cfg, objective, jitted loss, params), compiled once; 8 x 8 pictures, 2 x 2 x 3 latents."""
-    tree = quickstart.get_config("smoke_autoencoder")
+    tree = quickstart.get_config("smoke,autoencoder")
     tree.model.update(latent_size=2, latent_channels=3, patch_size=1)
     tree.autoencoder.update(width=8, downsample=4, kl_weight=0.25)
     cfg = config.from_dict(tree)
