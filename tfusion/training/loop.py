@@ -73,9 +73,10 @@ class Log:
     written, in the next.
     """
 
-    def __init__(self, cfg: config.Config, objective: Objective, rows, workdir: Path, first: int, totals):
+    def __init__(self, cfg: config.Config, objective: Objective, rows, workdir: Path, first: int, totals,
+                 wandb: str | None):
         self.cfg, self.objective, self.rows = cfg, objective, rows
-        self.writer, self.losses = writers.open_writers(workdir, first), metrics.Losses()
+        self.writer, self.losses = writers.open_writers(workdir, first, cfg, wandb), metrics.Losses()
         self.speed, self.paused = metrics.Throughput(cfg, totals), {}
         self.learning_rate = learning_rate_schedule(cfg.optimizer, cfg.train.num_steps)
         self.bar = tqdm(total=cfg.train.num_steps, initial=first, desc=workdir.name, unit="step",
@@ -114,11 +115,15 @@ class Log:
         self.writer.close()
 
 
-def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile=None) -> states.TrainState:
+def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile=None,
+          wandb: str | None = None) -> states.TrainState:
     """Trains to cfg.train.num_steps, from the workdir's latest checkpoint where there is one.
 
-    profile: (step, n) writes a trace of n steps to `<workdir>/profile`, for TensorBoard or xprof.
+    profile: (step, n) writes a trace of n steps to `<workdir>/profile`, for TensorBoard or xprof. wandb: a
+    project of Weights & Biases to log to as well.
     """
+    if wandb:
+        writers.import_wandb()  # raises where it is missing, before any work
     began, t = time.perf_counter(), cfg.train
     tx = make_optimizer(cfg.optimizer, t.num_steps)
     rows, held = pipeline.open_rows(cfg, objective, "train"), Held(cfg, objective, mesh)
@@ -129,7 +134,7 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile
     if profile and profile[0] < first:  # the same command again after a crash must go on
         tqdm.write(f"no trace: --profile={profile[0]}:{profile[1]} begins before step {first}")
         profile = None
-    log = Log(cfg, objective, rows, workdir, first, totals)
+    log = Log(cfg, objective, rows, workdir, first, totals, wandb)
     train_step = None  # compiled for the first batch
     batches = pipeline.batches(rows, next_row, t.num_steps - first, t.batch_size,
                                jax.process_index(), jax.process_count())

@@ -1,14 +1,18 @@
 """Where the numbers of a run go: one interface, any number of files and services behind it."""
 
+import contextlib
 import json
 import math
+import secrets
+import sys
 import time
 from pathlib import Path
 from typing import Protocol
 
 from tensorboardX import SummaryWriter
 
-from tfusion.config import replace_text
+from tfusion.config import Config, replace_text
+from tfusion.errors import UserError
 
 
 class Writer(Protocol):
@@ -79,6 +83,44 @@ def finite(values: dict) -> dict:
     return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 
 
+def import_wandb():
+    """The package. Raises UserError where it is not installed; a folder of that name is not it."""
+    try:
+        import wandb
+    except ImportError:
+        wandb = None
+    if not hasattr(wandb, "init"):
+        raise UserError("--wandb needs a package that is not installed: pip install '.[wandb]'")
+    return wandb
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases with the config in it; WANDB_MODE=offline keeps it in `<workdir>/wandb`.
+
+    A resumed run goes on under the id kept in `<workdir>/wandb_run_id`. Steps that the service has already it
+    keeps as they are: they come out the same.
+    """
+
+    def __init__(self, project: str, workdir: Path, cfg: Config):
+        wandb, path = import_wandb(), workdir / "wandb_run_id"
+        name = path.read_text(errors="replace").strip() if path.exists() else ""
+        if not (name.isascii() and name.isalnum()):
+            name = secrets.token_hex(4)
+            replace_text(path, name + "\n")
+        try:
+            self._run = wandb.init(project=project, id=name, name=workdir.name, resume="allow",
+                                   dir=str(workdir), config=cfg.to_dict(), allow_val_change=True,
+                                   settings=wandb.Settings(console="off"))
+        except wandb.Error as e:
+            raise UserError(f"--wandb={project}: {e}; `wandb login` first, or set WANDB_MODE=offline") from e
+
+    def write(self, step: int, values: dict) -> None:
+        self._run.log(finite(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish(exit_code=int(sys.exc_info()[0] is not None))  # closed on the way out of a failure?
+
+
 class Together:
     """Several writers as one."""
 
@@ -90,11 +132,14 @@ class Together:
             writer.write(step, values)
 
     def close(self) -> None:
-        for writer in self._writers:
-            writer.close()
+        with contextlib.ExitStack() as stack:  # all, even where one fails
+            for writer in self._writers:
+                stack.callback(writer.close)
 
 
-def open_writers(workdir: Path, first_step: int) -> Writer:
-    """metrics.jsonl and TensorBoard's events in the workdir, going on after `first_step`."""
-    return Together(JsonLines(workdir / "metrics.jsonl", first_step),
+def open_writers(workdir: Path, first_step: int, cfg: Config, wandb: str | None = None) -> Writer:
+    """metrics.jsonl and TensorBoard's events in the workdir, going on after `first_step`; and the project
+    `wandb` of Weights & Biases."""
+    services = [WeightsAndBiases(wandb, workdir, cfg)] if wandb else []
+    return Together(*services, JsonLines(workdir / "metrics.jsonl", first_step),
                     TensorBoard(workdir / "tensorboard", first_step))
