@@ -133,6 +133,19 @@ def test_resumed_equals_uninterrupted(whole, tmp_path, monkeypatch, capsys):
     assert saved_steps(tmp_path) == saved_steps(workdir) == [EVERY, STEPS]
 
 
+@pytest.mark.parametrize("broken", [b"", b'{"stages": [', b"\x00" * 9], ids=["empty", "cut", "zeros"])
+def test_broken_side_files_stop_no_run(whole, copied, broken):
+    cfg, workdir, state = whole
+    names = ("timing.json", "summary.json", "metrics.jsonl", "config.json")
+    for name in names:
+        (copied / name).write_bytes(broken)
+    assert_same_bits(train(cfg, copied), state)
+    for name in ("summary.json", "config.json"):
+        assert (copied / name).read_text() == (workdir / name).read_text()
+    assert json.loads((copied / "timing.json").read_text())["stages"][-1]["name"] == f"train from step {STEPS}"
+    assert lines(copied) == []  # its lines are gone, the run is not
+
+
 def test_a_finished_run_is_left_as_it_is(whole, copied):
     cfg, workdir, state = whole
     assert_same_bits(train(cfg, copied), state)

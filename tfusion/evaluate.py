@@ -12,6 +12,7 @@ import numpy as np
 from absl import flags
 
 from tfusion import distributed
+from tfusion.config import replace_text
 from tfusion.data import pipeline
 from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError, run
@@ -33,7 +34,7 @@ DOCUMENTS = 16  # written from nothing; those with the most pictures are shown
 
 def write_pictures(folder: Path, name: str, records: list, **arrays) -> None:
     np.savez_compressed(folder / f"{name}.npz", **arrays)
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    replace_text(folder / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
 
 
 def both_ways(cfg, params, codec, tokenizer, folder: Path) -> dict:
@@ -71,7 +72,7 @@ def write_documents(cfg, params, codec, tokenizer, folder: Path) -> None:
                           for p in parts])
     if latents:
         np.savez_compressed(folder / "interleaved.npz", images=codec.decode(np.stack(latents)))
-        (folder / "interleaved.json").write_text(json.dumps(documents, indent=1))
+        replace_text(folder / "interleaved.json", json.dumps(documents, indent=1))
 
 
 def write_mask(cfg, tokenizer, folder: Path) -> None:
@@ -83,7 +84,7 @@ def write_mask(cfg, tokenizer, folder: Path) -> None:
               for t, n in zip(row.tokens_BT.tolist(), row.image_ids_BT.tolist())]
     np.savez_compressed(folder / "mask.npz", mask=np.asarray(mask), segment_ids=row.segment_ids_BT,
                         image_ids=row.image_ids_BT)
-    (folder / "mask.json").write_text(json.dumps({"pieces": pieces}))
+    replace_text(folder / "mask.json", json.dumps({"pieces": pieces}))
 
 
 def main() -> None:
@@ -105,8 +106,8 @@ def main() -> None:
     write_mask(cfg, tokenizer, folder)
     result = {"metrics": metrics, "linear_baseline": linear, "ngrams": ngrams, "seed": SEED.value,
               "sampling": cfg.to_dict()["sampling"], "jax": jax.__version__}
-    (folder / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
     write_timing(folder, "evaluate", time.perf_counter() - began)
+    replace_text(folder / "metrics.json", json.dumps(result, indent=1) + "\n")  # last: all is there
     for m in metrics.values():
         interval = f"  [{m['low']:.3f}, {m['high']:.3f}]" if m["low"] is not None else ""
         chance = f"  chance {m['chance']:.3f}" if m["chance"] is not None else ""

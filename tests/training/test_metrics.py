@@ -127,3 +127,13 @@ def test_timing_keeps_other_stages_and_replaces_its_own(tmp_path):
     assert {s["name"]: s["seconds"] for s in timing["stages"]} == {"train from step 4": 2.0, "train": 3.0}
     assert len(timing["stages"]) == 2 and all(10 < s["peak_memory_mb"] < 1e6 for s in timing["stages"])
     assert f"{jax.device_count()} x" in timing["machine"] and timing["versions"]["jax"] == jax.__version__
+
+
+@pytest.mark.parametrize("broken", [
+    b"", b"{", b'{"stages": [{"name": "train"', b"null", b"[]", b"{}", b"\xff\xfe\x00", b"\x00" * 64,
+    b'{"stages": null}', b'{"stages": [7, {"name": "train"}]}'])
+def test_broken_timing_stops_no_run(tmp_path, broken):
+    (tmp_path / "timing.json").write_bytes(broken)
+    metrics.write_timing(tmp_path, "evaluate", 2.0)
+    assert [s["name"] for s in json.loads((tmp_path / "timing.json").read_text())["stages"]] == ["evaluate"]
+    assert [p.name for p in tmp_path.iterdir()] == ["timing.json"]

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from tfusion import accelerators
-from tfusion.config import Config
+from tfusion.config import Config, replace_text
 from tfusion.errors import UserError
 from tfusion.training.flops import training_flops
 from tfusion.training.optimizer import CLIP_NORM
@@ -109,11 +109,19 @@ def device_memory(devices) -> dict:
 def write_timing(folder: Path, name: str, seconds: float) -> None:
     """Adds a stage to `<folder>/timing.json`: seconds and this process's peak memory."""
     path = folder / "timing.json"
-    old = json.loads(path.read_text())["stages"] if path.exists() else []
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     stage = {"name": name, "seconds": round(seconds, 1), "peak_memory_mb": round(peak)}
     devices = jax.devices()
-    path.write_text(json.dumps({
-        "stages": [s for s in old if s["name"] != name] + [stage],
+    replace_text(path, json.dumps({
+        "stages": [s for s in _stages(path) if s["name"] != name] + [stage],
         "machine": f"{len(devices)} x {devices[0].device_kind}, {platform.machine()}",
         "versions": {"python": platform.python_version(), "jax": jax.__version__}}, indent=2) + "\n")
+
+
+def _stages(path: Path) -> list[dict]:
+    """The stages of a timing.json; none where it is absent, empty or broken: it stops no run."""
+    try:
+        stages = json.loads(path.read_text())["stages"]
+        return [s for s in stages if isinstance(s, dict) and {"name", "seconds", "peak_memory_mb"} <= s.keys()]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
