@@ -32,6 +32,7 @@ REQUIREMENTS = [
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10"],  # adds libtpu
     "gpu": ["jax[cuda13]>=0.10"],  # adds the CUDA 13 plugin and libraries; older driver: jax[cuda12]
+    "wandb": ["wandb>=0.19"],  # train --wandb=PROJECT; tested with 0.31.0
     "dev": [
         "pytest>=8.0",  # the tests
         "ruff>=0.9",  # lint

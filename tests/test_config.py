@@ -208,6 +208,30 @@ EXPERIMENTS = [(path.stem, variant) for path in sorted((ROOT / "experiments").gl
 NAMES = sorted({name for name, _ in EXPERIMENTS})
 
 
+def test_replace_text_is_whole_or_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    config.replace_text(path, "old")
+    config.replace_text(path, "new")
+    assert path.read_text() == "new"
+    monkeypatch.setattr(config.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space"):
+        config.replace_text(path, "newer")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path, monkeypatch):
+    """The second begins and ends while the first is writing: one of theirs stands, neither fails."""
+    path, sync = tmp_path / "x.json", config.os.fsync
+
+    def meanwhile(fd):
+        monkeypatch.setattr(config.os, "fsync", sync)
+        config.replace_text(path, "second")
+
+    monkeypatch.setattr(config.os, "fsync", meanwhile)
+    config.replace_text(path, "first")
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+
+
 def describe(experiment: str, variant: str | None) -> str:
     """Name, shape, dtype and logical axes of every parameter; allocates nothing."""
     cfg = config.from_dict(get(experiment, variant))

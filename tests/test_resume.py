@@ -22,6 +22,7 @@ from tests.conftest import tiny_config, tiny_dict
 from tfusion import config, sharding
 from tfusion.checkpoint import Checkpoints
 from tfusion.errors import UserError
+from tfusion.inference import trained
 from tfusion.objectives import make_objective
 from tfusion.training import loop, metrics
 from tfusion.training import state as states
@@ -91,11 +92,14 @@ def interrupt_after(monkeypatch, num_batches: int):
     monkeypatch.setattr(loop.pipeline, "batches", batches)
 
 
+def all_lines(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
 def lines(workdir) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("perf/") and k != "data/wait_fraction"}
-            for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("perf/", "time")) and k != "data/wait_fraction"}
+            for row in all_lines(workdir)]
 
 
 def saved_steps(workdir) -> list[int]:
@@ -126,7 +130,7 @@ def test_resumed_equals_uninterrupted(whole, tmp_path, monkeypatch, capsys):
     assert f"resumed from step {EVERY}" in capsys.readouterr().out
     assert_same_bits(resumed, state)  # parameters, optimizer, moving average, step
     assert lines(tmp_path) == lines(workdir)
-    assert [line["step"] for line in lines(tmp_path) if "train/lm_loss" in line] == [2, 3, 4, 6]
+    assert list(train_lines(tmp_path)) == [2, 3, 4, 6]
     assert (tmp_path / "summary.json").read_text() == (workdir / "summary.json").read_text()
     assert saved_steps(tmp_path) == saved_steps(workdir) == [EVERY, STEPS]
 
@@ -145,7 +149,20 @@ def test_a_strict_run_evaluates_resumes_and_is_what_is_sampled(prepared_root, tm
     shutil.rmtree(tmp_path / "checkpoints" / "4")
     assert_same_bits(train(cfg, tmp_path), state)
     assert lines(tmp_path) == before
-    assert_same_bits(checkpoint.load_run(tmp_path)[1], state.params)
+    assert_same_bits(trained.load(tmp_path).params, state.params)
+
+
+@pytest.mark.parametrize("broken", [b"", b'{"stages": [', b"\x00" * 9], ids=["empty", "cut", "zeros"])
+def test_broken_side_files_stop_no_run(whole, copied, broken):
+    cfg, workdir, state = whole
+    names = ("timing.json", "summary.json", "metrics.jsonl", "config.json")
+    for name in names:
+        (copied / name).write_bytes(broken)
+    assert_same_bits(train(cfg, copied), state)
+    for name in ("summary.json", "config.json"):
+        assert (copied / name).read_text() == (workdir / name).read_text()
+    assert json.loads((copied / "timing.json").read_text())["stages"][-1]["name"] == f"train from step {STEPS}"
+    assert lines(copied) == []  # its lines are gone, the run is not
 
 
 def test_a_finished_run_is_left_as_it_is(whole, copied):
@@ -242,8 +259,9 @@ def with_train(cfg, **changes):
 
 
 def train_lines(workdir) -> dict:
-    """{step: line} of the lines with losses of training, which are in order and each there once."""
-    found = [line for line in lines(workdir) if "train/lm_loss" in line]
+    """{step: line}; each step has one, in order, with the losses of training."""
+    found = lines(workdir)
+    assert all("train/lm_loss" in line for line in found)
     steps = [line["step"] for line in found]
     assert steps == sorted(set(steps))
     return dict(zip(steps, found))
@@ -259,31 +277,35 @@ def every_step(whole, tmp_path_factory):
     return train_lines(workdir)
 
 
-@pytest.mark.parametrize("changes", [
-    dict(eval_every=0, checkpoint_every=STEPS),  # 2 and 4 are late
-    dict(eval_every=2, checkpoint_every=STEPS),  # none is
-    dict(eval_every=4, diagnostics_every=2, checkpoint_every=2),
-    dict(eval_every=3, diagnostics_every=0, checkpoint_every=STEPS),  # an evaluation between two lines
+@pytest.mark.parametrize(("changes", "steps"), [
+    (dict(eval_every=0, checkpoint_every=STEPS), [2, 4, 6]),  # 2 and 4 are late
+    (dict(eval_every=2, checkpoint_every=STEPS), [2, 4, 6]),  # none is
+    (dict(eval_every=4, diagnostics_every=2, checkpoint_every=2), [2, 4, 6]),
+    (dict(eval_every=3, diagnostics_every=0, checkpoint_every=STEPS), [2, 3, 4, 6]),  # 3: evaluated, not due
 ], ids=["late", "evaluated", "saved", "between"])
-def test_log_lines_are_means_over_their_steps(whole, every_step, tmp_path, changes):
-    """Steps 2, 4, 6, each the mean over two steps by their counts, whether written at once or late."""
+def test_log_lines_are_means_over_their_steps(whole, every_step, tmp_path, changes, steps):
+    """Each line is the mean over the steps since the one before, by their counts, written at once or late."""
     cfg = with_train(whole[0], log_every=2, **changes)
     train(cfg, tmp_path)
     assert list(every_step) == [1, 2, 3, 4, 5, 6]
     got, objective = train_lines(tmp_path), make_objective(cfg)
-    assert list(got) == [2, 4, 6]
+    assert list(got) == steps
     batches = list(loop.pipeline.batches(loop.pipeline.open_rows(cfg, objective, "train"), 0, STEPS,
                                          cfg.train.batch_size))
     counts = [objective.counts(batch) for batch in batches]
-    for step, line in got.items():
-        pair = step - 1, step
+    for before, (step, line) in zip([0, *steps], got.items()):
+        since = range(before + 1, step + 1)
         for name in ("lm_loss", "diffusion_loss", "grad_norm", "param_norm"):
-            values = [every_step[s][f"train/{name}"] for s in pair]
-            weights = [float(counts[s - 1].get(name, 1)) for s in pair]
+            values = [every_step[s][f"train/{name}"] for s in since]
+            weights = [float(counts[s - 1].get(name, 1)) for s in since]
             assert line[f"train/{name}"] == pytest.approx(np.average(values, weights=weights), rel=1e-6), name
         assert line["train/learning_rate"] == every_step[step]["train/learning_rate"]
-        filled = [(batches[s - 1].segment_ids_BT > 0).mean() for s in pair]
+        filled = [(batches[s - 1].segment_ids_BT > 0).mean() for s in since]
         assert line["data/fill"] == pytest.approx(np.mean(filled), rel=1e-6)
+        assert line["total/tokens"] == sum(int((b.segment_ids_BT > 0).sum()) for b in batches[:step])
+        assert line["total/images"] == sum(int((b.max_t_BI > 0).sum()) for b in batches[:step])
+        assert ("eval/lm_loss" in line) == loop.due(step, cfg.train.eval_every, STEPS)
+        assert ("grad_norm/lm_loss" in line) == loop.due(step, cfg.train.diagnostics_every, STEPS)
 
 
 @pytest.mark.parametrize("broken_after", [4, 5])
@@ -298,6 +320,51 @@ def test_resumed_equals_uninterrupted_with_late_lines(whole, tmp_path, monkeypat
     assert_same_bits(train(cfg, tmp_path / "broken"), whole[2])
     assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
     assert list(train_lines(tmp_path / "broken")) == [2, 3, 4, 6]
+
+
+class Clock:
+    """Stands for `time`: the second moves when told to."""
+
+    def __init__(self):
+        self.now = 1_790_000_000.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    time = perf_counter
+
+
+def test_times_of_steps_evaluation_and_saving_apart(whole, tmp_path, monkeypatch):
+    """A step takes 1 s, compiling 100, an evaluation 20, a save 7; the first run dies after step 4."""
+    clock, real_add = Clock(), loop.Log.add
+    compile_, evaluate, save = jax.stages.Lowered.compile, loop.Held.evaluate, Checkpoints.save
+
+    def slowed(function, seconds):
+        def run(*args):
+            clock.now += seconds
+            return function(*args)
+        return run
+
+    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(metrics, "time", clock)
+    monkeypatch.setattr(loop.writers, "time", clock)
+    monkeypatch.setattr(loop.Log, "add", slowed(real_add, 1.0))
+    monkeypatch.setattr(jax.stages.Lowered, "compile", slowed(compile_, 100.0))
+    monkeypatch.setattr(loop.Held, "evaluate", slowed(evaluate, 20.0))
+    monkeypatch.setattr(Checkpoints, "save", slowed(save, 7.0))
+    cfg = with_train(whole[0], log_every=1, eval_every=2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, EVERY + 1)
+        train(cfg, tmp_path)
+    saved = [row.get("time/save_s") for row in all_lines(tmp_path)]
+    assert saved == [None, None, None, 7]  # the line stands before its step is saved: the next one says it
+    between = clock.now
+    train(cfg, tmp_path)
+    rows = all_lines(tmp_path)
+    assert [row["perf/step_ms"] for row in rows] == [1000.0] * STEPS
+    assert [row.get("time/eval_s") for row in rows] == [None, 20, None, 20, None, 20]
+    assert rows[0]["time"] == 1_790_000_101 and rows[3]["time"] == between + 121
+    assert rows[0]["perf/images_per_sec"] == rows[0]["total/images"] > 0
 
 
 def traces(workdir) -> list[Path]:

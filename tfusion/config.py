@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 import os
+import secrets
 import typing
 from pathlib import Path
 
@@ -199,10 +200,17 @@ def save(cfg: Config, workdir) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file in one move: whoever is killed meanwhile leaves the old one whole."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
+    """Writes a file in one move: whoever is killed meanwhile, and a full disk, leave the old one whole; two
+    writers at once, one of theirs."""
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.unfinished")
+    try:
+        with unfinished.open("x") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # else a crash of the machine can leave the new name empty
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _build(cls, tree, prefix: str):

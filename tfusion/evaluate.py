@@ -15,6 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
 from tfusion import config, distributed, sharding
+from tfusion.config import replace_text
 from tfusion.data import pipeline
 from tfusion.errors import UserError, run
 from tfusion.evals import losses, scenes, statistics
@@ -38,7 +39,7 @@ DOCUMENTS = 16  # written from nothing; those with the most pictures are shown
 
 def write_pictures(folder: Path, name: str, records: list, **arrays) -> None:
     np.savez_compressed(folder / f"{name}.npz", **arrays)
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    replace_text(folder / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
 
 
 def both_ways(cfg, params, codec, tokenizer, folder: Path) -> dict:
@@ -76,7 +77,7 @@ def write_documents(cfg, params, codec, tokenizer, folder: Path) -> None:
                           for p in parts])
     if latents:
         np.savez_compressed(folder / "interleaved.npz", images=codec.decode(np.stack(latents)))
-        (folder / "interleaved.json").write_text(json.dumps(documents, indent=1))
+        replace_text(folder / "interleaved.json", json.dumps(documents, indent=1))
 
 
 def write_mask(cfg, tokenizer, folder: Path) -> None:
@@ -88,7 +89,7 @@ def write_mask(cfg, tokenizer, folder: Path) -> None:
               for t, n in zip(row.tokens_BT.tolist(), row.image_ids_BT.tolist())]
     np.savez_compressed(folder / "mask.npz", mask=np.asarray(mask), segment_ids=row.segment_ids_BT,
                         image_ids=row.image_ids_BT)
-    (folder / "mask.json").write_text(json.dumps({"pieces": pieces}))
+    replace_text(folder / "mask.json", json.dumps({"pieces": pieces}))
 
 
 def main() -> None:
@@ -113,8 +114,8 @@ def main() -> None:
     write_mask(cfg, tokenizer, folder)
     result = {"metrics": metrics, "linear_baseline": linear, "ngrams": ngrams, "seed": SEED.value,
               "sampling": cfg.to_dict()["sampling"], "jax": jax.__version__}
-    (folder / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
     write_timing(folder, "evaluate", time.perf_counter() - began)
+    replace_text(folder / "metrics.json", json.dumps(result, indent=1) + "\n")  # last: all is there
     for m in metrics.values():
         interval = f"  [{m['low']:.3f}, {m['high']:.3f}]" if m["low"] is not None else ""
         chance = f"  chance {m['chance']:.3f}" if m["chance"] is not None else ""

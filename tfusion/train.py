@@ -4,6 +4,7 @@
   python -m tfusion.train --config=experiments/transfusion.py:0.16b --workdir=/tmp/x --dry_run
   ... --config.train.num_steps=100 overrides one value
   ... --profile=100:5 writes a trace of five steps, which TensorBoard and xprof open
+  ... --wandb=PROJECT logs to Weights & Biases too (pip install '.[wandb]'; WANDB_MODE=offline for no network)
 """
 
 from pathlib import Path
@@ -20,7 +21,7 @@ from tfusion.objectives import make_objective
 CONFIG = config_flags.DEFINE_config_file("config", None, "experiments/FILE.py[:variant]")
 WORKDIR = flags.DEFINE_string("workdir", None, "where checkpoints, metrics and the config go")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "build and compile, print parameters and one batch, exit")
-
+WANDB = flags.DEFINE_string("wandb", None, "project of Weights & Biases to log to as well")
 PROFILE = flags.DEFINE_string("profile", None, "START:N traces N steps from step START into WORKDIR/profile")
 
 
@@ -65,7 +66,8 @@ def main() -> None:
             return
         from tfusion.training.loop import train
         with workdirs.hold(workdir / workdirs.LOCK):
-            train(cfg, objective, workdir, mesh, profiled_steps(PROFILE.value, cfg.train.num_steps))
+            train(cfg, objective, workdir, mesh, profiled_steps(PROFILE.value, cfg.train.num_steps),
+                  WANDB.value)
 
 
 if __name__ == "__main__":

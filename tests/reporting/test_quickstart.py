@@ -388,9 +388,20 @@ def test_a_required_file_is_named_with_its_command(run, required):
 
 def test_damage_is_reported_with_its_place(run):
     with open(run / "transfusion/metrics.jsonl", "a") as file:
-        file.write('{"step": 3')
+        file.write('{"step": 3\n')
     with pytest.raises(ReportError, match=r"metrics.jsonl, line \d+ is not JSON"):
         report(run)
+
+
+@pytest.mark.parametrize("text", ["", '{"stages": [', "[]", "null", "{}"])
+def test_broken_side_files_are_left_out_and_named(run, text):
+    for name in ("timing.json", "summary.json"):
+        (run / "transfusion" / name).write_text(text)
+    with open(run / "transfusion/metrics.jsonl", "a") as file:
+        file.write('{"step": 3')  # being written
+    written = report(run)
+    for name in ("timing.json", "summary.json"):
+        assert f"transfusion/{name} is broken" in written[written.index('id="left-out"') :]
 
 
 def verb(*args: str) -> subprocess.CompletedProcess:

@@ -1,4 +1,4 @@
-"""Numbers out of a run: means, rates by a fake clock, metrics.jsonl and timing.json."""
+"""Numbers out of a run: means, rates by a fake clock, memory, timing.json."""
 
 import json
 from types import SimpleNamespace
@@ -72,7 +72,8 @@ def test_rates_by_a_fake_clock(cfg, clock, monkeypatch):
     assert out == pytest.approx({
         "perf/step_ms": 1e3 * 5 / 4, "perf/tokens_per_sec": 4 * 8 / 5, "perf/patches_per_sec": 4 * 4 / 5,
         "perf/images_per_sec": 4 / 5, "perf/model_flops_per_sec": 4 * flops / 5, "data/fill": 0.8,
-        "data/wait_fraction": 1.0 / 5, "perf/mfu": 4 * flops / 5 / (1e6 * jax.device_count())})
+        "data/wait_fraction": 1.0 / 5, "total/tokens": 32, "total/patches": 16, "total/images": 4,
+        "total/flops": 4 * flops, "perf/mfu": 4 * flops / 5 / (1e6 * jax.device_count())})
 
     clock.now += 2.0  # rates start over, totals do not
     speed.add(batch, 0.0)
@@ -87,7 +88,8 @@ def test_a_resumed_run_counts_on_and_its_rates_do_not_hold_the_past(cfg, clock):
     speed.add(packed(cfg), 0.0)
     out = speed.report()
     assert out["perf/tokens_per_sec"] == pytest.approx(4) and out["perf/images_per_sec"] == pytest.approx(0.5)
-    assert speed.total["tokens"] == 1008 and speed.total["images"] == 71
+    assert out["total/tokens"] == speed.total["tokens"] == 1008
+    assert out["total/images"] == speed.total["images"] == 71
     assert "perf/mfu" not in out  # a CPU has no known peak
 
 
@@ -96,37 +98,25 @@ def test_the_autoencoders_batches_count_images_only(cfg, clock):
     speed.add(ImageBatch(np.arange(6, dtype=np.int32), np.zeros((6, 32, 32, 3), np.uint8)), 0.5)
     clock.now += 2.0
     assert speed.report() == pytest.approx(
-        {"perf/step_ms": 2e3, "perf/images_per_sec": 3.0, "data/wait_fraction": 0.25})
+        {"perf/step_ms": 2e3, "perf/images_per_sec": 3.0, "data/wait_fraction": 0.25, "total/images": 6})
 
 
-def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def test_clip_rate_is_the_share_of_steps_above_the_clip():
+    losses = metrics.Losses()
+    for step, norm in enumerate((0.5, 1.0, 1.01, 30.0, 0.2), start=1):  # clipped at 1.0
+        losses.add(step, {"lm_loss": (1.0, 1), "grad_norm": (jnp.float32(norm), 1)})
+    assert losses.means("train/")["train/clip_rate"] == pytest.approx(0.4)
+    losses.add(6, {"lm_loss": (1.0, 1)})  # an evaluation has no gradient
+    assert losses.means("eval/") == {"eval/lm_loss": 1.0}
 
 
-def test_writer_adds_a_line_a_write_and_tensorboard_events(tmp_path):
-    writer = metrics.Writer(tmp_path, 0)
-    writer.write(1, {"train/lm_loss": 1.23456789, "train/empty": None})
-    assert lines(tmp_path) == [{"step": 1, "train/lm_loss": 1.234568, "train/empty": None}]  # there at once
-    writer.write(1, {"eval/lm_loss": 2.0})
-    writer.close()
-    assert lines(tmp_path)[1] == {"step": 1, "eval/lm_loss": 2.0}
-    (events,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
-    content = events.read_bytes()
-    assert b"train/lm_loss" in content and b"eval/lm_loss" in content and b"train/empty" not in content
-
-
-def test_writer_drops_what_came_after_the_restored_step(tmp_path):
-    writer = metrics.Writer(tmp_path, 0)
-    for step in (2, 4, 4, 6):
-        writer.write(step, {"x": float(step)})
-    writer.close()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 8, "x"')  # killed while writing
-    writer = metrics.Writer(tmp_path, 4)
-    assert [row["step"] for row in lines(tmp_path)] == [2, 4, 4]
-    writer.write(6, {"x": 60.0})
-    writer.close()
-    assert lines(tmp_path)[2:] == [{"step": 4, "x": 4.0}, {"step": 6, "x": 60.0}]
+def test_memory_is_that_of_the_fullest_device():
+    gib = 2**30
+    full = SimpleNamespace(memory_stats=lambda: {"bytes_in_use": 2 * gib, "peak_bytes_in_use": 3 * gib})
+    less = SimpleNamespace(memory_stats=lambda: {"bytes_in_use": gib, "peak_bytes_in_use": 4 * gib})
+    none = SimpleNamespace(memory_stats=lambda: None)
+    assert metrics.device_memory([full, less]) == {"memory/in_use_gib": 2.0, "memory/peak_gib": 4.0}
+    assert metrics.device_memory([none, none]) == metrics.device_memory(jax.devices("cpu")) == {}
 
 
 def test_timing_keeps_other_stages_and_replaces_its_own(tmp_path):
@@ -137,3 +127,13 @@ def test_timing_keeps_other_stages_and_replaces_its_own(tmp_path):
     assert {s["name"]: s["seconds"] for s in timing["stages"]} == {"train from step 4": 2.0, "train": 3.0}
     assert len(timing["stages"]) == 2 and all(10 < s["peak_memory_mb"] < 1e6 for s in timing["stages"])
     assert f"{jax.device_count()} x" in timing["machine"] and timing["versions"]["jax"] == jax.__version__
+
+
+@pytest.mark.parametrize("broken", [
+    b"", b"{", b'{"stages": [{"name": "train"', b"null", b"[]", b"{}", b"\xff\xfe\x00", b"\x00" * 64,
+    b'{"stages": null}', b'{"stages": [7, {"name": "train"}]}'])
+def test_broken_timing_stops_no_run(tmp_path, broken):
+    (tmp_path / "timing.json").write_bytes(broken)
+    metrics.write_timing(tmp_path, "evaluate", 2.0)
+    assert [s["name"] for s in json.loads((tmp_path / "timing.json").read_text())["stages"]] == ["evaluate"]
+    assert [p.name for p in tmp_path.iterdir()] == ["timing.json"]

@@ -123,8 +123,8 @@ def header(run: RunFiles) -> str:
 def facts(run: RunFiles) -> str:
     """Size, length, time and machine, as far as they are known."""
     pairs: list[tuple[str, str]] = []
-    if (run.root / "transfusion/summary.json").is_file():
-        summary = run.json("transfusion/summary.json")
+    keys = "num_params", "steps", "tokens", "images", "flops"
+    if summary := run.optional_json("transfusion/summary.json", *keys):
         pairs += [
             ("parameters", page.count(summary["num_params"])),
             ("training steps", page.count(summary["steps"])),
@@ -138,9 +138,8 @@ def facts(run: RunFiles) -> str:
     if seconds:
         pairs.append(("wall time, all stages", page.duration(seconds)))
     cells = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in pairs)
-    if (run.root / "transfusion/timing.json").is_file():
-        machine = run.json("transfusion/timing.json")["machine"]
-        cells += f'<div class="wide"><dt>machine</dt><dd>{escape(machine)}</dd></div>'
+    if timing := run.optional_json("transfusion/timing.json", "machine"):
+        cells += f'<div class="wide"><dt>machine</dt><dd>{escape(timing["machine"])}</dd></div>'
     return f'<dl class="facts">{cells}</dl>'
 
 
@@ -239,9 +238,8 @@ def config(run: RunFiles) -> str:
     parts = [("Transfusion", page.pretty_json(run.json(CONFIG)))]
     if (run.root / "autoencoder/config.json").is_file():
         parts.append(("Autoencoder", page.pretty_json(run.json("autoencoder/config.json"))))
-    if (run.root / "transfusion/timing.json").is_file():
-        versions = run.json("transfusion/timing.json")["versions"]
-        parts.append(("Versions", page.pretty_json(versions)))
+    if timing := run.optional_json("transfusion/timing.json", "versions"):
+        parts.append(("Versions", page.pretty_json(timing["versions"])))
     return "".join(f"<details><summary>{name}</summary>{body}</details>" for name, body in parts)
 
 

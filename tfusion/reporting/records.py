@@ -67,12 +67,28 @@ class RunFiles:
         except ValueError as error:
             raise ReportError(f"{path} is not JSON: {error}") from error
 
+    def optional_json(self, name: str, *keys: str) -> dict[str, Any] | None:
+        """A JSON object that has these keys; None where the file is absent, and with a note where a killed
+        process or a full disk left something else."""
+        if not (self.root / name).is_file():
+            return None
+        try:
+            found = json.loads(self.path(name).read_text())
+        except ValueError:
+            found = None
+        if isinstance(found, dict) and all(key in found for key in keys):
+            return found
+        note = (name, f"{self.root / name} is broken; the next run of its command writes it anew")
+        self.notes += [note] if note not in self.notes else []
+        return None
+
     def jsonl(self, name: str) -> list[dict[str, Any]]:
-        """A file of one JSON object a line; read once."""
+        """A file of one JSON object a line, without a last line that is still being written; read once."""
         if name not in self._lines:
             path = self.path(name)
             rows = []
-            for number, line in enumerate(path.read_text().splitlines(), start=1):
+            whole = path.read_text(errors="replace").rpartition("\n")[0]
+            for number, line in enumerate(whole.splitlines(), start=1):
                 try:
                     rows.append(json.loads(line))
                 except ValueError as error:
@@ -131,8 +147,7 @@ class RunFiles:
         """Every timed stage of the run, in order, with the part it belongs to; perhaps none."""
         found = []
         for part in ("data", "autoencoder", "transfusion", "transfusion/evaluation"):
-            if (self.root / part / "timing.json").is_file():
-                timing = self.json(f"{part}/timing.json")
+            if timing := self.optional_json(f"{part}/timing.json", "stages"):
                 found += [{"part": part.split("/")[-1], **stage} for stage in timing["stages"]]
         return found
 

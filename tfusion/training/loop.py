@@ -1,5 +1,6 @@
 """The loop: evaluate if due, save if due, next batch, step, log. It never asks which objective it runs."""
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from tfusion import config, distributed, sharding
 from tfusion.checkpoint import Checkpoints
 from tfusion.data import pipeline
 from tfusion.objectives.base import Objective
-from tfusion.training import metrics, resume
+from tfusion.training import metrics, resume, writers
 from tfusion.training import state as states
 from tfusion.training import step as steps
 from tfusion.training.optimizer import learning_rate_schedule, make_optimizer
@@ -51,22 +52,47 @@ def due(step: int, every: int, num_steps: int) -> bool:
 
 
 class Log:
-    """Losses and rates of the steps since the last line; a line is written when its step has finished."""
+    """Losses and rates of the steps since the last line; a line is written when its step has finished.
 
-    def __init__(self, cfg: config.Config, objective: Objective, rows, workdir: Path, first: int, totals):
+    A line holds all that is known of its step, evaluation and diagnostics too, and the seconds that pauses
+    took since the line before: an evaluation stands in its own step's line, a save, which must find that line
+    written, in the next.
+    """
+
+    def __init__(self, cfg: config.Config, objective: Objective, rows, workdir: Path, first: int, totals,
+                 wandb: str | None):
         self.cfg, self.objective, self.rows = cfg, objective, rows
-        self.writer, self.losses = metrics.Writer(workdir, first), metrics.Losses()
-        self.speed = metrics.Throughput(cfg, totals)
+        self.writer, self.losses = writers.open_writers(workdir, first, cfg, wandb), metrics.Losses()
+        self.speed, self.paused = metrics.Throughput(cfg, totals), {}
         self.learning_rate = learning_rate_schedule(cfg.optimizer, cfg.train.num_steps)
         self.bar = tqdm(total=cfg.train.num_steps, initial=first, desc=workdir.name, unit="step",
                         mininterval=1.0, dynamic_ncols=True)
 
-    def line(self, step: int) -> None:
-        """Waits for the step's losses and writes everything since the last line. Raises on a NaN."""
+    def add(self, step: int, losses, batch, waited: float) -> None:
+        """Counts a step that is under way; waits for nothing."""
+        self.losses.add(step, losses)
+        self.speed.add(batch, waited)
+        self.bar.update()
+
+    @contextlib.contextmanager
+    def pause(self, name: str):
+        """What runs inside is no part of the steps' time; the next line has its seconds, under `name`."""
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        self.speed.pause(seconds)
+        self.paused[name] = self.paused.get(name, 0.0) + seconds
+
+    def values(self, step: int) -> dict:
+        """Waits for the step's losses: all since the last line. Raises UserError on a NaN."""
         values = self.losses.means("train/")
         values |= self.speed.report() | self.rows.stats(step * self.cfg.train.batch_size - 1)
         values["train/learning_rate"] = float(self.learning_rate(step - 1))
-        self.writer.write(step, values)
+        return values | metrics.device_memory(jax.local_devices())
+
+    def write(self, step: int, values: dict) -> None:
+        self.writer.write(step, values | self.paused)
+        self.paused = {}
         self.bar.set_postfix({k: f"{values['train/' + k]:.3f}" for k in self.objective.weights
                               if values.get("train/" + k) is not None}, refresh=False)
 
@@ -75,11 +101,15 @@ class Log:
         self.writer.close()
 
 
-def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile=None) -> states.TrainState:
+def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile=None,
+          wandb: str | None = None) -> states.TrainState:
     """Trains to cfg.train.num_steps, from the workdir's latest checkpoint where there is one.
 
-    profile: (step, n) writes a trace of n steps to `<workdir>/profile`, for TensorBoard or xprof.
+    profile: (step, n) writes a trace of n steps to `<workdir>/profile`, for TensorBoard or xprof. wandb: a
+    project of Weights & Biases to log to as well.
     """
+    if wandb:
+        writers.import_wandb()  # raises where it is missing, before any work
     began, t = time.perf_counter(), cfg.train
     tx = make_optimizer(cfg.optimizer, t.num_steps)
     rows, held = pipeline.open_rows(cfg, objective, "train"), Held(cfg, objective, mesh)
@@ -89,7 +119,7 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile
     if profile and profile[0] < first:  # the same command again after a crash must go on
         tqdm.write(f"no trace: --profile={profile[0]}:{profile[1]} begins before step {first}")
         profile = None
-    log = Log(cfg, objective, rows, workdir, first, totals)
+    log = Log(cfg, objective, rows, workdir, first, totals, wandb)
     train_step = None  # compiled for the first batch
     batches = pipeline.batches(rows, next_row, t.num_steps - first, t.batch_size,
                                jax.process_index(), jax.process_count())
@@ -106,15 +136,15 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile
             if train_step is None:
                 train_step = steps.jit_train_step(objective, tx, cfg, state).lower(state, placed).compile()
                 distributed.return_freed_memory()
+                waited = 0.0
+                log.speed.begin()  # no rate holds the compilation, nor the start of the readers
             state, losses = train_step(state, placed)
             next_row += t.batch_size
             if late:
-                log.line(late)
+                log.write(late, log.values(late))
                 late = None
             done = step + 1
-            log.losses.add(done, losses)
-            log.speed.add(batch, waited)
-            log.bar.update()
+            log.add(done, losses, batch, waited)
             if profile and done == sum(profile):
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
@@ -123,19 +153,19 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile
             evaluating = due(done, t.eval_every, t.num_steps)
             diagnosing = due(done, t.diagnostics_every, t.num_steps)
             if saving or evaluating or diagnosing or done == t.num_steps:
-                if saving or due(done, t.log_every, t.num_steps):
-                    log.line(done)
-                log.losses.flush()  # raises on a NaN before a broken state replaces a good checkpoint
-                pause = time.perf_counter()
+                values = log.values(done)  # raises on a NaN before a broken state replaces a good checkpoint
                 if evaluating:
-                    log.writer.write(done, held.evaluate(state))
+                    with log.pause("time/eval_s"):
+                        values |= held.evaluate(state)
                 if diagnosing:
-                    log.writer.write(done, held.diagnose(state))
+                    with log.pause("time/diagnostics_s"):
+                        values |= held.diagnose(state)
+                log.write(done, values)
                 if saving:
-                    checkpoints.save(done, states.items(state), {
-                        "next_row": next_row, "totals": dict(log.speed.total), "identity": rows.identity,
-                        "config": cfg.to_dict()})
-                log.speed.pause(time.perf_counter() - pause)
+                    with log.pause("time/save_s"):
+                        checkpoints.save(done, states.items(state), {
+                            "next_row": next_row, "totals": dict(log.speed.total), "identity": rows.identity,
+                            "config": cfg.to_dict()})
             elif due(done, t.log_every, t.num_steps):
                 late = done
     finally:

@@ -1,7 +1,6 @@
-"""Numbers out of a run: accumulated on the host, written to metrics.jsonl and TensorBoard."""
+"""Numbers out of a run, accumulated on the host; writers.py writes them."""
 
 import json
-import math
 import platform
 import resource
 import time
@@ -9,12 +8,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from tfusion import accelerators
 from tfusion.config import Config, replace_text
 from tfusion.errors import UserError
 from tfusion.training.flops import training_flops
+from tfusion.training.optimizer import CLIP_NORM
 from tfusion.types import Batch
 
 
@@ -35,6 +34,8 @@ class Losses:
             if bad:
                 raise UserError(f"step {step}: {', '.join(bad)} is not finite; the last checkpoint is "
                                 "untouched: lower optimizer.learning_rate, or look at that step's batch")
+            if "grad_norm" in losses:  # in training: the share of steps whose gradient was clipped
+                losses = losses | {"clip_rate": (losses["grad_norm"][0] > CLIP_NORM, 1)}
             for name, (total, count) in losses.items():
                 a, b = self._sums.get(name, (0.0, 0.0))
                 self._sums[name] = (a + float(total), b + float(count))
@@ -55,9 +56,10 @@ class Throughput:
     def __init__(self, cfg: Config, totals: dict | None = None):
         self.cfg, self.peak = cfg, accelerators.peak_flops_per_sec(jax.devices()[0].device_kind)
         self.total = totals or {"tokens": 0, "patches": 0, "images": 0, "flops": 0.0}
-        self._reset()
+        self.begin()
 
-    def _reset(self) -> None:
+    def begin(self) -> None:
+        """Rates are measured from here on."""
         self._since, self._steps, self._waited, self._positions = time.perf_counter(), 0, 0.0, 0
         self._start = dict(self.total)
 
@@ -78,59 +80,48 @@ class Throughput:
             self.total["images"] += n * len(batch.row_ids_B)
 
     def report(self) -> dict:
+        """Rates since the last report, and totals since the run's first step, resumed or not."""
         seconds = max(time.perf_counter() - self._since, 1e-9)
         did = {name: self.total[name] - self._start[name] for name in self.total}
         out = {"perf/step_ms": 1e3 * seconds / max(self._steps, 1),
                "perf/images_per_sec": did["images"] / seconds,
-               "data/wait_fraction": self._waited / seconds}
+               "data/wait_fraction": self._waited / seconds, "total/images": self.total["images"]}
         if self._positions:
+            out |= {f"total/{name}": total for name, total in self.total.items()}
             out |= {"perf/tokens_per_sec": did["tokens"] / seconds,
                     "perf/patches_per_sec": did["patches"] / seconds,
                     "perf/model_flops_per_sec": did["flops"] / seconds,
                     "data/fill": did["tokens"] / self._positions}
             if self.peak:
                 out["perf/mfu"] = did["flops"] / seconds / (self.peak * jax.device_count())
-        self._reset()
+        self.begin()
         return out
 
 
-class Writer:
-    """metrics.jsonl (one object a line, always with "step") and TensorBoard events."""
-
-    def __init__(self, workdir: Path, first_step: int):
-        self._path = workdir / "metrics.jsonl"
-        self._drop_after(first_step)
-        self._file = self._path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
-
-    def _drop_after(self, step: int) -> None:
-        """A resumed run writes the steps after its checkpoint again: the old lines go."""
-        if self._path.exists():
-            lines = [line for line in self._path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            replace_text(self._path, "".join(line + "\n" for line in kept))
-
-    def write(self, step: int, values: dict) -> None:
-        rounded = {k: None if v is None else float(f"{v:.7g}") for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, **rounded}) + "\n")
-        self._file.flush()
-        for name, value in rounded.items():
-            if value is not None and math.isfinite(value):
-                self._board.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._file.close()
-        self._board.close()
+def device_memory(devices) -> dict:
+    """GiB in use, and the most so far, on the fullest device; {} where the platform does not tell (CPU)."""
+    stats = [stats for device in devices if (stats := device.memory_stats())]
+    names = {"memory/in_use_gib": "bytes_in_use", "memory/peak_gib": "peak_bytes_in_use"}
+    return {name: max(s[key] for s in stats) / accelerators.GIB for name, key in names.items()
+            if stats and all(key in s for s in stats)}
 
 
 def write_timing(folder: Path, name: str, seconds: float) -> None:
     """Adds a stage to `<folder>/timing.json`: seconds and this process's peak memory."""
     path = folder / "timing.json"
-    old = json.loads(path.read_text())["stages"] if path.exists() else []
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     stage = {"name": name, "seconds": round(seconds, 1), "peak_memory_mb": round(peak)}
     devices = jax.devices()
-    path.write_text(json.dumps({
-        "stages": [s for s in old if s["name"] != name] + [stage],
+    replace_text(path, json.dumps({
+        "stages": [s for s in _stages(path) if s["name"] != name] + [stage],
         "machine": f"{len(devices)} x {devices[0].device_kind}, {platform.machine()}",
         "versions": {"python": platform.python_version(), "jax": jax.__version__}}, indent=2) + "\n")
+
+
+def _stages(path: Path) -> list[dict]:
+    """The stages of a timing.json; none where it is absent, empty or broken: it stops no run."""
+    try:
+        stages = json.loads(path.read_text())["stages"]
+        return [s for s in stages if isinstance(s, dict) and {"name", "seconds", "peak_memory_mb"} <= s.keys()]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
