@@ -1,5 +1,6 @@
 """Scoring composed scenes both ways: chance, full marks, the split, and nothing to score."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -111,3 +112,19 @@ def test_chunks_have_one_shape_and_keep_the_order(cfg, monkeypatch):
     assert [int(parts[0][0]) for parts in out] == [10 * i for i in range(n)]
     assert [size for size, _ in asked] == [scenes.CHUNK] * 2
     assert all(options["seed"] == 3 for _, options in asked)
+    assert [options["first_row"] for _, options in asked] == [0, scenes.CHUNK]
+
+
+def test_every_prompt_has_noise_of_its_own_whatever_the_chunk(cfg, monkeypatch):
+    """What a row is keyed by, over two chunks and over one: all different, and the same both times."""
+
+    def generate(cfg, params, prompts, **options):
+        rows = decode.start_rows(cfg, prompts, options["seed"], 8, options["first_row"])
+        return [bytes(key) for key in np.asarray(jax.random.key_data(rows.key_B))]
+
+    monkeypatch.setattr(decode, "generate", generate)
+    keys = []
+    for size in (4, 9):
+        monkeypatch.setattr(scenes, "CHUNK", size)
+        keys.append(scenes.in_chunks(cfg, None, [[np.array([5])]] * 9, "title", seed=3))
+    assert len(set(keys[0])) == 9 and keys[0] == keys[1]

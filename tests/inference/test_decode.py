@@ -270,6 +270,22 @@ def test_a_batch_of_one_is_row_zero(random_params):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
 
 
+def test_a_prompts_number_keys_its_noise_whatever_the_chunk(random_params):
+    """Of three equal prompts each has noise of its own, and drawn later as number 2 it is the third's."""
+    options = dict(seed=5, max_new_tokens=0, max_images=1)
+    together = [parts[0] for parts in generate(random_params, [[[A, BOI]]] * ROWS, **options)]
+    assert len({x.tobytes() for x in together}) == ROWS
+    later = [parts[0] for parts in generate(random_params, [[[A, BOI]]] * 2, first_row=1, **options)]
+    np.testing.assert_allclose(later, together[1:], rtol=1e-4, atol=1e-4)
+
+
+def test_text_is_drawn_anew_at_every_position():
+    """A model without preferences: the same key at every position would write one token for ever."""
+    rows = generate(bigram({}), [[]] * ROWS, seed=1, temperature=1.0, max_new_tokens=12, max_images=0)
+    texts = [parts[0].tolist() for parts in rows]
+    assert all(len(set(text)) > 8 for text in texts) and texts[0] != texts[1] != texts[2]
+
+
 def test_forward_equals_the_training_forward(random_params):
     """A finished document as decoding lays it out, and the same document packed behind another one."""
     objective, (x, y), noisy = make_objective(CFG), latents(2, 2), latents(4, 2)

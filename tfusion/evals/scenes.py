@@ -22,12 +22,14 @@ PAIRS = ("left of", "above")
 
 
 def in_chunks(cfg: Config, params, prompts: list, title: str, **options) -> list:
-    """`decode.generate` over CHUNK prompts at a time, with a progress bar."""
+    """`decode.generate` over CHUNK prompts at a time, with a progress bar; noise is keyed by the number among
+    all prompts.
+    """
     out = []
     for start in tqdm(range(0, len(prompts), CHUNK), desc=title, unit="chunk"):
         chunk = prompts[start : start + CHUNK]
         filled = chunk + [chunk[-1]] * (CHUNK - len(chunk))  # one compiled shape
-        out += decode.generate(cfg, params, filled, **options)[: len(chunk)]
+        out += decode.generate(cfg, params, filled, first_row=start, **options)[: len(chunk)]
     return out
 
 

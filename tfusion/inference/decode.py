@@ -2,7 +2,8 @@
 appended and denoised together, EOI is appended, and LM mode goes on, until EOS.
 
 Correct and simple: every step runs the whole sequence again. Several prompts go at once, each in its own
-row; a row's draws depend on its own number and position only, never on its neighbours.
+row; a row's draws depend on the seed, its own number and position only: never on its neighbours, nor on how
+many prompts go at once.
 
 B rows, T positions of the buffer, I image slots, N patches per image, h w c latent.
 """
@@ -47,9 +48,10 @@ def as_batch(rows: Rows) -> Batch:
                  jnp.zeros(rows.image_start_BI.shape), jnp.zeros((*rows.image_start_BI.shape, 2), jnp.uint32))
 
 
-def start_rows(cfg: Config, prompts: list, seed: int, max_len: int) -> Rows:
+def start_rows(cfg: Config, prompts: list, seed: int, max_len: int, first_row: int = 0) -> Rows:
     """Lays prompts out as rows. A prompt is a list of parts, int text ids or float (h, w, c) latents; text
-    that ends with BOI starts the row in diffusion mode. Raises UserError where a prompt does not fit.
+    that ends with BOI starts the row in diffusion mode. Its noise is keyed by (seed, its number), counted
+    from first_row. Raises UserError where a prompt does not fit.
     """
     m, I = cfg.model, cfg.data.max_images
     B, T, N = len(prompts), max_len, cfg.model.num_patches
@@ -77,7 +79,7 @@ def start_rows(cfg: Config, prompts: list, seed: int, max_len: int) -> Rows:
         tokens[row, : len(ids)] = ids
         lengths[row] = len(ids)
     last = tokens[np.arange(B), lengths - 1]
-    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(B))
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(first_row + jnp.arange(B))
     return Rows(*map(jnp.asarray, (tokens, image_ids, lengths, latents, starts,
                                    np.where(last == m.boi, DRAW, WRITE))), keys)
 
@@ -175,16 +177,18 @@ def draw_images(cfg: Config, params, rows: Rows, sampler_name: str, num_inferenc
     return rows._replace(mode_B=jnp.where(drawing, WRITE, rows.mode_B))
 
 
-def generate(cfg: Config, params, prompts: list, *, seed: int = 0, max_new_tokens: int | None = None,
-             max_images: int | None = None, temperature: float = 0.0, max_len: int | None = None) -> list:
+def generate(cfg: Config, params, prompts: list, *, seed: int = 0, first_row: int = 0,
+             max_new_tokens: int | None = None, max_images: int | None = None, temperature: float = 0.0,
+             max_len: int | None = None) -> list:
     """Continues each prompt to its EOS; returns one list of new parts per prompt.
 
     prompts: see `start_rows`. Parts returned are int32 text ids (without specials) or float32 latents.
     max_new_tokens limits a row's new text and max_images its new images; max_len the whole row
-    (data.seq_len unless given).
+    (data.seq_len unless given). first_row is the number of the first prompt where these are some of many:
+    each has noise of its own, the same however they are split.
     """
     s, N = cfg.sampling, cfg.model.num_patches
-    rows = start_rows(cfg, prompts, seed, max_len or cfg.data.seq_len)
+    rows = start_rows(cfg, prompts, seed, max_len or cfg.data.seq_len, first_row)
     T = rows.tokens_BT.shape[1]
     begin, budget = np.asarray(rows.length_B), T if max_new_tokens is None else max_new_tokens
     limit, images = jnp.minimum(begin + budget, T), 0
