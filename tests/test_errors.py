@@ -17,9 +17,11 @@ from absl import app
 from tests.conftest import tiny_config
 from tfusion import config, errors, sharding
 from tfusion.checkpoint import Checkpoints
+from tfusion.data.pipeline import open_rows
 from tfusion.objectives import make_objective
 from tfusion.training import state as states
 from tfusion.training.optimizer import make_optimizer
+from tfusion.workdir import LOCK, hold
 
 ROOT = Path(__file__).parents[1]
 ALONE = ("broken_checkpoint",)  # starts Orbax's threads, which a fork of the driver can trip over
@@ -45,6 +47,7 @@ for name, verb, args in json.load(sys.stdin):
 TRAIN = ["--config=experiments/quickstart.py", "--workdir=TMP/run"]
 SMALL = [*TRAIN, "--config.data.tokenizer=byte", "--config.data.prepared=PREPARED"]
 PREPARE = ["--config=experiments/quickstart.py", "--config.data.prepared=TMP/data"]
+FEW = ["--config.data.num_scenes=64"]
 CASES = {  # name: (verb, arguments, what the line says)
     "unknown_key": ("train", [*TRAIN, "--config.model.num_layrs=3"],
                     ["unknown config key 'num_layrs' Did you mean \"num_layers\""]),
@@ -85,7 +88,16 @@ CASES = {  # name: (verb, arguments, what the line says)
     "no_tokenizer": ("prepare", [*PREPARE, "--autoencoder=TMP/none", "--config.data.tokenizer=TMP/none.model"],
                      ["TMP/none.model"]),
     "no_autoencoder": ("prepare", [*PREPARE, "--autoencoder=TMP/none"], ["TMP/none/config.json not found"]),
-    "autoencoder_not_given": ("prepare", PREPARE, ["--autoencoder"]),
+    "no_config_to_prepare": ("prepare", ["--autoencoder=TMP/none"], ["--config=experiments/FILE.py is needed"]),
+    "autoencoder_not_given": ("prepare", [*PREPARE, *FEW], ["names a source with pictures", "--autoencoder"]),
+    "prepare_over_what_is_yours": ("prepare", ["--config=experiments/quickstart.py", "--autoencoder=TMP/none",
+                                               "--config.data.prepared=TMP"],
+                                   ["TMP holds what `python -m tfusion.prepare` did not make"]),
+    "two_writers": ("train", ["--config=TMP/tiny.py", "--workdir=TMP/held"],
+                    ["TMP/held is being written by another process (process"]),
+    "evaluate_elsewhere": ("evaluate", ["--workdir=BROKEN", "--config.data.prepard=x"], ["prepard"]),
+    "sample_no_such_mesh": ("sample", ["--workdir=BROKEN", "--num_documents=1", "--mesh=rows=2"],
+                            ["--mesh=rows=2 must name sizes of data, fsdp, sequence, tensor"]),
     "inspect_nothing_prepared": ("prepare", [*PREPARE, "--inspect=TMP/rows.png"],
                                  ["TMP/data/meta.json not found"]),
     "sample_no_run": ("sample", ["--workdir=TMP/none", "--num_documents=1"], ["TMP/none"]),
@@ -101,7 +113,8 @@ def broken_run(cfg, workdir: Path) -> None:
     with jax.set_mesh(mesh):
         state = states.init_state(make_objective(cfg), tx, True, 0, mesh)
         checkpoints = Checkpoints(workdir, writing=True)
-        meta = {"next_row": 0, "totals": {}, "identity": {}, "config": cfg.to_dict()}
+        identity = open_rows(cfg, make_objective(cfg), "train").identity
+        meta = {"next_row": 0, "totals": {}, "identity": identity, "config": cfg.to_dict()}
         checkpoints.save(0, states.items(state), meta)
         checkpoints.close()
     largest = max((p for p in (workdir / "checkpoints").rglob("*") if p.is_file()),
@@ -116,6 +129,8 @@ def outcomes(prepared_root, tmp_path_factory):
     cfg = tiny_config(prepared_root)
     broken_run(cfg, broken)
     (tmp / "file").touch()
+    (tmp / "held").mkdir()
+    held = hold(tmp / "held" / LOCK)
     (tmp / "half").mkdir()
     (tmp / "half" / "meta.json").write_text((prepared_root / "meta.json").read_text())
     tree = json.dumps(cfg.to_dict())
@@ -141,6 +156,7 @@ def outcomes(prepared_root, tmp_path_factory):
         run = subprocess.run([sys.executable, "-m", f"tfusion.{verb}", *(filled(x) for x in args)], cwd=ROOT,
                              env=env, capture_output=True, text=True, timeout=300)
         outcomes[name] = run.returncode, run.stdout, run.stderr, filled
+    held.close()
     return outcomes
 
 

@@ -21,6 +21,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from tests.conftest import tiny_config, tiny_dict
 from tfusion import config, sharding
 from tfusion.checkpoint import Checkpoints
+from tfusion.data.prepared import write_source
+from tfusion.data.tokenizers import load_saved
 from tfusion.errors import UserError
 from tfusion.inference import trained
 from tfusion.objectives import make_objective
@@ -217,6 +219,33 @@ def test_another_model_is_one_line(whole, copied, name):
                                         "set it back, or start in another --workdir$"):
         train(dataclasses.replace(cfg, **{group: changed}), copied)
     assert digest(copied) == before
+
+
+def test_other_data_are_refused(whole, copied, tmp_path):
+    """Prepared again with a record more, the rows are others: a run must not go on as if they were not."""
+    cfg, before = whole[0], digest(copied)
+    root = shutil.copytree(cfg.data.prepared, tmp_path / "data")
+    write_source(root / "glosses" / "train", [["another"], ["text"]], load_saved(root).encode_batch, None)
+    elsewhere = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, prepared=str(root)))
+    with pytest.raises(UserError, match=r"trained on other data than .*/data now holds \(changed: .*glosses"):
+        train(elsewhere, copied)
+    assert digest(copied) == before
+
+
+def test_the_data_may_stand_elsewhere_and_what_changed_is_kept(whole, copied, tmp_path, capsys):
+    """Same data under another path, more steps: said and noted, each key with what it was."""
+    cfg = whole[0]
+    root = shutil.copytree(cfg.data.prepared, tmp_path / "moved")
+    changed = with_train(dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, prepared=str(root))),
+                         num_steps=STEPS + 2)
+    train(changed, copied)
+    out = capsys.readouterr().out
+    assert f"changed since step {STEPS}: train.num_steps = {STEPS + 2} (was {STEPS})" in out
+    assert "the learning rate goes on at" in out
+    (line,) = (json.loads(x) for x in (copied / "config_changes.jsonl").read_text().splitlines())
+    assert line["step"] == STEPS and line["changed"] == {
+        "data.prepared": [cfg.data.prepared, str(root)], "train.num_steps": [STEPS, STEPS + 2]}
+    assert config.load(copied).train.num_steps == STEPS + 2
 
 
 def test_nan_stops_before_it_is_saved(whole, tmp_path):
