@@ -55,9 +55,9 @@ def _sum_on_device(h_BTD, head_DV, ids_V, targets_BT, mask_BT, vocab_size: int):
 def chunk_size(num_positions: int, vocab: int) -> int:
     """C for a device with so many positions and vocabulary entries.
 
-    Large chunks are full ones: every chunk reads the head and adds to its gradient, and with a thousand
-    positions an accelerator's products outweigh that. But the last chunk is half empty on average, so that
-    there should be several.
+    Every chunk reads the head and adds to its gradient, and it takes about a thousand positions for an
+    accelerator's products to outweigh that. But the last chunk is half empty on average, so that there should
+    be several.
     """
     tiles = min(num_positions // 8, CHUNK_LOGITS // vocab) // CHUNK_TILE
     return min(max(tiles, 1) * CHUNK_TILE, num_positions)
