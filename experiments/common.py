@@ -44,7 +44,7 @@ def base(size: str | None = None, preset: str | None = None) -> ConfigDict:
             num_steps=250_000, batch_size=512, num_microbatches=1, log_every=50, eval_every=5000,
             eval_batches=8, diagnostics_every=1000, checkpoint_every=5000),
         mesh=dict(data=1, fsdp=-1, sequence=1, tensor=1),
-        sampling=dict(sampler="ddpm", num_inference_steps=250, guidance_scale=3.0),
+        sampling=dict(sampler="ddpm", variance="fixed_small", num_inference_steps=250, guidance_scale=3.0),
     ))
     if preset == "strict":
         config.optimizer.ema_decay = 0.0

@@ -24,6 +24,7 @@ CHOICES = {
     "model.compute_dtype": ("float32", "bfloat16"),
     "diffusion.prediction": ("eps", "v"),
     "sampling.sampler": ("ddpm", "ddim"),
+    "sampling.variance": ("fixed_small", "fixed_large"),
 }
 
 
@@ -92,7 +93,7 @@ class AutoencoderConfig:
     width: int
     num_blocks: int
     downsample: int  # pixels per latent pixel, each way
-    kl_weight: float
+    kl_weight: float  # of the KL summed over an image, beside errors that are means over its pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +144,7 @@ class MeshConfig:
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
     sampler: str
+    variance: str  # DDPM's, named as in diffusers: the posterior's, or beta
     num_inference_steps: int
     guidance_scale: float
 

@@ -35,6 +35,8 @@ TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "of the text; 0 = greedy", 
 MAX_IMAGES = flags.DEFINE_integer("max_images", None, "pictures per row; default: as many as fit",
                                   lower_bound=0)
 SAMPLER = flags.DEFINE_enum("sampler", None, CHOICES["sampling.sampler"], "default: the run's config")
+VARIANCE = flags.DEFINE_enum("variance", None, CHOICES["sampling.variance"],
+                             "of DDPM's steps; default: the run's config")
 STEPS = flags.DEFINE_integer("num_inference_steps", None, "default: the run's config", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance_scale", None, "1 = off; default: the run's config", lower_bound=0.0)
 
@@ -53,7 +55,8 @@ def read_image(path: str, size: int):
 
 def with_flags(cfg):
     """The run's sampling settings, changed by the flags that were given."""
-    given = {"sampler": SAMPLER.value, "num_inference_steps": STEPS.value, "guidance_scale": GUIDANCE.value}
+    given = {"sampler": SAMPLER.value, "variance": VARIANCE.value, "num_inference_steps": STEPS.value,
+             "guidance_scale": GUIDANCE.value}
     sampling = dataclasses.replace(cfg.sampling, **{k: v for k, v in given.items() if v is not None})
     if sampling.num_inference_steps > cfg.diffusion.num_timesteps:
         raise UserError(f"--num_inference_steps={sampling.num_inference_steps} is more than the "

@@ -67,28 +67,29 @@ def keys(number: int):
 
 
 @functools.cache
-def draw(name: str, steps: int, prediction: str):
+def draw(name: str, steps: int, prediction: str, variance: str = "fixed_small"):
     """(keys, *error) -> samples, compiled once for all errors."""
     return jax.jit(lambda keys_B, *error: sampler.sample(
-        denoiser(prediction, *error), keys_B, (2,), name, steps, 1000))
+        denoiser(prediction, *error), keys_B, (2,), name, variance, steps, 1000))
 
 
-def moment_errors(name: str, steps: int, prediction: str, error: str):
+def moment_errors(name: str, steps: int, prediction: str, error: str, variance: str = "fixed_small"):
     """Largest absolute error of (mean, covariance, share of each component) over NUM_SAMPLES samples."""
-    x = np.asarray(draw(name, steps, prediction)(keys(NUM_SAMPLES), *ERRORS[error]), np.float64)
+    x = np.asarray(draw(name, steps, prediction, variance)(keys(NUM_SAMPLES), *ERRORS[error]), np.float64)
     nearest = np.argmin(((x[:, None] - MEANS) ** 2).sum(-1), axis=1)
     shares = np.bincount(nearest, minlength=3) / NUM_SAMPLES
     return (np.abs(x.mean(0) - MEAN).max(), np.abs(np.cov(x.T) - COVARIANCE).max(),
             np.abs(shares - WEIGHTS).max())
 
 
-@pytest.mark.parametrize("name, steps", [("ddpm", 250), ("ddim", 250), ("ddim", 50)])
-def test_truth_exact_denoiser(name, steps):
+@pytest.mark.parametrize("name, steps, variance", [
+    ("ddpm", 250, "fixed_small"), ("ddpm", 250, "fixed_large"), ("ddim", 250, None), ("ddim", 50, None)])
+def test_truth_exact_denoiser(name, steps, variance):
     """Mean within 0.02, covariance within 0.03, shares within 0.01; the mixture's variances are 1.25 and
     0.85. Measured: mean <= 0.011, covariance <= 0.019, shares <= 0.006, of which an exact draw of 20,000
     has 0.004 and 0.007; the rest is DDIM's step size.
     """
-    mean, covariance, shares = moment_errors(name, steps, "eps", "none")
+    mean, covariance, shares = moment_errors(name, steps, "eps", "none", variance)
     assert mean < 0.02 and covariance < 0.03 and shares < 0.01
 
 
@@ -143,13 +144,54 @@ def test_ddim_step_moves_along_the_same_x0_and_eps():
         sampler.ddim_step(x0, eps, x_t, jnp.nan, a, b), process.add_noise(x0, eps, b), rtol=1e-6)
 
 
+@pytest.mark.parametrize("name, variance", [("ddpm", "fixed_small"), ("ddpm", "fixed_large"), ("ddim", None)])
+def test_last_step_returns_x0(name, variance):
+    """At s = 0 nothing is left of eps, x_t or fresh noise, whatever the step before it."""
+    x0, x_t = jnp.float32([[0.3, -2.0]] * 4), jnp.float32([[1.0, 5.0]] * 4)
+    a, b = alpha_bar(jnp.float32([1.0, 0.5, 0.02, 0.001])), alpha_bar(jnp.zeros(4))
+    out = jax.jit(functools.partial(sampler.STEPS[name], variance=variance))(x0, x_t, x_t, 9 * x_t, a, b)
+    np.testing.assert_array_equal(out, x0)
+
+
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
-def test_last_step_returns_x0(name):
-    """At s = 0 nothing is left of eps, x_t or fresh noise."""
-    x0, x_t = jnp.float32([[0.3, -2.0]]), jnp.float32([[1.0, 5.0]])
-    a, b = alpha_bar(jnp.float32([0.02])), alpha_bar(jnp.float32([0.0]))
-    out = sampler.STEPS[name](x0, x_t, x_t, jnp.float32([[9.0, -9.0]]), a, b)
-    np.testing.assert_allclose(out, x0, atol=1e-5)
+def test_steps_along_the_floor_change_nothing(name):
+    """alphabar is the same from n = 994 to 1000 (ALPHA_BAR_MIN): a step between two of them keeps x_t."""
+    a = alpha_bar(jnp.arange(993, 1001) / 1000)
+    assert a[0] > a[1] and (a[1:] == a[1]).all()
+    x_t, x0, z = jax.random.normal(jax.random.key(2), (3, 7, 5))
+    eps = (x_t - jnp.sqrt(a[1]) * x0) / jnp.sqrt(1 - a[1])
+    out = sampler.STEPS[name](x0, eps, x_t, z, a[1:], a[1:])
+    np.testing.assert_allclose(out, x_t, atol=1e-6)
+
+
+def gaussian_variance(variance: str, steps: int) -> float:
+    """Of the samples where the data are N(0, 1): E[x0 | x_t] = sqrt(a) x_t, so each step is a gain and fresh
+    noise, and the variance follows without sampling."""
+    ts, out = sampler.time_grid(steps, 1000), 1.0
+    a, b = alpha_bar(ts[:-1]), alpha_bar(ts[1:])
+    step = functools.partial(sampler.ddpm_step, eps=None, a=a, b=b, variance=variance)
+    gain = step(x0=jnp.sqrt(a), x_t=jnp.ones(steps), z=jnp.zeros(steps))
+    noise = step(x0=jnp.zeros(steps), x_t=jnp.zeros(steps), z=jnp.ones(steps))
+    for g, sigma in zip(np.float64(gain), np.float64(noise)):
+        out = g**2 * out + sigma**2
+    return out
+
+
+@pytest.mark.parametrize("variance, steps, expected", [
+    ("fixed_large", 250, 0.9998), ("fixed_large", 25, 0.9946), ("fixed_small", 250, 0.9810),
+    ("fixed_small", 25, 0.8434)])
+def test_what_ancestral_steps_leave_of_the_variance(variance, steps, expected):
+    """The same recursion in float64, from the formulas alone, gave `expected`."""
+    assert gaussian_variance(variance, steps) == pytest.approx(expected, abs=2e-4)
+
+
+@pytest.mark.parametrize("name, variance, steps, words", [
+    ("ddpm", "fixed_small", 99, "(ddpm) with 99 steps loses variance (fixed_small): use ddim, or 100 steps"),
+    ("ddpm", "fixed_large", 10, "(ddpm) with 10 steps adds variance"),
+    ("ddpm", "fixed_small", 100, None), ("ddim", "fixed_small", 10, None)])
+def test_few_ancestral_steps_are_warned_of(name, variance, steps, words):
+    text = sampler.warning(name, variance, steps)
+    assert text is None if words is None else words in text and "\n" not in text
 
 
 @pytest.mark.parametrize("steps", [1000, 250, 50, 25, 10, 3, 1])
@@ -181,7 +223,7 @@ def test_fresh_noise_differs_between_steps():
         jax.debug.callback(lambda x: seen.append(np.asarray(x)), x, ordered=True)
         return jnp.zeros_like(x), x
 
-    jax.block_until_ready(sampler.sample(denoise, keys(1), (20_000,), "ddpm", 4, 1000))
+    jax.block_until_ready(sampler.sample(denoise, keys(1), (20_000,), "ddpm", "fixed_small", 4, 1000))
     jax.effects_barrier()
     ts = sampler.time_grid(4, 1000)
     noise = []

@@ -141,7 +141,7 @@ def test_boi_switches_to_diffusion_and_eoi_back():
     rows = decode.write_text(CFG, params, rows, jnp.full(ROWS, T), jnp.float32(0))
     assert rows.mode_B.tolist() == [decode.DRAW, decode.DONE, decode.DRAW]
     assert rows.length_B.tolist() == [3, 3, 3]
-    drawn = decode.draw_images(CFG, params, rows, "ddpm", STEPS, jnp.float32(1))
+    drawn = decode.draw_images(CFG, params, rows, "ddpm", "fixed_small", STEPS, jnp.float32(1))
     assert drawn.mode_B.tolist() == [decode.WRITE, decode.DONE, decode.WRITE]
     assert drawn.length_B.tolist() == [3 + N + 1, 3, 3 + N + 1]
     assert drawn.tokens_BT[0, : 3 + N + 1].tolist() == [BOS, A, BOI] + [PAD] * N + [EOI]
@@ -200,7 +200,7 @@ def test_only_the_picture_being_drawn_is_noisy(monkeypatch):
 
         monkeypatch.setattr(decode, "forward", forward)
         monkeypatch.setattr(sampler, "sample", lambda denoise, *_: denoise(noisy[None], jnp.full(1, t))[0])
-        decode.draw_images.__wrapped__(CFG, None, rows, "ddpm", STEPS, jnp.float32(2))
+        decode.draw_images.__wrapped__(CFG, None, rows, "ddpm", "fixed_small", STEPS, jnp.float32(2))
         return calls
 
     (x_BI, t_BI, _), (x_alone, t_alone, tokens) = seen(rows)
@@ -210,19 +210,36 @@ def test_only_the_picture_being_drawn_is_noisy(monkeypatch):
     assert t_alone.tolist() == [[t]] and tokens.tolist() == [[BOS, BOI, *[PAD] * N]]
 
 
-def drawn(fn, params, prompts, scale: float):
+def drawn(fn, params, prompts, scale: float, variance: str = "fixed_small"):
     """The pictures that prompts ending with BOI start with."""
     rows = decode.start_rows(CFG, prompts, 3, T)
-    return np.asarray(fn(CFG, params, rows, "ddpm", STEPS, jnp.float32(scale)).latents_BIhwc[:, 0])
+    return np.asarray(fn(CFG, params, rows, "ddpm", variance, STEPS, jnp.float32(scale)).latents_BIhwc[:, 0])
 
 
 def test_guidance_one_is_the_conditional_model(random_params, monkeypatch):
     prompts = [[[A, BOI]], [[B, C, BOI]], [[D, BOI]]]
     one, three = (drawn(decode.draw_images, random_params, prompts, scale) for scale in (1.0, 3.0))
     monkeypatch.setattr(sampler, "guide", lambda cond, uncond, scale: cond)
-    fresh = jax.jit(decode.draw_images.__wrapped__, static_argnums=(0, 3, 4))
+    fresh = jax.jit(decode.draw_images.__wrapped__, static_argnums=(0, 3, 4, 5))
     np.testing.assert_allclose(one, drawn(fresh, random_params, prompts, 1.0), rtol=1e-4, atol=1e-4)
     assert np.abs(one - three).max() > 1e-2
+
+
+def test_variance_reaches_the_sampler_and_few_steps_are_said_once(random_params, capsys):
+    """The pictures of `generate` are those of the config's variance."""
+    prompts, pictures = [[[A, BOI]]] * ROWS, {}
+    decode.warn_once.cache_clear()
+    for variance in ("fixed_small", "fixed_large"):
+        cfg = dataclasses.replace(CFG, sampling=dataclasses.replace(
+            CFG.sampling, variance=variance, guidance_scale=1.0))
+        for _ in range(2):
+            parts = decode.generate(cfg, random_params, prompts, seed=3, max_images=1, max_len=T)
+        pictures[variance] = np.stack([row[0] for row in parts])
+        np.testing.assert_allclose(pictures[variance], drawn(decode.draw_images, random_params, prompts, 1.0,
+                                                             variance), rtol=1e-4, atol=1e-4)
+    assert np.abs(pictures["fixed_small"] - pictures["fixed_large"]).max() > 1e-2
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {sampler.warning('ddpm', variance, STEPS)}" for variance in pictures]
 
 
 def test_guidance_zero_does_not_see_the_prompt(random_params):

@@ -8,7 +8,8 @@ many prompts go at once.
 B rows, T positions of the buffer, I image slots, N patches per image, h w c latent.
 """
 
-from functools import partial
+import sys
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -151,8 +152,8 @@ def _unconditional(cfg: Config, rows: Rows) -> Rows:
                 rows.latents_BIhwc[:, :1], jnp.full((B, 1), 2), rows.mode_B, rows.key_B)
 
 
-@partial(jax.jit, static_argnums=(0, 3, 4))
-def draw_images(cfg: Config, params, rows: Rows, sampler_name: str, num_inference_steps: int,
+@partial(jax.jit, static_argnums=(0, 3, 4, 5))
+def draw_images(cfg: Config, params, rows: Rows, sampler_name: str, variance: str, num_inference_steps: int,
                 guidance_scale) -> Rows:
     """Diffusion mode: every row that draws gets one image and its EOI, and is back in LM mode."""
     drawing = rows.mode_B == DRAW
@@ -169,12 +170,19 @@ def draw_images(cfg: Config, params, rows: Rows, sampler_name: str, num_inferenc
 
     keys = jax.vmap(lambda key, n: jax.random.fold_in(jax.random.fold_in(key, IMAGE_STREAM), n))(
         rows.key_B, slot_B)
-    x0 = sampler.sample(denoise, keys, cfg.model.latent_shape, sampler_name, num_inference_steps,
-                        cfg.diffusion.num_timesteps)
+    x0 = sampler.sample(denoise, keys, cfg.model.latent_shape, sampler_name, variance,
+                        num_inference_steps, cfg.diffusion.num_timesteps)
     latents = rows.latents_BIhwc.at[each, slot_B].set(
         jnp.where(drawing[:, None, None, None], x0, rows.latents_BIhwc[each, slot_B]))
     rows = _append(rows._replace(latents_BIhwc=latents), cfg.model.eoi, drawing)
     return rows._replace(mode_B=jnp.where(drawing, WRITE, rows.mode_B))
+
+
+@cache
+def warn_once(text: str | None) -> None:
+    """One line on stderr, the first time that the process comes by with it."""
+    if text:
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def generate(cfg: Config, params, prompts: list, *, seed: int = 0, first_row: int = 0,
@@ -200,7 +208,8 @@ def generate(cfg: Config, params, prompts: list, *, seed: int = 0, first_row: in
         if room > T:
             raise UserError(f"no room for an image: {room} positions are needed, there are {T}")
         limit = jnp.where(rows.mode_B == DRAW, jnp.minimum(limit + N + 1, T), limit)
-        rows = draw_images(cfg, params, rows, s.sampler, s.num_inference_steps,
+        warn_once(sampler.warning(s.sampler, s.variance, s.num_inference_steps))
+        rows = draw_images(cfg, params, rows, s.sampler, s.variance, s.num_inference_steps,
                            jnp.float32(s.guidance_scale))
         images += 1
     return [_new_parts(cfg, rows, i, int(begin[i])) for i in range(len(prompts))]
