@@ -38,6 +38,12 @@ EXTRAS = {
         "ruff>=0.9",  # lint
         "resvg-py>=0.5",  # renders the SVGs when the data pack is rebuilt; 0.5.0 makes the bytes shipped
     ],
+    # For tests/external; its references come from torch 2.13.0, transformers 5.24.0 and diffusers 0.42.1.
+    "external": [
+        "torch==2.13.0",  # the two below stand on it; a CPU build will do
+        "transformers>=5.24",  # LlamaForCausalLM: the decoder on text
+        "diffusers>=0.42",  # DDPMScheduler and DDIMScheduler: the sampler's steps
+    ],
     "peers": ["torch==2.13.0", "transfusion-pytorch==0.20.0"],  # what benchmarks/train_step.py compares with
 }
 
