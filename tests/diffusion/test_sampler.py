@@ -164,25 +164,35 @@ def test_steps_along_the_floor_change_nothing(name):
     np.testing.assert_allclose(out, x_t, atol=1e-6)
 
 
-def gaussian_variance(variance: str, steps: int) -> float:
-    """Of the samples where the data are N(0, 1): E[x0 | x_t] = sqrt(a) x_t, so each step is a gain and fresh
-    noise, and the variance follows without sampling."""
+def kept_variance(name: str, variance: str | None, data: float, steps: int) -> float:
+    """Share of the variance of N(0, data) that its samples have: E[x0 | x_t] is linear in x_t, so each step is
+    a gain and fresh noise, and the variance follows without sampling."""
     ts, out = sampler.time_grid(steps, 1000), 1.0
     a, b = alpha_bar(ts[:-1]), alpha_bar(ts[1:])
-    step = functools.partial(sampler.ddpm_step, eps=None, a=a, b=b, variance=variance)
-    gain = step(x0=jnp.sqrt(a), x_t=jnp.ones(steps), z=jnp.zeros(steps))
-    noise = step(x0=jnp.zeros(steps), x_t=jnp.zeros(steps), z=jnp.ones(steps))
+    step = functools.partial(sampler.STEPS[name], a=a, b=b, variance=variance)
+    x0, none = jnp.sqrt(a) * data / (a * data + 1 - a), jnp.zeros(steps)
+    gain = step(x0, (1 - jnp.sqrt(a) * x0) / jnp.sqrt(1 - a), jnp.ones(steps), none)
+    noise = step(none, none, none, jnp.ones(steps))
     for g, sigma in zip(np.float64(gain), np.float64(noise)):
         out = g**2 * out + sigma**2
-    return out
+    return out / data
 
 
-@pytest.mark.parametrize("variance, steps, expected", [
-    ("fixed_large", 250, 0.9998), ("fixed_large", 25, 0.9946), ("fixed_small", 250, 0.9810),
-    ("fixed_small", 25, 0.8434)])
-def test_what_ancestral_steps_leave_of_the_variance(variance, steps, expected):
-    """The same recursion in float64, from the formulas alone, gave `expected`."""
-    assert gaussian_variance(variance, steps) == pytest.approx(expected, abs=2e-4)
+KEPT = {  # with 250, 100, 50, 25, 10 steps; by the same recursion in float64, from the formulas alone
+    ("ddpm", "fixed_small", 1.0): (0.9810, 0.9546, 0.9142, 0.8434, 0.6804),
+    ("ddpm", "fixed_large", 1.0): (0.9998, 0.9994, 0.9983, 0.9946, 0.9721),
+    ("ddim", None, 1.0): (0.9902, 0.9757, 0.9522, 0.9069, 0.7828),
+    ("ddpm", "fixed_small", 0.04): (0.9338, 0.8590, 0.7648, 0.6343, 0.4175),
+    ("ddpm", "fixed_large", 0.04): (1.0191, 1.0452, 1.0820, 1.1306, 1.0770),
+    ("ddim", None, 0.04): (0.9717, 0.9320, 0.8700, 0.7580, 0.4943),
+}
+
+
+@pytest.mark.parametrize("sampling", KEPT, ids=str)
+def test_what_the_steps_leave_of_the_variance(sampling):
+    """The table of docs/recipe.md, 20."""
+    kept = [kept_variance(*sampling, steps) for steps in (250, 100, 50, 25, 10)]
+    np.testing.assert_allclose(kept, KEPT[sampling], atol=3e-4)
 
 
 @pytest.mark.parametrize("name, variance, steps, words", [
