@@ -42,7 +42,7 @@ def base(size: str | None = None, preset: str | None = None) -> ConfigDict:
         optimizer=dict(learning_rate=3e-4, warmup_steps=4000, b2=0.95, weight_decay=0.1, ema_decay=0.9999),
         train=dict(
             num_steps=250_000, batch_size=512, num_microbatches=1, log_every=50, eval_every=5000,
-            eval_batches=8, diagnostics_every=1000, checkpoint_every=5000),
+            eval_documents=8192, diagnostics_every=1000, checkpoint_every=5000),
         mesh=dict(data=1, fsdp=-1, sequence=1, tensor=1),
         sampling=dict(sampler="ddpm", num_inference_steps=250, guidance_scale=3.0),
     ))

@@ -127,7 +127,7 @@ class TrainConfig:
     num_microbatches: int
     log_every: int
     eval_every: int
-    eval_batches: int
+    eval_documents: int  # held-out records of each source that are looked at
     diagnostics_every: int
     checkpoint_every: int
 

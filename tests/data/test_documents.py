@@ -7,6 +7,7 @@ import pytest
 
 from tfusion import config
 from tfusion.data import packing, pipeline, prepared
+from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError
 from tfusion.objectives import make_objective
 from tfusion.types import BOS, EOS
@@ -15,7 +16,7 @@ SPLITS = ("train", "heldout")
 
 
 def picture(rng):
-    return rng.integers(0, 256, (4, 4, 4), np.uint8)
+    return rng.integers(0, 256, (4, 4, 3), np.uint8)
 
 
 def text(rng, low: int, high: int) -> str:
@@ -35,12 +36,15 @@ KINDS = {  # records of every kind: (rng) -> parts
 
 
 def write(root, cfg, **sources):
-    """Sources of the given records, the same in both splits: a byte a token, pictures their own latents."""
+    """Sources of the given records, the same in both splits: a byte a token, a picture its own latent."""
+    def encode(images):
+        return (images[..., [0, 1, 2, 0]] - 127.5) / 74
+
     for name, records in sources.items():
         for split in SPLITS:
             prepared.write_source(root / name / split, records, lambda xs: [[ord(c) for c in x] for x in xs],
-                                  lambda images: images / 255)
-    prepared.write_meta(root, "byte", "tok", "none", cfg.model.latent_shape)
+                                  encode)
+    prepared.write_meta(root, load_tokenizer("byte"), "none", cfg.model.latent_shape)
     data = dataclasses.replace(cfg.data, prepared=str(root), mixture=dict.fromkeys(sources, 1.0))
     return dataclasses.replace(cfg, data=data)
 

@@ -21,6 +21,15 @@ READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
 WINDOWS_KEPT = 4
 
 
+def read_meta(cfg: Config) -> dict:
+    """The meta of the config's prepared data. Raises UserError where their latents are not the model's."""
+    meta = prepared.read_meta(cfg.data.prepared)
+    if tuple(meta["latent_shape"]) != cfg.model.latent_shape:
+        raise UserError(f"{cfg.data.prepared} holds latents of shape {tuple(meta['latent_shape'])}, the model "
+                        f"expects {cfg.model.latent_shape}: change model.latent_* or prepare again")
+    return meta
+
+
 class PackedRows:
     """Row k of the run, as a Batch without the batch axis: the mixture, planned and packed."""
 
@@ -30,12 +39,12 @@ class PackedRows:
         self.seed = cfg.seed if split == "train" else cfg.seed + 1
         self.dropout = split == "train"
         names = [name for name, share in data.mixture.items() if share > 0]
-        meta = prepared.read_meta(data.prepared)
-        if tuple(meta["latent_shape"]) != cfg.model.latent_shape:
-            raise UserError(f"{data.prepared} holds latents of shape {tuple(meta['latent_shape'])}, the "
-                             f"model expects {cfg.model.latent_shape}: change model.latent_* or prepare again")
-        self.identity, self.assets = prepared.identity(meta), prepared.assets(data.prepared)
+        self.identity, self.assets = prepared.identity(read_meta(cfg)), prepared.assets(data.prepared)
         self.sources = [Documents(cfg, objective, name, split) for name in names]
+        for source in self.sources:
+            if not len(source):
+                raise UserError(f"{source.source.folder} holds no records: prepare some, or set "
+                                f"data.mixture.{source.name} to 0")
         self._order = [grain.MapDataset.range(len(source)).seed(self.seed ^ source.key).shuffle().repeat()
                        for source in self.sources]
         means = [source.mean_length(data.caption_dropout * self.dropout) for source in self.sources]
