@@ -45,7 +45,8 @@ def write(root, cfg, **sources):
             prepared.write_source(root / name / split, records, lambda xs: [[ord(c) for c in x] for x in xs],
                                   encode)
     prepared.write_meta(root, load_tokenizer("byte"), "none", cfg.model.latent_shape)
-    data = dataclasses.replace(cfg.data, prepared=str(root), mixture=dict.fromkeys(sources, 1.0))
+    data = dataclasses.replace(cfg.data, prepared=str(root), image_share=0.8,
+                               mixture=dict.fromkeys(sources, 1.0))
     return dataclasses.replace(cfg, data=data)
 
 

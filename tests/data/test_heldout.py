@@ -67,7 +67,7 @@ RUNS = {  # what may differ between runs, and must not matter
     "shares": lambda c: replace(c, "data", mixture={"other": 3.0, "mixed": 0.1}),
     "window": lambda c: replace(c, "data", window_rows=2),
     "length": lambda c: replace(c, "data", seq_len=72),
-    "slots": lambda c: replace(c, "data", max_images=2),
+    "slots": lambda c: replace(c, "data", image_share=0.04),
     "batch": lambda c: replace(c, "train", batch_size=1),
 }
 
@@ -139,7 +139,7 @@ def test_sources_without_held_out_records_are_named_and_left_out(cfg, tmp_path, 
 
 def test_documents_that_fit_no_row_are_refused(mixed):
     with pytest.raises(UserError, match=r"heldout: record 30 has 2 images"):
-        heldout(replace(mixed, "data", max_images=1))
+        heldout(replace(mixed, "data", image_share=0.02))
 
 
 def test_held_out_rows_of_the_prepared_data(cfg):

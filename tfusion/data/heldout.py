@@ -34,7 +34,7 @@ class HeldOut:
             records, pieces = records[chosen], pieces[chosen]
         self.num_documents = len(records)
         rows = packing.first_fit(self.source.lengths(records, pieces), self.source.images(records),
-                                 len(records), cfg.data.seq_len, cfg.data.max_images)
+                                 len(records), cfg.data.seq_len, cfg.image_slots)
         self._rows = [[] for _ in range(max(rows, default=-1) + 1)]
         for row, record, piece in zip(rows, records.tolist(), pieces.tolist()):
             self._rows[row].append((record, piece))
@@ -45,7 +45,7 @@ class HeldOut:
     def __getitem__(self, row: int) -> Batch:
         documents = self._rows[row] if row < len(self) else []
         examples = [self.source.read(*document, image_first=self.image_first) for document in documents]
-        packed = packing.pack_row(row, examples, self.cfg.data.seq_len, self.cfg.data.max_images,
+        packed = packing.pack_row(row, examples, self.cfg.data.seq_len, self.cfg.image_slots,
                                   self.cfg.model.latent_shape)
         names = [transforms.picture_names(self.source.key, record, len(example.max_t_I))
                  for (record, _), example in zip(documents, examples)]

@@ -5,12 +5,13 @@ position in the data is therefore one integer, the next row, for any number of p
 """
 
 import functools
+import math
 import threading
 
 import grain
 import numpy as np
 
-from tfusion.config import Config
+from tfusion.config import SLOTS_PER_IMAGE, Config
 from tfusion.data import packing, prepared, transforms
 from tfusion.data.documents import Documents
 from tfusion.data.sources import pictures
@@ -30,6 +31,15 @@ def read_meta(cfg: Config) -> dict:
     return meta
 
 
+def check_image_share(cfg: Config, shares, means, in_images) -> None:
+    """Raises UserError where rows have too few image slots for sources of these mean lengths."""
+    real = sum(share * images / mean for share, images, mean in zip(shares, in_images, means)) / sum(shares)
+    if real > SLOTS_PER_IMAGE * cfg.data.image_share:
+        raise UserError(f"{real:.1%} of the positions of data.mixture lie in images, more than "
+                        f"{SLOTS_PER_IMAGE} x data.image_share = {cfg.data.image_share} gives slots for: raise "
+                        f"it to {math.ceil(100 * real) / 100}")
+
+
 class PackedRows:
     """Row k of the run, as a Batch without the batch axis: the mixture, planned and packed."""
 
@@ -47,7 +57,9 @@ class PackedRows:
                                 f"data.mixture.{source.name} to 0")
         self._order = [grain.MapDataset.range(len(source)).seed(self.seed ^ source.key).shuffle().repeat()
                        for source in self.sources]
-        means = [source.mean_length(data.caption_dropout * self.dropout) for source in self.sources]
+        means, in_images = zip(*(source.means(data.caption_dropout * self.dropout) for source in self.sources))
+        if split == "train":
+            check_image_share(cfg, [data.mixture[name] for name in names], means, in_images)
         self.per_window = packing.documents_per_window(
             [data.mixture[name] for name in names], means, data.window_rows, data.seq_len)
         for name, count in zip(names, self.per_window):
@@ -71,7 +83,7 @@ class PackedRows:
     def _plan(self, window: int) -> packing.Plan:
         data = self.cfg.data
         return packing.plan_window(self.seed, window, self.offered(window), data.window_rows, data.seq_len,
-                                   data.max_images)
+                                   self.cfg.image_slots)
 
     def _drops(self, source: int, epoch, record):
         drops = transforms.drops_caption(self.cfg.data, self.seed, self.sources[source].key, epoch, record)
@@ -90,7 +102,7 @@ class PackedRows:
         with self._lock:  # one thread plans, the others wait for it
             documents = self.plan(window).rows[index]
         return packing.pack_row(row, [self.example(*d) for d in documents], data.seq_len,
-                                data.max_images, self.cfg.model.latent_shape)
+                                self.cfg.image_slots, self.cfg.model.latent_shape)
 
     def stats(self, row: int) -> dict:
         """Of the documents of the row's window: how many found no room, how many go on with a longer text."""
