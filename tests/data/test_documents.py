@@ -140,6 +140,25 @@ def test_a_very_long_text_is_spread_over_the_run(cfg, tmp_path):
     assert stats["data/continued_documents"] > 0.1 and stats["data/dropped_documents"] < 0.1
 
 
+def test_identity_is_what_decides_the_order(cfg, tmp_path):
+    """Flat and small. A record more, or two records that change places, are other data; other contents of the
+    same sizes are not."""
+    records = [["a" * n] for n in (5, 9, 20)]
+
+    def identity(**sources):
+        root = tmp_path / str(len(list(tmp_path.iterdir())))
+        return open_rows(write(root, cfg, **sources)).identity
+
+    first = identity(some=records, other=[["b"]])
+    assert sorted(first) == ["codec", "sizes.other", "sizes.some", "tokenizer"]
+    assert all(isinstance(value, str) and len(value) < 65 for value in first.values())
+    assert identity(some=[[text[0].upper()] for text in records], other=[["b"]]) == first
+    for changed in ([*records, ["d"]], records[::-1], records[:2], [["a" * n] for n in (5, 9, 21)]):
+        now = identity(some=changed, other=[["b"]])
+        assert [name for name in first if now[name] != first[name]] == ["sizes.some"]
+    assert sorted(identity(some=records)) == ["codec", "sizes.some", "tokenizer"]
+
+
 def test_long_text_needs_a_row_of_two(cfg, tmp_path):
     cfg = write(tmp_path, cfg, one=[["abc"]])
     assert [len(open_rows(cfg, seq_len=n).sources[0]) for n in (2, 3, 4, 5)] == [4, 2, 2, 1]

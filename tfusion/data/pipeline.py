@@ -5,6 +5,7 @@ position in the data is therefore one integer, the next row, for any number of p
 """
 
 import functools
+import hashlib
 import math
 import threading
 
@@ -48,9 +49,11 @@ class PackedRows:
         self.cfg, self.objective = cfg, objective
         self.seed = cfg.seed if split == "train" else cfg.seed + 1
         self.dropout = split == "train"
-        names = [name for name, share in data.mixture.items() if share > 0]
-        self.identity, self.assets = prepared.identity(read_meta(cfg)), prepared.assets(data.prepared)
+        names = sorted(name for name, share in data.mixture.items() if share > 0)  # however they are written
+        meta, self.assets = read_meta(cfg), prepared.assets(data.prepared)
         self.sources = [Documents(cfg, objective, name, split) for name in names]
+        self.identity = prepared.identity(meta) | {
+            f"sizes.{name}": source.source.sizes_digest() for name, source in zip(names, self.sources)}
         for source in self.sources:
             if not len(source):
                 raise UserError(f"{source.source.folder} holds no records: prepare some, or set "
@@ -120,8 +123,9 @@ class ImageRows:
 
     def __init__(self, cfg: Config, objective, split: str):
         del objective
-        self.identity, self.assets = {}, []
+        self.assets = []
         self.images = pictures(cfg.data, split)
+        self.identity = {"pictures": hashlib.sha256(self.images).hexdigest()[:16]}
         size = cfg.image_size
         if self.images.shape[1:] != (size, size, 3):
             raise UserError(f"the pictures are {self.images.shape[1]} pixels wide, model.latent_size x "
