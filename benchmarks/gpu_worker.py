@@ -303,7 +303,7 @@ def mixed_rows(cfg: config.Config, objective):
         return objective.layout(Document(parts, max_t=1.0, score_text=True))
 
     batch = packing.stack_rows([
-        packing.pack_row(i, [document() for _ in range(4)], T, cfg.data.max_images, m.latent_shape)
+        packing.pack_row(i, [document() for _ in range(4)], T, cfg.image_slots, m.latent_shape)
         for i in range(cfg.train.batch_size)])
     packing.check_batch(batch, m.vocab_size, m.num_patches)
     assert batch.segment_ids_BT.all()

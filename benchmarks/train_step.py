@@ -82,7 +82,7 @@ def make_config(name: str) -> config.Config:
         **MODELS[name], num_layers=s["layers"], text_vocab_size=s["text_vocab_size"],
         latent_size=s["latent_size"], latent_channels=s["latent_channels"], patch_size=1, remat="none",
         compute_dtype="float32")
-    c.data.update(seq_len=s["seq_len"], max_images=s["images"])
+    c.data.update(seq_len=s["seq_len"], image_share=0.2)
     c.optimizer.ema_decay = 0.0  # the peer keeps no moving average
     c.train.batch_size = s["batch_size"]
     return config.from_dict(c)
@@ -96,11 +96,11 @@ def make_batch(cfg: config.Config, objective):
         return rng.integers(4, m.text_vocab_size, SETTING["text_part"], dtype=np.int32)
 
     def document():
-        parts = [x for _ in range(cfg.data.max_images)
+        parts = [x for _ in range(SETTING["images"])
                  for x in (text(), rng.standard_normal(m.latent_shape, np.float32))]
         return objective.layout(Document((*parts, text()), max_t=1.0, score_text=True))
 
-    rows = [packing.pack_row(i, [document()], cfg.data.seq_len, cfg.data.max_images, m.latent_shape)
+    rows = [packing.pack_row(i, [document()], cfg.data.seq_len, cfg.image_slots, m.latent_shape)
             for i in range(cfg.train.batch_size)]
     batch = packing.stack_rows(rows)
     packing.check_batch(batch, m.vocab_size, m.num_patches)

@@ -24,7 +24,7 @@ def get_config(arg=None):
     config = base(**chosen)
     if ablation == "text_only":
         config.data.mixture = dict(glosses=1.0)
-        config.data.max_scored = config.data.seq_len - 1
+        config.data.image_share = 0.0
         config.train.batch_size //= 2
     elif ablation == "causal_images":
         config.model.image_attention = "causal"
@@ -32,6 +32,4 @@ def get_config(arg=None):
         config.data.image_first_max_t = 0.5
     elif ablation:
         config.model.patch_size = int(ablation.removeprefix("patch"))
-        config.data.max_scored = config.data.seq_len - 1
-        config.data.max_images = {1: 3, 2: 16, 4: 39, 8: 143}[config.model.patch_size]
     return config

@@ -36,13 +36,13 @@ def base(size: str | None = None, preset: str | None = None) -> ConfigDict:
         autoencoder=dict(width=256, num_blocks=8, downsample=8, kl_weight=1e-6),
         data=dict(
             prepared="data/prepared", tokenizer="data/tokenizer.model",
-            mixture=dict(scenes=0.5, glosses=0.5), seq_len=4096, max_images=16, window_rows=512,
+            mixture=dict(scenes=0.5, glosses=0.5), seq_len=4096, image_share=0.5, window_rows=512,
             caption_dropout=0.1, image_first_fraction=0.2, image_first_max_t=1.0,
             num_scenes=100_000, num_sprites=24, jitter=1),
         optimizer=dict(learning_rate=3e-4, warmup_steps=4000, b2=0.95, weight_decay=0.1, ema_decay=0.9999),
         train=dict(
             num_steps=250_000, batch_size=512, num_microbatches=1, log_every=50, eval_every=5000,
-            eval_batches=8, diagnostics_every=1000, checkpoint_every=5000),
+            eval_documents=8192, diagnostics_every=1000, checkpoint_every=5000),
         mesh=dict(data=1, fsdp=-1, sequence=1, tensor=1),
         sampling=dict(sampler="ddpm", variance="fixed_small", num_inference_steps=250, guidance_scale=3.0),
     ))

@@ -52,8 +52,9 @@ def tiny_dict(root):
     tree = quickstart.get_config("smoke")
     tree.model.update(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=64, text_vocab_size=260,
                       latent_size=4, latent_channels=4)
-    tree.data.update(prepared=str(root), tokenizer="byte", seq_len=192, window_rows=32, num_scenes=200)
-    tree.train.update(num_steps=6, batch_size=8, log_every=2, eval_every=3, eval_batches=2,
+    tree.data.update(prepared=str(root), tokenizer="byte", seq_len=192, image_share=0.12, window_rows=32,
+                     num_scenes=200)
+    tree.train.update(num_steps=6, batch_size=8, log_every=2, eval_every=3, eval_documents=16,
                       diagnostics_every=3, checkpoint_every=2)
     tree.optimizer.update(warmup_steps=2)
     tree.sampling.num_inference_steps = 5

@@ -36,7 +36,9 @@ def tiny_tree(root):
     tree.model.update(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=64, text_vocab_size=260,
                       latent_size=4, latent_channels=4)
     tree.data.update(prepared=str(root), tokenizer="byte", seq_len=192, window_rows=32, num_scenes=200)
-    if "max_scored" in tree.data:  # BASE may be older: no limit
+    if "image_share" in tree.data:
+        tree.data.image_share = 0.12  # 5 image slots, as where BASE is older
+    if "max_scored" in tree.data:
         tree.data.max_scored = tree.data.seq_len
     tree.train.update(num_steps=STEPS, batch_size=8, num_microbatches=2, log_every=1, eval_every=0,
                       diagnostics_every=0, checkpoint_every=STEPS)

@@ -293,8 +293,9 @@ def test_strict_leaves_two_things_out_and_changes_no_more(experiment):
     assert added.to_dict() == strict.to_dict()
 
 
-ABLATED = {  # what each changes; image slots and scored positions follow from the patch size
-    "text_only": {"data.mixture.scenes": None, "data.mixture.glosses": 1.0, "train.batch_size": 256},
+ABLATED = {  # what each changes; image slots follow from the patch size
+    "text_only": {"data.mixture.scenes": None, "data.mixture.glosses": 1.0, "data.image_share": 0.0,
+                  "train.batch_size": 256},
     "causal_images": {"model.image_attention": "causal"}, "linear_noise_limit": {"data.image_first_max_t": 0.5},
     "patch1": {"model.patch_size": 1}, "patch2": {}, "patch4": {"model.patch_size": 4},
     "patch8": {"model.patch_size": 8}}
@@ -305,9 +306,18 @@ def test_an_ablation_changes_what_it_is_named_after(ablation):
     base, ablated = (flatten_dict(get("ablations", x).to_dict(), sep=".") for x in (None, ablation))
     assert base == flatten_dict(get("transfusion", "0.76b").to_dict(), sep=".")
     changed = {key: ablated.get(key) for key in base if ablated.get(key) != base[key]}
-    for derived in ("data.max_images", "data.max_scored"):
-        changed.pop(derived, None)
     assert changed == ABLATED[ablation] and ablated.keys() <= base.keys()
+
+
+@pytest.mark.parametrize(("experiment", "variant", "share", "slots"), [
+    ("ablations", "patch1", None, 3), ("ablations", "patch2", None, 10), ("ablations", "patch4", None, 39),
+    ("ablations", "patch8", None, 143), ("ablations", "text_only", None, 0), ("quickstart", None, None, 5),
+    ("ablations", "patch1", 1.0, 3), ("ablations", "patch2", 1.0, 15), ("ablations", "patch2", 0.01, 1)])
+def test_image_slots_follow_from_share_and_patches(experiment, variant, share, slots):
+    """1.25 x share x T / (N + 2), rounded up; never more than fit, never none where there are images."""
+    made = get(experiment, variant)
+    made.data.image_share = made.data.image_share if share is None else share
+    assert config.from_dict(made).image_slots == slots
 
 
 def test_tokens_in_a_step_of_the_ablations():

@@ -335,7 +335,7 @@ def test_packed_rows_equal_each_document_alone(runs):
 
     def rows(chosen):
         chosen = [*chosen, *[(0, [])] * (B - len(chosen))]
-        return packing.stack_rows([packing.pack_row(i, examples, data.seq_len, data.max_images,
+        return packing.stack_rows([packing.pack_row(i, examples, data.seq_len, runs.cfg.image_slots,
                                                     model.latent_shape) for i, examples in chosen])
 
     together, alone = rows(packed), rows([(0, [x]) for _, x in documents])

@@ -141,7 +141,7 @@ def test_a_strict_run_evaluates_resumes_and_is_what_is_sampled(prepared_root, tm
     """No moving average, no dropped caption: what is trained is evaluated and sampled, resumed or not."""
     tree = tiny_dict(prepared_root)
     tree.optimizer.ema_decay = tree.data.caption_dropout = 0.0
-    tree.train.update(num_steps=4, checkpoint_every=2, log_every=2, eval_every=2, eval_batches=1,
+    tree.train.update(num_steps=4, checkpoint_every=2, log_every=2, eval_every=2, eval_documents=8,
                       diagnostics_every=0)
     cfg = config.from_dict(tree)
     state = train(cfg, tmp_path)

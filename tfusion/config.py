@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tfusion.errors import UserError
 
+SLOTS_PER_IMAGE = 1.25  # rows differ in how many images they hold
 CHOICES = {
     "objective": ("transfusion", "autoencoder"),
     "model.adapter": ("linear",),
@@ -102,7 +103,7 @@ class DataConfig:
     tokenizer: str  # 'byte', 'default' or the path of a SentencePiece model
     mixture: dict[str, float] = dataclasses.field(hash=False)  # source -> share of the tokens
     seq_len: int
-    max_images: int  # I: image slots per row
+    image_share: float  # expected of a row's positions in images, BOI and EOI included; 0 without images
     window_rows: int  # R: rows planned at once
     caption_dropout: float
     image_first_fraction: float
@@ -128,7 +129,7 @@ class TrainConfig:
     num_microbatches: int
     log_every: int
     eval_every: int
-    eval_batches: int
+    eval_documents: int  # held-out records of each source that are looked at
     diagnostics_every: int
     checkpoint_every: int
 
@@ -161,6 +162,13 @@ class Config:
     train: TrainConfig
     mesh: MeshConfig
     sampling: SamplingConfig
+
+    @property
+    def image_slots(self) -> int:
+        """I: image slots of a row, a quarter more than data.image_share asks for, at most as many as fit."""
+        T, N = self.data.seq_len, self.model.num_patches
+        wanted = math.ceil(SLOTS_PER_IMAGE * self.data.image_share * T / (N + 2))
+        return max(1, min(wanted, T // (N + 2))) if wanted else 0
 
     @property
     def image_size(self) -> int:
@@ -266,7 +274,8 @@ def _check_numbers(cfg: Config) -> None:
     may_be_zero = {"seed", "data.jitter", "optimizer.warmup_steps", "optimizer.weight_decay",
                    "optimizer.ema_decay", "train.eval_every", "train.diagnostics_every",
                    "autoencoder.kl_weight", "data.caption_dropout", "data.image_first_fraction",
-                   "diffusion.loss_weight", "sampling.guidance_scale", "autoencoder.num_blocks"}
+                   "data.image_share", "diffusion.loss_weight", "sampling.guidance_scale",
+                   "autoencoder.num_blocks"}
     for group in dataclasses.fields(cfg):
         value = getattr(cfg, group.name)
         leaves = vars(value).items() if dataclasses.is_dataclass(value) else [("", value)]
@@ -285,8 +294,8 @@ def _check_numbers(cfg: Config) -> None:
         raise UserError(f"data.seq_len = {cfg.data.seq_len} must be at least 2: <bos> and a token")
     if cfg.model.head_dim % 2:
         raise UserError(f"model.d_model / model.num_heads = {cfg.model.head_dim} must be even for RoPE")
-    for name in ("data.caption_dropout", "data.image_first_fraction", "data.image_first_max_t",
-                 "optimizer.ema_decay"):
+    for name in ("data.image_share", "data.caption_dropout", "data.image_first_fraction",
+                 "data.image_first_max_t", "optimizer.ema_decay"):
         if _get(cfg, name) > 1:
             raise UserError(f"{name} = {_get(cfg, name)} must be at most 1")
     if cfg.optimizer.b2 >= 1:

@@ -7,6 +7,7 @@ import pytest
 
 from tfusion import config
 from tfusion.data import packing, pipeline, prepared
+from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError
 from tfusion.objectives import make_objective
 from tfusion.types import BOS, EOS
@@ -15,7 +16,7 @@ SPLITS = ("train", "heldout")
 
 
 def picture(rng):
-    return rng.integers(0, 256, (4, 4, 4), np.uint8)
+    return rng.integers(0, 256, (4, 4, 3), np.uint8)
 
 
 def text(rng, low: int, high: int) -> str:
@@ -35,13 +36,17 @@ KINDS = {  # records of every kind: (rng) -> parts
 
 
 def write(root, cfg, **sources):
-    """Sources of the given records, the same in both splits: a byte a token, pictures their own latents."""
+    """Sources of the given records, the same in both splits: a byte a token, a picture its own latent."""
+    def encode(images):
+        return (images[..., [0, 1, 2, 0]] - 127.5) / 74
+
     for name, records in sources.items():
         for split in SPLITS:
             prepared.write_source(root / name / split, records, lambda xs: [[ord(c) for c in x] for x in xs],
-                                  lambda images: images / 255)
-    prepared.write_meta(root, "byte", "tok", "none", cfg.model.latent_shape)
-    data = dataclasses.replace(cfg.data, prepared=str(root), mixture=dict.fromkeys(sources, 1.0))
+                                  encode)
+    prepared.write_meta(root, load_tokenizer("byte"), "none", cfg.model.latent_shape)
+    data = dataclasses.replace(cfg.data, prepared=str(root), image_share=0.8,
+                               mixture=dict.fromkeys(sources, 1.0))
     return dataclasses.replace(cfg, data=data)
 
 
@@ -133,6 +138,25 @@ def test_a_very_long_text_is_spread_over_the_run(cfg, tmp_path):
     assert abs(share - 0.3) < 0.05
     stats = rows.stats(0)
     assert stats["data/continued_documents"] > 0.1 and stats["data/dropped_documents"] < 0.1
+
+
+def test_identity_is_what_decides_the_order(cfg, tmp_path):
+    """Flat and small. A record more, or two records that change places, are other data; other contents of the
+    same sizes are not."""
+    records = [["a" * n] for n in (5, 9, 20)]
+
+    def identity(**sources):
+        root = tmp_path / str(len(list(tmp_path.iterdir())))
+        return open_rows(write(root, cfg, **sources)).identity
+
+    first = identity(some=records, other=[["b"]])
+    assert sorted(first) == ["codec", "sizes.other", "sizes.some", "tokenizer"]
+    assert all(isinstance(value, str) and len(value) < 65 for value in first.values())
+    assert identity(some=[[text[0].upper()] for text in records], other=[["b"]]) == first
+    for changed in ([*records, ["d"]], records[::-1], records[:2], [["a" * n] for n in (5, 9, 21)]):
+        now = identity(some=changed, other=[["b"]])
+        assert [name for name in first if now[name] != first[name]] == ["sizes.some"]
+    assert sorted(identity(some=records)) == ["codec", "sizes.some", "tokenizer"]
 
 
 def test_long_text_needs_a_row_of_two(cfg, tmp_path):

@@ -6,6 +6,8 @@ T positions, I image slots, N patches per image.
 import numpy as np
 import pytest
 
+from experiments import ablations
+from tfusion import config
 from tfusion.data import packing
 from tfusion.errors import UserError
 from tfusion.types import BOS, EOS, PAD, Example
@@ -40,9 +42,9 @@ def sizes(candidates, document):
     return c.lengths[record], c.images[record]
 
 
-def plan(seed: int = 0, window: int = 0, candidates=None, max_images: int = I):
+def plan(seed: int = 0, window: int = 0, candidates=None, num_slots: int = I):
     candidates = candidates or random_candidates(0)
-    return packing.plan_window(seed, window, candidates, ROWS, T, max_images)
+    return packing.plan_window(seed, window, candidates, ROWS, T, num_slots)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -80,7 +82,7 @@ def test_only_what_fits_nowhere_is_dropped(seed):
 
 def test_slots_alone_can_be_the_limit():
     """Twenty one-image documents of 10 positions: with one slot a row holds one, not six."""
-    made = plan(0, 0, [candidate(np.full(40, 10), np.ones(40, int))], max_images=1)
+    made = plan(0, 0, [candidate(np.full(40, 10), np.ones(40, int))], num_slots=1)
     assert [len(row) for row in made.rows] == [1] * ROWS and made.num_dropped == 20
 
 
@@ -111,6 +113,26 @@ def test_rows_are_full():
     lengths = rng.integers(2, 12, 400)
     made = plan(0, 0, [candidate(lengths, np.zeros(400, int))])
     assert sum(lengths[r] for row in made.rows for _, _, r, _ in row) > 0.97 * ROWS * T
+
+
+@pytest.mark.parametrize("variant", ["patch1", "patch2", "patch4", "patch8", "text_only"])
+def test_rows_of_the_presets_are_full(variant):
+    """Texts of 900 tokens on average (lognormal, sigma 1; the long ones in pieces) beside pairs with captions
+    of 30: whatever the patch size, slots are no limit worth speaking of."""
+    cfg = config.from_dict(ablations.get_config(variant))
+    rng, T = np.random.default_rng(0), cfg.data.seq_len
+    texts = np.exp(rng.normal(np.log(900) - 0.5, 1.0, 20_000)).astype(int) + 2
+    texts = np.concatenate([np.full(np.sum((texts - 1) // (T - 1)), T), (texts - 1) % (T - 1) + 1])
+    captions = np.exp(rng.normal(np.log(30) - 0.2, 0.6, 20_000)).astype(int) * (rng.random(20_000) > 0.1)
+    sizes = {"glosses": (texts, 0), "scenes": (captions + cfg.model.num_patches + 4, 1)}
+    names = list(cfg.data.mixture)
+    counts = packing.documents_per_window(
+        cfg.data.mixture.values(), [sizes[name][0].mean() for name in names], cfg.data.window_rows, T)
+    offered = [candidate(rng.choice(sizes[name][0], count), np.full(count, sizes[name][1]))
+               for name, count in zip(names, counts)]
+    made = packing.plan_window(0, 0, offered, cfg.data.window_rows, T, cfg.image_slots)
+    used = sum(offered[s].lengths[record] for row in made.rows for s, _, record, _ in row)
+    assert used > 0.97 * cfg.data.window_rows * T and made.num_dropped < 0.02 * made.num_documents
 
 
 def test_documents_per_window_gives_the_token_shares():

@@ -88,7 +88,7 @@ def placed_lengths(rows, windows: int) -> np.ndarray:
     {"glosses": 0.12, "scenes": 0.66, "stories": 0.22}, {"glosses": 0.5, "scenes": 0.25, "stories": 0.25}])
 def test_window_gives_the_mixtures_token_shares(cfg, mixture):
     """Within 4 % of the whole, what the window had to drop (no image slot left) included."""
-    cfg = replace(cfg, "data", mixture=mixture, window_rows=256, max_images=8)
+    cfg = replace(cfg, "data", mixture=mixture, window_rows=256, image_share=0.2)
     placed = placed_lengths(open_rows(cfg), 1)
     np.testing.assert_allclose(placed / placed.sum(), list(mixture.values()), atol=0.04)
     assert placed.sum() > 0.9 * 256 * cfg.data.seq_len
@@ -96,20 +96,21 @@ def test_window_gives_the_mixtures_token_shares(cfg, mixture):
 
 def test_shares_do_not_forget_dropped_captions(cfg):
     """Without half of their captions pictures are short, so more of them make the same share."""
-    cfg = replace(cfg, "data", mixture={"glosses": 0.5, "scenes": 0.5}, window_rows=256, max_images=16,
+    cfg = replace(cfg, "data", mixture={"glosses": 0.5, "scenes": 0.5}, window_rows=256, image_share=0.4,
                   caption_dropout=0.5)
     placed = placed_lengths(open_rows(cfg), 1)
     np.testing.assert_allclose(placed / placed.sum(), 0.5, atol=0.04)
 
 
 def test_a_source_without_share_is_left_out(cfg):
-    rows = open_rows(replace(cfg, "data", mixture={"glosses": 0.0, "scenes": 1.0, "stories": 0.0}))
+    mixture = {"glosses": 0.0, "scenes": 1.0, "stories": 0.0}
+    rows = open_rows(replace(cfg, "data", mixture=mixture, image_share=0.2))
     assert [source.name for source in rows.sources] == ["scenes"]
 
 
 def test_planned_lengths_are_the_documents(cfg):
     """The coin thrown for the plan is the coin thrown at reading, so rows are as long as planned."""
-    cfg = replace(cfg, "data", caption_dropout=0.5, image_first_fraction=0.5)
+    cfg = replace(cfg, "data", caption_dropout=0.5, image_first_fraction=0.5, image_share=0.3)
     rows = open_rows(cfg)
     for index, documents in enumerate(rows.plan(0).rows):
         examples = [rows.example(*document) for document in documents]
@@ -133,7 +134,8 @@ def documents_of(batch):
 def test_caption_dropout_and_image_first_come_out(cfg):
     """Fractions of documents, within 0.05: no LM loss for 0.3 of them, and of the others 0.4 start with a
     picture, with its noise limited to 0.5."""
-    cfg = replace(cfg, "data", caption_dropout=0.3, image_first_fraction=0.4, image_first_max_t=0.5)
+    cfg = replace(cfg, "data", caption_dropout=0.3, image_first_fraction=0.4, image_first_max_t=0.5,
+                  image_share=0.2)
     seen = list(documents_of(one_batch(cfg, 256)))
     dropped = [scored == 0 for scored, _, _ in seen]
     kept = [(token, limits) for scored, token, limits in seen if scored]
@@ -145,7 +147,7 @@ def test_caption_dropout_and_image_first_come_out(cfg):
 
 
 def test_captions_are_dropped_in_training_only(cfg):
-    cfg = replace(cfg, "data", caption_dropout=1.0)
+    cfg = replace(cfg, "data", caption_dropout=1.0, image_share=0.6)
     train, heldout = (list(documents_of(one_batch(cfg, 8, split))) for split in ("train", "heldout"))
     assert train and all(scored == 0 for scored, _, _ in train)
     assert heldout and all(scored > 0 for scored, _, _ in heldout)
@@ -216,16 +218,19 @@ def test_rows_keep_the_contract(cfg):
 
 
 def test_dropped_documents_are_counted(cfg):
-    rows = open_rows(replace(cfg, "data", max_images=3))
+    rows = open_rows(replace(cfg, "data", window_rows=4))
     plan = rows.plan(1)
     assert plan.num_dropped == plan.num_documents - sum(map(len, plan.rows)) > 0
-    assert rows.stats(cfg.data.window_rows)["data/dropped_documents"] == plan.num_dropped / plan.num_documents
+    assert rows.stats(4)["data/dropped_documents"] == plan.num_dropped / plan.num_documents
 
 
 ERRORS = {  # changes, what the message must name
     "document with images longer than a row": (
-        {"data": {"seq_len": 60}}, ("record", "positions", "data.seq_len = 60", "never cut")),
-    "more images than slots": ({"data": {"max_images": 2}}, ("3 images", "data.max_images = 2")),
+        {"data": {"seq_len": 60}}, ("record", "a row has 60", "never cut: raise data.seq_len to ")),
+    "more images than was said": ({"data": {"image_share": 0.08}},
+                                   ("of the positions", "1.25 x data.image_share = 0.08", "raise it to 0.")),
+    "more images than slots": (
+        {"data": {"image_share": 0.04}}, ("3 images", "2 image slots", "raise data.image_share to 0.08")),
     "token id beyond the vocabulary": (
         {"model": {"text_vocab_size": 100}}, ("token id", "model.text_vocab_size = 100", "tokenizer")),
     "other latents": ({"model": {"latent_channels": 8}}, ("(4, 4, 4)", "(4, 4, 8)", "model.latent_*")),
@@ -272,6 +277,8 @@ def test_autoencoder_rows_show_every_picture_once_per_epoch(cfg):
     def epoch(number: int):
         return [rows[row].images_BHWC.tobytes() for row in range(number * count, (number + 1) * count)]
 
+    fewer = open_rows(replace(cfg, "data", num_scenes=100))
+    assert rows.identity == open_rows(cfg).identity != fewer.identity and list(rows.identity) == ["pictures"]
     stored = sorted(image.tobytes() for image in rows.images)
     assert sorted(epoch(0)) == sorted(epoch(1)) == stored and epoch(0) != epoch(1)
 
@@ -319,13 +326,20 @@ def test_noise_limit_where_the_picture_comes_first(cfg):
 def test_a_share_of_no_document_is_an_error(cfg):
     """A source that would never appear is told, not dropped."""
     with pytest.raises(UserError, match=r"data.mixture.stories = 1e-06 is less than one document"):
-        open_rows(replace(cfg, "data", mixture={"scenes": 1.0, "stories": 1e-6}))
+        open_rows(replace(cfg, "data", mixture={"scenes": 1.0, "stories": 1e-6}, image_share=0.2))
 
 
 def test_choices_belong_to_the_source_not_to_its_place_in_the_mixture(cfg):
     """Adding a source changes no other source's coins or order."""
-    alone = open_rows(replace(cfg, "data", mixture={"scenes": 1.0}))
+    alone = open_rows(replace(cfg, "data", mixture={"scenes": 1.0}, image_share=0.2))
     beside = open_rows(replace(cfg, "data", mixture={"glosses": 0.5, "scenes": 0.5}))
     records = np.arange(50)
     np.testing.assert_array_equal(alone._drops(0, 0, records), beside._drops(1, 0, records))
     assert [alone._order[0][i] for i in range(50)] == [beside._order[1][i] for i in range(50)]
+
+
+def test_the_mixture_may_be_written_in_any_order(cfg):
+    """A config is compared key by key at resume, which sees no order."""
+    turned = replace(cfg, "data", mixture=dict(reversed(cfg.data.mixture.items())))
+    assert list(turned.data.mixture) != list(cfg.data.mixture)
+    assert open_rows(turned).plan(0) == open_rows(cfg).plan(0)

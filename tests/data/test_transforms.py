@@ -12,7 +12,7 @@ MASK = 2**64 - 1
 N = 20_000
 
 
-def splitmix64_chain(*keys: int) -> float:
+def splitmix64_chain_state(*keys: int) -> int:
     """The hash in plain Python integers (splitmix64's finaliser, each key xored into the state)."""
     state = 0
     for key in keys:
@@ -20,7 +20,11 @@ def splitmix64_chain(*keys: int) -> float:
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
         state = z ^ (z >> 31)
-    return (state >> 11) / 2**53
+    return state
+
+
+def splitmix64_chain(*keys: int) -> float:
+    return (splitmix64_chain_state(*keys) >> 11) / 2**53
 
 
 @pytest.mark.parametrize("keys", [(0,), (0, 1, 2, 3, 1), (17, 0, 5, 123_456, 2), (2**31, 9)])

@@ -25,7 +25,7 @@ from tfusion.types import BOS, EOS, PAD, Document, ModelOutput
 
 CFG = tiny_config("unused")  # DDPM, as it draws noise at every step
 CFG = dataclasses.replace(CFG, sampling=dataclasses.replace(CFG.sampling, sampler="ddpm"))
-MODEL, N, I = CFG.model, CFG.model.num_patches, CFG.data.max_images
+MODEL, N, I = CFG.model, CFG.model.num_patches, CFG.image_slots
 BOI, EOI = MODEL.boi, MODEL.eoi
 A, B, C, D = 10, 11, 12, 13  # text ids
 STEPS = CFG.sampling.num_inference_steps
@@ -344,7 +344,7 @@ def test_prompt_too_long():
 
 def test_too_many_images():
     decode.start_rows(CFG, [latents(0, I)], 0, T)
-    with pytest.raises(UserError, match=rf"prompt 0 has more than data\.max_images = {I} images"):
+    with pytest.raises(UserError, match=rf"prompt 0 has more images than the {I} that"):
         decode.start_rows(CFG, [latents(0, I + 1)], 0, 2 * T)
 
 
@@ -359,5 +359,5 @@ def test_forced_image_without_room():
 def test_forced_image_without_a_slot():
     params = bigram({EOI: EOS})
     full = latents(0, I)
-    with pytest.raises(UserError, match=rf"prompt 0 has data\.max_images = {I} images already"):
+    with pytest.raises(UserError, match=rf"prompt 0 has {I} images already"):
         generate(params, [[*full, [A, BOI]]])

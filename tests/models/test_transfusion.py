@@ -226,7 +226,7 @@ def test_gather_undoes_scatter(seed):
     for row, slot in np.argwhere(used):
         expected[row, starts[row, slot] : starts[row, slot] + N] = patches[row, slot]
     np.testing.assert_allclose(out, expected, rtol=1e-6)
-    back = gather_patches(out, positions, I)
+    back = gather_patches(out, positions, N)
     np.testing.assert_allclose(back, patches * used[..., None, None], rtol=1e-6)
 
 

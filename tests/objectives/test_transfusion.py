@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from experiments import quickstart
 from tfusion import config
@@ -298,6 +299,32 @@ def test_the_loss_noises_what_the_contract_says(cfg, prediction, monkeypatch):
     expected = ((x_t - target) ** 2)[batch.max_t_BI > 0].sum()
     assert float(got["diffusion_loss"][0]) == pytest.approx(expected, rel=1e-4)
     assert float(got["lm_loss"][0] / got["lm_loss"][1]) == pytest.approx(np.log(m.vocab_size), rel=1e-5)
+
+
+@pytest.mark.parametrize("patch_size, image_share, slots", [
+    (1, 0.5, 1), (2, 0.5, 4), (4, 0.5, 10), (8, 0.5, 20), (2, 0.0, 0)])
+def test_every_patch_size_trains(cfg, patch_size, image_share, slots):
+    """Image slots follow from the patch size; every parameter that the row can reach gets a gradient. Text
+    alone has no slot."""
+    model = dataclasses.replace(cfg.model, latent_size=8, num_layers=1, patch_size=patch_size)
+    data = dataclasses.replace(cfg.data, seq_len=96, image_share=image_share)
+    cfg = dataclasses.replace(cfg, model=model, data=data)
+    assert cfg.image_slots == slots
+    made, picture = make_objective(cfg), np.ones(model.latent_shape, np.float32)
+    parts = [text(5, 6), picture, text(7)] if slots else [text(5, 6)]
+    rows = [packing.pack_row(i, [made.layout(Document(tuple(parts), 1.0, True))], 96, slots, model.latent_shape)
+            for i in range(2)]
+    batch = packing.stack_rows(rows)
+    packing.check_batch(batch, model.vocab_size, model.num_patches)
+
+    def total(params):
+        losses = made.loss(params, batch, jax.random.key(0))
+        return sum(losses[name][0] for name in made.weights)
+
+    grads = jax.jit(jax.grad(total))(nn.meta.unbox(made.init(jax.random.key(1))))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+    assert bool(grads["image_adapter"]["patch_out_kernel"].any()) == (slots > 0)
+    assert grads["lm_head_kernel"].any()
 
 
 def test_weights_are_one_and_lambda(cfg):

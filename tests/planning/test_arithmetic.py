@@ -73,7 +73,7 @@ def test_memory_follows_shardings():
     assert 4 * params / 8 < split.memory.parameters < 4 * params / 7  # norms and biases are not split
     positions = 8 * cfg.data.seq_len / 8
     assert whole.memory.batch == split.memory.batch == positions * (4 * 4 + 1) + 8 / 8 * (
-        4 + cfg.data.max_images * (4 + 4 + 8 + 4 * math.prod(cfg.model.latent_shape)))
+        4 + cfg.image_slots * (4 + 4 + 8 + 4 * math.prod(cfg.model.latent_shape)))
     # Full remat keeps each layer's input, once: L x T x D x 2 bytes a row.
     assert whole.memory.residuals == 2 * 128 * 64 * 2
     assert whole.memory.total == sum(whole.memory)
@@ -188,7 +188,7 @@ def test_walk_counts_loops_shards_and_platforms():
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_the_walk_counts_the_head_by_the_expected_number_of_scored_positions(micros, shape, platform):
     """On any mesh; three products per scored position, in the step's one loop of unknown length."""
-    cfg = small_config(batch_size=8, num_microbatches=micros, text_vocab_size=600)
+    cfg = small_config(batch_size=8, num_microbatches=micros, text_vocab_size=700)
     mesh = jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape))
     jaxpr = compile.trace(cfg, compile.abstract_state(cfg), mesh).jaxpr.jaxpr
     found = list(walk.equations(jaxpr, platform, roofline.expected_chunks(cfg, shape)))

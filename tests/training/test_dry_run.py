@@ -72,9 +72,10 @@ def check_parameters(lines, cfg):
 
 def check_batch(lines, tree):
     batch = {m[1]: m[2] for m in (re.match(r"batch\.(\w+) +(\(.*?\)) ", line) for line in lines) if m}
-    rows, T, slots = tree.train.batch_size, tree.data.seq_len, tree.data.max_images
+    rows, T, slots = tree.train.batch_size, tree.data.seq_len, config.from_dict(tree).image_slots
     assert batch == {
         "row_ids_B": f"({rows},)", "latents_BIhwc": str((rows, slots, 4, 4, 4)),
+        "noise_ids_BI2": str((rows, slots, 2)),
         **{name: str((rows, T)) for name in (
             "tokens_BT", "segment_ids_BT", "image_ids_BT", "positions_BT", "loss_mask_BT")},
         **{name: str((rows, slots)) for name in ("image_start_BI", "max_t_BI")}}

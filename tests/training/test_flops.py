@@ -25,7 +25,7 @@ def small_config(remat="none"):
     tree = transfusion.get_config("0.16b")
     tree.model.update(num_layers=3, d_model=48, num_heads=4, num_kv_heads=2, d_ff=160, text_vocab_size=600,
                       latent_size=8, latent_channels=5, remat=remat, compute_dtype="float32")
-    tree.data.update(seq_len=72, max_images=2)
+    tree.data.update(seq_len=72, image_share=0.4)
     tree.train.update(batch_size=2)
     return config.from_dict(tree)
 
@@ -60,8 +60,8 @@ def by_part(cfg):
             parts["attention"] += n
         elif m.patch_values in sizes or TIME_FEATURES in sizes:
             parts["image adapter"] += n
-        elif all(set(s) <= {m.d_model, cfg.train.batch_size, cfg.data.max_images,
-                            cfg.train.batch_size * cfg.data.max_images} for s in shapes):
+        elif all(set(s) <= {m.d_model, cfg.train.batch_size, cfg.image_slots,
+                            cfg.train.batch_size * cfg.image_slots} for s in shapes):
             parts["image adapter"] += n  # the timestep MLP's second matrix
         else:
             parts["blocks"] += n
@@ -70,7 +70,7 @@ def by_part(cfg):
 
 def dense_counts(cfg):
     """What a program without any skipping does: every position, every slot, T x T pairs."""
-    rows, T, slots = cfg.train.batch_size, cfg.data.seq_len, cfg.data.max_images
+    rows, T, slots = cfg.train.batch_size, cfg.data.seq_len, cfg.image_slots
     return flops.Counts(text=rows * T, patches=rows * slots * cfg.model.num_patches, scored=rows * T,
                         images=rows * slots, pairs=rows * T * T)
 

@@ -7,11 +7,12 @@ every token of the text, EOS too, is predicted once. Windows count documents and
 long text is spread over the run instead of overflowing its window.
 """
 
+import math
 import zlib
 
 import numpy as np
 
-from tfusion.config import Config
+from tfusion.config import SLOTS_PER_IMAGE, Config
 from tfusion.data import transforms
 from tfusion.data.prepared import PreparedSource
 from tfusion.errors import UserError
@@ -37,17 +38,21 @@ class Documents:
         self._firsts = np.cumsum(pieces) - pieces if self._number > len(pieces) else None  # per record
 
     def _check(self, lengths) -> None:
-        data, source = self.cfg.data, self.source
+        data, source, slots = self.cfg.data, self.source, self.cfg.image_slots
         if source.meta["max_token_id"] >= self.cfg.model.text_vocab_size:
             raise UserError(f"{source.folder}: token id {source.meta['max_token_id']} is not below "
                             f"model.text_vocab_size = {self.cfg.model.text_vocab_size}; was it prepared with "
                             "another tokenizer?")
-        bad = (source.images > 0) & ((lengths > data.seq_len) | (source.images > data.max_images))
+        bad = (source.images > 0) & ((lengths > data.seq_len) | (source.images > slots))
         if bad.any():
             record = int(np.argmax(bad))
-            raise UserError(f"{source.folder}: record {record} has {source.images[record]} images and needs "
-                            f"{lengths[record]} positions; data.seq_len = {data.seq_len}, data.max_images = "
-                            f"{data.max_images} (a document with images is never cut)")
+            number, needs = int(source.images[record]), int(lengths[record])
+            one = self.cfg.model.num_patches + 2
+            share = min(1.0, math.ceil(100 * number * one / data.seq_len / SLOTS_PER_IMAGE) / 100)
+            raise UserError(
+                f"{source.folder}: record {record} has {number} images and needs {needs} positions; a row has "
+                f"{data.seq_len}, and {slots} image slots, and a document with images is never cut: raise "
+                + (f"data.seq_len to {needs}" if needs > data.seq_len else f"data.image_share to {share}"))
 
     def _pieces(self, lengths):
         """How many documents records of so many positions become: each but the first costs one more BOS."""
@@ -74,15 +79,18 @@ class Documents:
         T = self.cfg.data.seq_len
         return np.minimum(self.objective.length(text, images) - pieces * (T - 1), T)
 
-    def mean_length(self, dropout: float) -> float:
-        """Mean positions of a document where `dropout` of those with images lose their captions; a sample."""
+    def means(self, dropout: float) -> tuple[float, float]:
+        """Mean positions of a document, and those in images, where `dropout` of the documents with images lose
+        their captions; over a sample.
+        """
         some = slice(None, None, max(1, len(self.source) // MEAN_SAMPLE))
         text, images = self.source.text_tokens[some], self.source.images[some]
         whole = self.objective.length(text, images)
         pieces = self._pieces(whole)
         kept = self.objective.length((1 - dropout) * text, images)
         positions = np.where(images > 0, kept, whole + pieces - 1)
-        return float(positions.sum() / pieces.sum())
+        in_images = self.objective.length(0, images) - self.objective.length(0, 0)
+        return float(positions.sum() / pieces.sum()), float(in_images.sum() / pieces.sum())
 
     def read(self, record: int, piece: int, drop_caption: bool = False, image_first: bool = False,
              image_first_max_t: float = 1.0) -> Example:

@@ -40,28 +40,40 @@ def documents_per_window(shares, mean_lengths, num_rows: int, seq_len: int) -> l
 
 
 def plan_window(seed: int, window: int, candidates: list[Candidate], num_rows: int, seq_len: int,
-                max_images: int) -> Plan:
+                num_slots: int) -> Plan:
     """First-fit over the shuffled documents of one window, under T positions and I image slots a row."""
     rng = np.random.default_rng([seed, window])
-    flat = [(s, *document) for s, c in enumerate(candidates) for document in zip(*(x.tolist() for x in c))]
-    room, slots = np.full(num_rows, seq_len), np.full(num_rows, max_images)
+    documents = [(s, *document) for s, c in enumerate(candidates)
+                 for document in zip(c.epochs.tolist(), c.records.tolist(), c.pieces.tolist())]
+    lengths, images = (np.concatenate([getattr(c, x) for c in candidates]) for x in ("lengths", "images"))
+    order = rng.permutation(len(documents))
     rows, dropped = [[] for _ in range(num_rows)], 0
-    for index in rng.permutation(len(flat)):
-        *document, length, images = flat[index]
-        fits = (room >= length) & (slots >= images)
-        row = int(fits.argmax())
-        if not fits[row]:
+    for index, row in zip(order, first_fit(lengths[order], images[order], num_rows, seq_len, num_slots)):
+        if row < 0:
             dropped += 1
-            continue
-        room[row] -= length
-        slots[row] -= images
-        rows[row].append(tuple(document))
-    return Plan([rows[i] for i in rng.permutation(num_rows)], len(flat), dropped)
+        else:
+            rows[row].append(documents[index])
+    return Plan([rows[i] for i in rng.permutation(num_rows)], len(documents), dropped)
 
 
-def pack_row(row_id: int, examples: list[Example], seq_len: int, max_images: int, latent_shape) -> Batch:
+def first_fit(lengths, images, num_rows: int, seq_len: int, num_slots: int) -> list[int]:
+    """The row of each document: the first with room for it, in positions and image slots, or -1."""
+    room, slots = np.full(num_rows, seq_len), np.full(num_rows, num_slots)
+    placed, used = [], 0
+    for length, number in zip(lengths.tolist(), images.tolist()):
+        fits = (room[: used + 1] >= length) & (slots[: used + 1] >= number)  # an empty row is like another
+        row = int(fits.argmax())
+        if fits[row]:
+            room[row] -= length
+            slots[row] -= number
+            used = max(used, row + 1)
+        placed.append(row if fits[row] else -1)
+    return placed
+
+
+def pack_row(row_id: int, examples: list[Example], seq_len: int, num_slots: int, latent_shape) -> Batch:
     """Concatenates documents into one row (arrays without the batch axis), padded to seq_len."""
-    T, I = seq_len, max_images
+    T, I = seq_len, num_slots
     row = Batch(np.int32(row_id), np.full(T, PAD, np.int32), np.zeros(T, np.int32), np.zeros(T, np.int32),
                 np.zeros(T, np.int32), np.zeros(T, bool), np.zeros((I, *latent_shape), np.float32),
                 np.full(I, T, np.int32), np.zeros(I, np.float32),

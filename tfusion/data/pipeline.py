@@ -5,12 +5,14 @@ position in the data is therefore one integer, the next row, for any number of p
 """
 
 import functools
+import hashlib
+import math
 import threading
 
 import grain
 import numpy as np
 
-from tfusion.config import Config
+from tfusion.config import SLOTS_PER_IMAGE, Config
 from tfusion.data import packing, prepared, transforms
 from tfusion.data.documents import Documents
 from tfusion.data.sources import pictures
@@ -21,6 +23,24 @@ READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
 WINDOWS_KEPT = 4
 
 
+def read_meta(cfg: Config) -> dict:
+    """The meta of the config's prepared data. Raises UserError where their latents are not the model's."""
+    meta = prepared.read_meta(cfg.data.prepared)
+    if tuple(meta["latent_shape"]) != cfg.model.latent_shape:
+        raise UserError(f"{cfg.data.prepared} holds latents of shape {tuple(meta['latent_shape'])}, the model "
+                        f"expects {cfg.model.latent_shape}: change model.latent_* or prepare again")
+    return meta
+
+
+def check_image_share(cfg: Config, shares, means, in_images) -> None:
+    """Raises UserError where rows have too few image slots for sources of these mean lengths."""
+    real = sum(share * images / mean for share, images, mean in zip(shares, in_images, means)) / sum(shares)
+    if real > SLOTS_PER_IMAGE * cfg.data.image_share:
+        raise UserError(f"{real:.1%} of the positions of data.mixture lie in images, more than "
+                        f"{SLOTS_PER_IMAGE} x data.image_share = {cfg.data.image_share} gives slots for: raise "
+                        f"it to {math.ceil(100 * real) / 100}")
+
+
 class PackedRows:
     """Row k of the run, as a Batch without the batch axis: the mixture, planned and packed."""
 
@@ -29,16 +49,20 @@ class PackedRows:
         self.cfg, self.objective = cfg, objective
         self.seed = cfg.seed if split == "train" else cfg.seed + 1
         self.dropout = split == "train"
-        names = [name for name, share in data.mixture.items() if share > 0]
-        meta = prepared.read_meta(data.prepared)
-        if tuple(meta["latent_shape"]) != cfg.model.latent_shape:
-            raise UserError(f"{data.prepared} holds latents of shape {tuple(meta['latent_shape'])}, the "
-                             f"model expects {cfg.model.latent_shape}: change model.latent_* or prepare again")
-        self.identity, self.assets = prepared.identity(meta), prepared.assets(data.prepared)
+        names = sorted(name for name, share in data.mixture.items() if share > 0)  # however they are written
+        meta, self.assets = read_meta(cfg), prepared.assets(data.prepared)
         self.sources = [Documents(cfg, objective, name, split) for name in names]
+        self.identity = prepared.identity(meta) | {
+            f"sizes.{name}": source.source.sizes_digest() for name, source in zip(names, self.sources)}
+        for source in self.sources:
+            if not len(source):
+                raise UserError(f"{source.source.folder} holds no records: prepare some, or set "
+                                f"data.mixture.{source.name} to 0")
         self._order = [grain.MapDataset.range(len(source)).seed(self.seed ^ source.key).shuffle().repeat()
                        for source in self.sources]
-        means = [source.mean_length(data.caption_dropout * self.dropout) for source in self.sources]
+        means, in_images = zip(*(source.means(data.caption_dropout * self.dropout) for source in self.sources))
+        if split == "train":
+            check_image_share(cfg, [data.mixture[name] for name in names], means, in_images)
         self.per_window = packing.documents_per_window(
             [data.mixture[name] for name in names], means, data.window_rows, data.seq_len)
         for name, count in zip(names, self.per_window):
@@ -62,7 +86,7 @@ class PackedRows:
     def _plan(self, window: int) -> packing.Plan:
         data = self.cfg.data
         return packing.plan_window(self.seed, window, self.offered(window), data.window_rows, data.seq_len,
-                                   data.max_images)
+                                   self.cfg.image_slots)
 
     def _drops(self, source: int, epoch, record):
         drops = transforms.drops_caption(self.cfg.data, self.seed, self.sources[source].key, epoch, record)
@@ -81,7 +105,7 @@ class PackedRows:
         with self._lock:  # one thread plans, the others wait for it
             documents = self.plan(window).rows[index]
         return packing.pack_row(row, [self.example(*d) for d in documents], data.seq_len,
-                                data.max_images, self.cfg.model.latent_shape)
+                                self.cfg.image_slots, self.cfg.model.latent_shape)
 
     def stats(self, row: int) -> dict:
         """Of the documents of the row's window: how many found no room, how many go on with a longer text."""
@@ -99,8 +123,9 @@ class ImageRows:
 
     def __init__(self, cfg: Config, objective, split: str):
         del objective
-        self.identity, self.assets = {}, []
+        self.assets = []
         self.images = pictures(cfg.data, split)
+        self.identity = {"pictures": hashlib.sha256(self.images).hexdigest()[:16]}
         size = cfg.image_size
         if self.images.shape[1:] != (size, size, 3):
             raise UserError(f"the pictures are {self.images.shape[1]} pixels wide, model.latent_size x "

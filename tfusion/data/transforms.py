@@ -12,8 +12,8 @@ from tfusion.types import Document
 DROP_COIN, ORDER_COIN = 1, 2
 
 
-def keyed_uniform(*keys):
-    """float64 in [0, 1), a hash (splitmix64, chained) of integer keys; arrays broadcast."""
+def keyed_bits(*keys):
+    """uint64, a hash (splitmix64, chained) of integer keys; arrays broadcast."""
     state = np.uint64(0)
     with np.errstate(over="ignore"):
         for key in keys:
@@ -21,7 +21,18 @@ def keyed_uniform(*keys):
             z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             state = z ^ (z >> np.uint64(31))
-    return (state >> np.uint64(11)).astype(np.float64) / 2**53
+    return state
+
+
+def keyed_uniform(*keys):
+    """float64 in [0, 1) of integer keys; arrays broadcast."""
+    return (keyed_bits(*keys) >> np.uint64(11)).astype(np.float64) / 2**53
+
+
+def picture_names(source: int, record: int, images: int):
+    """uint32 (images, 2): what a record's pictures are called in evaluation, whatever row they stand in."""
+    names = keyed_bits(source, record, np.arange(images))
+    return np.stack([names >> np.uint64(32), names & np.uint64(0xFFFFFFFF)], axis=-1).astype(np.uint32)
 
 
 def drops_caption(cfg: DataConfig, seed: int, source: int, epoch, record):

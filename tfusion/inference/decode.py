@@ -54,7 +54,7 @@ def start_rows(cfg: Config, prompts: list, seed: int, max_len: int, first_row: i
     that ends with BOI starts the row in diffusion mode. Its noise is keyed by (seed, its number), counted
     from first_row. Raises UserError where a prompt does not fit.
     """
-    m, I = cfg.model, cfg.data.max_images
+    m, I = cfg.model, cfg.image_slots
     B, T, N = len(prompts), max_len, cfg.model.num_patches
     tokens, image_ids = np.full((B, T), PAD, np.int32), np.zeros((B, T), np.int32)
     latents = np.zeros((B, I, *m.latent_shape), np.float32)
@@ -67,14 +67,14 @@ def start_rows(cfg: Config, prompts: list, seed: int, max_len: int, first_row: i
                 ids += part.tolist()
                 continue
             if slot == I:
-                raise UserError(f"prompt {row} has more than data.max_images = {I} images")
+                raise UserError(f"prompt {row} has more images than the {I} that a row has slots for")
             latents[row, slot] = part
             starts[row, slot] = len(ids) + 1
             image_ids[row, len(ids) + 1 : len(ids) + 1 + N] = slot + 1
             ids += [m.boi] + [PAD] * N + [m.eoi]
             slot += 1
         if slot == I and ids[-1] == m.boi:
-            raise UserError(f"prompt {row} has data.max_images = {I} images already, no slot for another")
+            raise UserError(f"prompt {row} has {I} images already, as many as a row has slots for")
         if len(ids) > T:
             raise UserError(f"prompt {row} is {len(ids)} positions long, there is room for {T}: shorten it")
         tokens[row, : len(ids)] = ids

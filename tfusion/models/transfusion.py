@@ -37,11 +37,11 @@ def scatter_patches(x_BTD, patches_BIND, positions):
         patches_BIND.reshape(B, -1, D), mode="drop")
 
 
-def gather_patches(h_BTD, positions, num_slots: int):
+def gather_patches(h_BTD, positions, num_patches: int):
     """The inverse: (B, I, N, D), zeros in unused slots."""
     B, D = h_BTD.shape[0], h_BTD.shape[-1]
     h = h_BTD.at[jnp.arange(B)[:, None], positions].get(mode="fill", fill_value=0)
-    return h.reshape(B, num_slots, -1, D)
+    return h.reshape(B, positions.shape[1] // num_patches, num_patches, D)  # -1 would not do without slots
 
 
 class Transfusion(nn.Module):
@@ -72,5 +72,5 @@ class Transfusion(nn.Module):
         intervals = key_intervals(batch.segment_ids_BT, batch.image_ids_BT, cfg.image_attention)
         h_BTD = Decoder(cfg, name="decoder")(x_BTD, rope, intervals)
 
-        h_BIND = gather_patches(h_BTD, positions, x_t_BIhwc.shape[1])
+        h_BIND = gather_patches(h_BTD, positions, cfg.num_patches)
         return ModelOutput(h_BTD, head_DV, adapter.decode(h_BIND))

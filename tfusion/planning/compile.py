@@ -52,7 +52,7 @@ def abstract_batch(cfg: Config, mesh: Mesh | AbstractMesh) -> Batch:
     if cfg.objective == "autoencoder":
         raise UserError("plan is for the transformer's training step; the autoencoder trains on one chip")
     place = sharding.batch_sharding(mesh)
-    B, T, I = cfg.train.batch_size, cfg.data.seq_len, cfg.data.max_images
+    B, T, I = cfg.train.batch_size, cfg.data.seq_len, cfg.image_slots
 
     def s(shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)

@@ -19,14 +19,13 @@ MATMUL_EFFICIENCY = 0.65  # of the bf16 peak
 HBM_EFFICIENCY = 0.80
 ICI_EFFICIENCY = 0.80
 DCN_EFFICIENCY = 0.50
-IMAGE_SHARE = 0.5  # of the positions are patches, as in the paper's 1:1 mixture
 KERNEL_MATMULS = {2: 7, 3: 9, 4: 11}  # Pallas calls of attention -> T x T products (the model needs 6)
 
 ASSUMPTIONS = (
     f"matmuls at {MATMUL_EFFICIENCY:.0%} of peak, HBM at {HBM_EFFICIENCY:.0%}, ICI at {ICI_EFFICIENCY:.0%}, "
     f"DCN at {DCN_EFFICIENCY:.0%} of the data sheet; weights are exchanged behind the matmuls, tensor- and "
-    f"context-parallel exchange is not; full rows, {IMAGE_SHARE:.0%} patches, one image a document; nothing "
-    "lost to data, checkpoints or restarts")
+    f"context-parallel exchange is not; full rows, data.image_share of them in images, one image a "
+    "document; nothing lost to data, checkpoints or restarts")
 
 
 class Step(NamedTuple):
@@ -46,9 +45,9 @@ class Step(NamedTuple):
 
 
 def assumed_counts(cfg: Config) -> flops.Counts:
-    """What a global batch holds under IMAGE_SHARE, documents of one image and an equal share of text."""
+    """What a global batch holds under data.image_share, documents of one image and an equal share of text."""
     rows, T, N = cfg.train.batch_size, cfg.data.seq_len, cfg.model.num_patches
-    per_row = min(cfg.data.max_images, round(IMAGE_SHARE * T / N))
+    per_row = min(cfg.image_slots, round(cfg.data.image_share * T / (N + 2)))
     documents = max(per_row, 1)
     length = T / documents
     pairs = length * (length + 1) / 2

@@ -37,7 +37,7 @@ class Held:
 
     def evaluate(self, state) -> dict:
         losses = metrics.Losses()
-        for batch in self._batches(self.cfg.train.eval_batches):
+        for batch in self._batches(-(-self.cfg.train.eval_documents // self.cfg.train.batch_size)):
             losses.add(int(state.step), self.eval_step(states.sampling_params(state), batch))
         return losses.means("eval/")
 

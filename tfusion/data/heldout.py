@@ -1,0 +1,104 @@
+"""Held-out documents, each exactly once, source by source: the same for every run on the same data.
+
+Nothing that a run may vary enters: captions stand first and none is dropped, t is uniform in (0, 1], and a
+picture's noise is keyed by the picture's own name (source, record, place in the record). Rows are filled
+first-fit in the order of the records, as many as it takes. Another length of rows, other limits or batches
+change which row a document stands in, and nothing that is drawn for it.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from tfusion.config import Config
+from tfusion.data import packing, pipeline, transforms
+from tfusion.data.documents import Documents
+from tfusion.data.sources import pictures
+from tfusion.types import Batch, ImageBatch
+
+NONE = transforms.picture_names(0, 0, 0)  # no pictures' names
+
+
+class HeldOut:
+    """The held-out documents of one source: row k as a Batch without the batch axis, padding from `len` on."""
+
+    def __init__(self, cfg: Config, objective, source: str, documents: int | None = None,
+                 image_first: bool = False):
+        """documents: of the first so many records alone. image_first: each picture before its caption."""
+        self.cfg, self.image_first = cfg, image_first
+        pipeline.read_meta(cfg)
+        self.source = Documents(cfg, objective, source, "heldout")
+        records, pieces = self.source.locate(np.arange(len(self.source)))
+        if documents is not None:
+            chosen = records < documents
+            records, pieces = records[chosen], pieces[chosen]
+        self.num_documents = len(records)
+        rows = packing.first_fit(self.source.lengths(records, pieces), self.source.images(records),
+                                 len(records), cfg.data.seq_len, cfg.image_slots)
+        self._rows = [[] for _ in range(max(rows, default=-1) + 1)]
+        for row, record, piece in zip(rows, records.tolist(), pieces.tolist()):
+            self._rows[row].append((record, piece))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> Batch:
+        documents = self._rows[row] if row < len(self) else []
+        examples = [self.source.read(*document, image_first=self.image_first) for document in documents]
+        packed = packing.pack_row(row, examples, self.cfg.data.seq_len, self.cfg.image_slots,
+                                  self.cfg.model.latent_shape)
+        names = [transforms.picture_names(self.source.key, record, len(example.max_t_I))
+                 for (record, _), example in zip(documents, examples)]
+        used = sum(map(len, names))
+        packed.noise_ids_BI2[:used], packed.noise_ids_BI2[used:] = np.concatenate([*names, NONE]), 0
+        return packed
+
+    def check(self, batch) -> None:
+        packing.check_batch(batch, self.cfg.model.vocab_size, self.cfg.model.num_patches)
+
+    def batches(self, batch_size: int, process: int = 0, num_processes: int = 1):
+        """Iterator over all rows, this process's share of each batch; the last batch is filled with padding."""
+        return pipeline.batches(self, 0, -(-len(self) // batch_size), batch_size, process, num_processes)
+
+
+class HeldOutPictures:
+    """Held-out pictures, equally many of each source, for the autoencoder: row k is one of them."""
+
+    def __init__(self, cfg: Config, documents: int | None = None):
+        self.images = pictures(cfg.data, "heldout", documents)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> ImageBatch:
+        return ImageBatch(np.int32(row), self.images[row % len(self)])
+
+    def check(self, batch) -> None:
+        del batch
+
+    def batches(self, batch_size: int, process: int = 0, num_processes: int = 1):
+        """Iterator over whole batches: a picture cannot be padding, so what is left over is not looked at."""
+        return pipeline.batches(self, 0, max(1, len(self) // batch_size), batch_size, process, num_processes)
+
+
+def open_sources(cfg: Config, objective, documents: int | None) -> dict:
+    found = {}
+    for name in (name for name, share in cfg.data.mixture.items() if share > 0):
+        folder = Path(cfg.data.prepared) / name / "heldout"
+        if folder.is_dir() and len(held := HeldOut(cfg, objective, name, documents)):
+            found[name] = held
+        else:
+            print(f"{folder} holds no records: '{name}' is not evaluated")
+    return found
+
+
+OPEN = {"transfusion": open_sources,
+        "autoencoder": lambda cfg, objective, documents: {"pictures": HeldOutPictures(cfg, documents)}}
+
+
+def open_heldout(cfg: Config, objective, documents: int | None = None) -> dict:
+    """{source: its held-out rows}, of the first `documents` records where that is given.
+
+    A source of the mixture without held-out records is named and left out.
+    """
+    return OPEN[cfg.objective](cfg, objective, documents)
