@@ -193,6 +193,10 @@ def test_errors_of_the_user(error, line, monkeypatch, capsys):
     assert failing_with(error, monkeypatch, capsys) == (1, line)
 
 
+def test_a_run_that_was_stopped_is_one_that_launchers_restart(monkeypatch, capsys):
+    assert failing_with(errors.Stopped("stopped"), monkeypatch, capsys) == (143, "error: stopped\n")
+
+
 def test_errors_of_ours_keep_their_traceback(monkeypatch, capsys):
     """A bug is not dressed up as a user's mistake."""
     monkeypatch.setattr(app, "run", lambda guarded, flags_parser: guarded(["verb"]))
