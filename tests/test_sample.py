@@ -24,7 +24,12 @@ class Verb:
 
     def __init__(self, cfg, folder, monkeypatch):
         self.folder, self.tokenizer, self.rows = folder, load_tokenizer("byte"), []
-        codec = SimpleNamespace(encode=lambda images: np.zeros((len(images), 4, 4, 4), np.float32),
+        def encode(images):
+            assert images.shape[1:] == (32, 32, 3)
+            return np.zeros((len(images), 4, 4, 4), np.float32)
+
+        # of another size than cfg.autoencoder makes: the codec that the run was trained with counts
+        codec = SimpleNamespace(image_size=32, encode=encode,
                                 decode=lambda latents: np.zeros((len(latents), 32, 32, 3), np.uint8))
         monkeypatch.setattr(sample.distributed, "start_process", lambda: None)
         monkeypatch.setattr(sample.trained, "load", lambda *a: (cfg, {}, codec, self.tokenizer))
@@ -46,6 +51,7 @@ class Verb:
 
 @pytest.fixture
 def verb(cfg, tmp_path, monkeypatch):
+    assert cfg.image_size != 32
     return Verb(cfg, tmp_path, monkeypatch)
 
 

@@ -54,7 +54,7 @@ def make_prompts(cfg: config.Config, codec, tokenizer) -> tuple[list[list], list
     """(prompts as decode.start_rows wants them, their names). White space around a text is taken off: it would
     be tokens that no training text ends in."""
     texts = [text.strip() for text in PROMPTS.value]
-    pictures = [read_picture(path, cfg.image_size) for path in IMAGES.value]
+    pictures = [read_picture(path, codec.image_size) for path in IMAGES.value]
     prompts = [[np.array(tokenizer.encode(text), np.int32)] for text in texts]
     prompts += [[latent] for latent in (codec.encode(np.stack(pictures)) if pictures else [])]
     prompts += [[] for _ in range(NUM_DOCUMENTS.value)]
