@@ -1,11 +1,16 @@
 """What a process does before the first computation."""
 
 import ctypes
+import os
+import signal
 import sys
+import threading
 
+import jax
 import pytest
 
 from tfusion import distributed
+from tfusion.errors import UserError
 
 MIB = 2**20
 
@@ -30,3 +35,56 @@ def test_freed_memory_goes_back_to_the_system():
     distributed.return_freed_memory()
     assert resident_mib() < kept - 60
     libc.free(pieces[-1])
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    for name in (*distributed.NUM_PROCESSES, "JAX_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("environment", [
+    {"JAX_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": "localhost:1234"},
+    {"JAX_COORDINATOR_ADDRESS": "localhost:1234"}, {"SLURM_STEP_NUM_TASKS": "8"}, {"OMPI_COMM_WORLD_SIZE": "4"},
+    {"PMI_SIZE": "4"}, {"WORLD_SIZE": "2"}, {"TPU_WORKER_HOSTNAMES": "a,b"}], ids=lambda e: next(iter(e)))
+def test_one_of_several_processes_is_refused(alone, monkeypatch, environment):
+    """Two of them would write into one workdir; srun's step counts, not what the whole job was given."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^{next(iter(environment))}.* several processes cannot share a run"):
+        distributed.start_process()
+
+
+def test_jax_that_was_started_in_several_processes_is_refused(alone, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=r"^jax\.process_count\(\) = 2"):
+        distributed.start_process()
+
+
+@pytest.mark.parametrize("environment", [
+    {}, {"JAX_NUM_PROCESSES": "1", "JAX_COORDINATOR_ADDRESS": "localhost:1234"}, {"SLURM_STEP_NUM_TASKS": "1"},
+    {"SLURM_NTASKS": "8"}, {"TPU_WORKER_HOSTNAMES": "localhost"}], ids=lambda e: next(iter(e), "none"))
+def test_one_process_is_one(alone, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    distributed.refuse_several_processes()
+
+
+def test_sigterm_is_noted_between_listen_and_close():
+    before, sigterm = signal.getsignal(signal.SIGTERM), distributed.Sigterm()
+    sigterm.listen()
+    assert not sigterm.came
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert sigterm.came and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends it
+    sigterm.close()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_outside_the_main_thread_nothing_is_listened_to():
+    sigterm, before = distributed.Sigterm(), signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=sigterm.listen)
+    thread.start()
+    thread.join()
+    sigterm.close()
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -57,7 +57,7 @@ CASES = {  # name: (verb, arguments, what the line says)
     "bad_choice": ("train", [*TRAIN, "--config.model.remat=half"],
                    ["remat = 'half'; choices: none, attention, dots, full"]),
     "plan_tokens_nan": ("plan", ["--config=experiments/transfusion.py:0.16b", "--topology=h100-8",
-                                 "--tokens=nan"], ["--tokens=nan must be positive and finite"]),
+                                 "--tokens=nan"], ["--tokens = nan must be positive and finite"]),
     "profile_one_number": ("train", [*TRAIN, "--profile=5"], ["--profile=5 must be START:N", "--profile=10:3"]),
     "profile_no_steps": ("train", [*TRAIN, "--profile=5:0"], ["--profile=5:0 must be START:N"]),
     "profile_past_the_end": ("train", [*TRAIN, "--config.train.num_steps=20", "--profile=18:3"],
@@ -191,6 +191,10 @@ def failing_with(error, monkeypatch, capsys) -> tuple[int, str]:
 ])
 def test_errors_of_the_user(error, line, monkeypatch, capsys):
     assert failing_with(error, monkeypatch, capsys) == (1, line)
+
+
+def test_a_run_that_was_stopped_is_one_that_launchers_restart(monkeypatch, capsys):
+    assert failing_with(errors.Stopped("stopped"), monkeypatch, capsys) == (143, "error: stopped\n")
 
 
 def test_errors_of_ours_keep_their_traceback(monkeypatch, capsys):

@@ -23,7 +23,7 @@ from tfusion import config, sharding
 from tfusion.checkpoint import Checkpoints
 from tfusion.data.prepared import write_source
 from tfusion.data.tokenizers import load_saved
-from tfusion.errors import UserError
+from tfusion.errors import Stopped, UserError
 from tfusion.inference import trained
 from tfusion.objectives import make_objective
 from tfusion.training import loop, metrics
@@ -349,6 +349,41 @@ def test_resumed_equals_uninterrupted_with_late_lines(whole, tmp_path, monkeypat
     assert_same_bits(train(cfg, tmp_path / "broken"), whole[2])
     assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
     assert list(train_lines(tmp_path / "broken")) == [2, 3, 4, 6]
+
+
+@pytest.mark.parametrize(("batch", "line"), [
+    (5, "stopped by SIGTERM at step 5: the last checkpoint is of step 3, the 2 since are lost; the same"),
+    (1, "stopped by SIGTERM at step 1: there is no checkpoint yet; the same command")])
+def test_sigterm_says_what_is_lost(whole, tmp_path, monkeypatch, batch, line):
+    """It comes while a step is under way: that is done, a save under way finished, and the next run goes on."""
+    cfg, workdir, state = whole
+    before, real_add = signal.getsignal(signal.SIGTERM), loop.Log.add
+
+    def add(self, step, *rest):
+        if step == batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_add(self, step, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match=line):
+        patch.setattr(loop.Log, "add", add)
+        train(cfg, tmp_path)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert saved_steps(tmp_path) == [EVERY] * (batch > EVERY)
+    assert_same_bits(train(cfg, tmp_path), state)
+    assert lines(tmp_path) == lines(workdir)
+
+
+def test_sigterm_in_the_last_step_finishes_the_run(whole, tmp_path, monkeypatch):
+    cfg, state, real_add = whole[0], whole[2], loop.Log.add
+
+    def add(self, step, *rest):
+        if step == STEPS:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_add(self, step, *rest)
+
+    monkeypatch.setattr(loop.Log, "add", add)
+    assert_same_bits(train(cfg, tmp_path), state)
+    assert (tmp_path / "summary.json").exists()
 
 
 class Clock:

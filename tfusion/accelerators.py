@@ -94,6 +94,10 @@ class Accelerator:
         return self.chips_per_slice * self.num_slices
 
     @property
+    def num_hosts(self) -> int:
+        return self.num_slices * math.ceil(self.chips_per_slice / self.chip.chips_per_host)
+
+    @property
     def topology(self) -> str:
         """'4x4x8': the shape of one slice."""
         return "x".join(map(str, self.shape))

@@ -6,6 +6,7 @@ properties. `from_dict` raises UserError with one line naming the key and the ch
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import os
@@ -198,10 +199,16 @@ def load(workdir) -> Config:
     return from_dict(tree)
 
 
-def load_with(workdir, data: dict) -> Config:
-    """`load`, with some of data.* set anew: {key: value}, None where it stays."""
-    tree = load(workdir).to_dict()
-    tree["data"] |= {key: value for key, value in data.items() if value is not None}
+def changed(cfg: Config, values: dict) -> Config:
+    """cfg with {"group.key": value} put in, None where it stays: for flags of verbs that stand for config keys.
+
+    Raises UserError where the whole is not a valid config.
+    """
+    tree = cfg.to_dict()
+    for name, value in values.items():
+        *groups, key = name.split(".")
+        group = functools.reduce(dict.__getitem__, groups, tree)
+        group[key] = group[key] if value is None else value
     return from_dict(tree)
 
 
@@ -270,6 +277,12 @@ def _divides(cfg: Config, small: str, large: str) -> None:
         raise UserError(f"{small} = {a} must divide {large} = {b}")
 
 
+def check_number(name: str, value: float, may_be_zero: bool = False) -> None:
+    """Raises UserError where a number is not positive (or 0, where that means off), or not finite."""
+    if not (0 < value < math.inf or (value == 0 and may_be_zero)):  # NaN is neither
+        raise UserError(f"{name} = {value} must be positive and finite")
+
+
 def _check_numbers(cfg: Config) -> None:
     may_be_zero = {"seed", "data.jitter", "optimizer.warmup_steps", "optimizer.weight_decay",
                    "optimizer.ema_decay", "train.eval_every", "train.diagnostics_every",
@@ -283,9 +296,8 @@ def _check_numbers(cfg: Config) -> None:
             name = f"{group.name}.{key}".rstrip(".")
             if name == "mesh.fsdp" and leaf == -1:
                 continue
-            ok = not isinstance(leaf, int | float) or 0 < leaf < math.inf  # NaN is neither
-            if not ok and not (leaf == 0 and name in may_be_zero):
-                raise UserError(f"{name} = {leaf} must be positive and finite")
+            if isinstance(leaf, int | float):
+                check_number(name, leaf, name in may_be_zero)
     _divides(cfg, "model.num_heads", "model.d_model")
     _divides(cfg, "model.num_kv_heads", "model.num_heads")
     _divides(cfg, "model.patch_size", "model.latent_size")

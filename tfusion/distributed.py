@@ -2,16 +2,60 @@
 
 import ctypes
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import jax
 
+from tfusion.errors import UserError
+
+# How launchers tell a process that it is one of several: JAX's own, srun, Open MPI, MPICH, torchrun.
+NUM_PROCESSES = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE")
+
 
 def start_process() -> None:
-    """Compiled programs are kept between runs, in $JAX_COMPILATION_CACHE_DIR or ~/.cache/tfusion."""
+    """Compiled programs are kept between runs, in $JAX_COMPILATION_CACHE_DIR or ~/.cache/tfusion.
+
+    Raises UserError in one of several processes, before anything is written.
+    """
+    refuse_several_processes()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "tfusion" / "compilations"))
+
+
+def refuse_several_processes() -> None:
+    """Each would train alone in the same workdir. Raises UserError, naming what says that there are several."""
+    said = [f"{name}={os.environ[name]}" for name in NUM_PROCESSES if os.environ.get(name, "1").strip() != "1"]
+    if "JAX_COORDINATOR_ADDRESS" in os.environ and "JAX_NUM_PROCESSES" not in os.environ:
+        said.append(f"JAX_COORDINATOR_ADDRESS={os.environ['JAX_COORDINATOR_ADDRESS']}")
+    if len(hosts := os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
+        said.append(f"TPU_WORKER_HOSTNAMES names {len(hosts)} hosts")
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        said.append(f"jax.process_count() = {jax.process_count()}")
+    if said:
+        raise UserError(f"{said[0]}: several processes cannot share a run yet; start one (it uses all devices "
+                        "of its host), or unset that")
+
+
+class Sigterm:
+    """Whether SIGTERM came since `listen`; a second one ends the process at once, as does one outside."""
+
+    def __init__(self):
+        self.came, self._before = False, None
+
+    def listen(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
+            self._before = signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, *_) -> None:
+        self.came = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def close(self) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
 
 
 def return_freed_memory() -> None:

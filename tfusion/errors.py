@@ -9,6 +9,14 @@ from absl import app, flags, logging
 class UserError(ValueError):
     """Something the user can mend. The message is one line: what, where, what to do."""
 
+    status = 1  # the process's: never restarted
+
+
+class Stopped(UserError):
+    """SIGTERM ended what the same command goes on with: launchers restart it."""
+
+    status = 143  # 128 + SIGTERM
+
 
 def run(main) -> None:
     """`app.run(main)` for a verb: UserError and file errors end in one line on stderr."""
@@ -54,4 +62,4 @@ def _text(error) -> str:
 
 def _fail(error) -> None:
     print(f"error: {_text(error)}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(getattr(error, "status", 1))

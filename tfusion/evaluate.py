@@ -99,8 +99,8 @@ def main() -> None:
     began, workdir = time.perf_counter(), Path(WORKDIR.value)
     mesh = sharding.parse_mesh(MESH.value)
     jax.set_mesh(mesh)
-    _, params, codec, tokenizer = run_ = trained.load(workdir, STEP.value, mesh)
-    cfg = config.load_with(workdir, DATA.value.data.to_dict())
+    cfg, params, codec, tokenizer = run_ = trained.load(workdir, STEP.value, mesh)
+    cfg = config.changed(cfg, {f"data.{key}": value for key, value in DATA.value.data.to_dict().items()})
     if cfg.objective != "transfusion":
         raise UserError(f"{workdir} holds a run with objective = '{cfg.objective}', not 'transfusion'")
     trained.check_data(run_, cfg.data.prepared)

@@ -11,7 +11,6 @@ Compiles the real training step ahead of time (1-3 minutes at 7B), with no TPU a
 """
 
 import json
-import math
 import sys
 
 from absl import flags
@@ -44,8 +43,8 @@ def main() -> None:
     if TOKENS.value is not None and FLOPS.value is not None:
         raise UserError("--tokens and --flops exclude each other")
     for name, value in (("tokens", TOKENS.value), ("flops", FLOPS.value)):
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name}={value:g} must be positive and finite")
+        if value is not None:
+            config.check_number(f"--{name}", value)
     accelerator = parse_accelerator(TOPOLOGY.value, NUM_SLICES.value)
     cfg = config.from_dict(CONFIG.value)
     topology.use_host_only()

@@ -2,6 +2,7 @@
 
   python -m tfusion.sample --workdir=runs/quickstart/transfusion --prompt="a panda on a teal canvas"
   python -m tfusion.sample --workdir=... --prompt="a fox on a pink canvas" --prompt="two cars on a grey canvas"
+  python -m tfusion.sample --workdir=... --prompt="a fox on a pink canvas" --draw    draws, whatever comes next
   python -m tfusion.sample --workdir=... --image=photo.png          describes a picture
   python -m tfusion.sample --workdir=... --num_documents=4 --temperature=1   whole documents from nothing
 
@@ -9,17 +10,18 @@ Each row starts in LM mode, draws whenever the model writes BOI and goes on unti
 documents.jsonl go to --out.
 """
 
-import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import flags
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from tfusion import distributed, sharding
+from tfusion import config, distributed, sharding
 from tfusion.config import CHOICES
+from tfusion.data.pictures import read_picture
 from tfusion.errors import UserError, run
 from tfusion.inference import decode, trained
 
@@ -27,6 +29,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a trained Transfusion
 PROMPTS = flags.DEFINE_multi_string("prompt", [], "text to go on from; repeat for several rows")
 IMAGES = flags.DEFINE_multi_string("image", [], "picture file to go on from; repeat for several rows")
 NUM_DOCUMENTS = flags.DEFINE_integer("num_documents", 0, "rows that start from nothing", lower_bound=0)
+DRAW = flags.DEFINE_bool("draw", False, "start a picture right after each prompt")
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the latest")
 MESH = flags.DEFINE_string("mesh", None, "devices to spread the model over, such as fsdp=4; default: one")
 OUT = flags.DEFINE_string("out", None, "where to write; default: WORKDIR/samples")
@@ -41,70 +44,78 @@ STEPS = flags.DEFINE_integer("num_inference_steps", None, "default: the run's co
 GUIDANCE = flags.DEFINE_float("guidance_scale", None, "1 = off; default: the run's config", lower_bound=0.0)
 
 
-def read_image(path: str, size: int):
-    """A picture file, centre-cropped and resized to uint8 (size, size, 3)."""
-    try:
-        image = Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as e:
-        raise UserError(f"--image={path} cannot be read as a picture ({e})") from e
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    return np.asarray(image.resize((size, size), Image.Resampling.BOX))
+def with_flags(cfg: config.Config) -> config.Config:
+    """The run's config with the flags that were given put in, held to the config's own rules."""
+    config.check_number("--temperature", TEMPERATURE.value, may_be_zero=True)
+    return config.changed(cfg, {
+        "seed": SEED.value, "sampling.sampler": SAMPLER.value, "sampling.variance": VARIANCE.value,
+        "sampling.num_inference_steps": STEPS.value, "sampling.guidance_scale": GUIDANCE.value})
 
 
-def with_flags(cfg):
-    """The run's sampling settings, changed by the flags that were given."""
-    given = {"sampler": SAMPLER.value, "variance": VARIANCE.value, "num_inference_steps": STEPS.value,
-             "guidance_scale": GUIDANCE.value}
-    sampling = dataclasses.replace(cfg.sampling, **{k: v for k, v in given.items() if v is not None})
-    if sampling.num_inference_steps > cfg.diffusion.num_timesteps:
-        raise UserError(f"--num_inference_steps={sampling.num_inference_steps} is more than the "
-                        f"{cfg.diffusion.num_timesteps} steps of training")
-    return dataclasses.replace(cfg, sampling=sampling)
+def make_prompts(cfg: config.Config, codec, tokenizer) -> tuple[list[list], list[str]]:
+    """(prompts as decode.start_rows wants them, their names). White space around a text is taken off: it would
+    be tokens that no training text ends in."""
+    texts = [text.strip() for text in PROMPTS.value]
+    pictures = [read_picture(path, codec.image_size) for path in IMAGES.value]
+    prompts = [[np.array(tokenizer.encode(text), np.int32)] for text in texts]
+    prompts += [[latent] for latent in (codec.encode(np.stack(pictures)) if pictures else [])]
+    prompts += [[] for _ in range(NUM_DOCUMENTS.value)]
+    begin = [np.array([cfg.model.boi], np.int32)] if DRAW.value else []
+    return [prompt + begin for prompt in prompts], [*texts, *IMAGES.value, *[""] * NUM_DOCUMENTS.value]
 
 
-def write(rows: list, prompts: list[str], codec, tokenizer, out: Path) -> None:
+def note_undrawn(rows: list, drawing: bool) -> None:
+    """Says on stderr that prompts got no picture, where one was to be had."""
+    number = len(PROMPTS.value)
+    undrawn = sum(all(part.ndim == 1 for part in parts) for parts in rows[:number])
+    if undrawn and drawing:
+        print(f"no picture for {undrawn} of {number} prompts, the model wrote text: --draw starts one right "
+              "after the prompt", file=sys.stderr)
+
+
+def write(rows: list, names: list[str], codec, tokenizer, out: Path) -> None:
     """One line of documents.jsonl per row: its prompt and parts; pictures as <row>_<number>.png."""
     out.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for number, (prompt, parts) in enumerate(zip(prompts, rows)):
-        names, line = 0, []
+    documents = []
+    for number, (name, parts) in enumerate(zip(names, rows)):
+        drawn, line = 0, []
         for part in parts:
             if part.ndim == 1:
                 line.append({"text": tokenizer.decode(part.tolist())})
                 continue
-            path = out / f"{number:03d}_{names}.png"
+            path = out / f"{number:03d}_{drawn}.png"
             Image.fromarray(codec.decode(part[None])[0]).save(path)
             line.append({"image": path.name})
-            names += 1
-        lines.append(json.dumps({"prompt": prompt, "parts": line}))
-        print(prompt or "(nothing)", "->", *(p.get("text") or f"[{p['image']}]" for p in line))
-    (out / "documents.jsonl").write_text("\n".join(lines) + "\n")
+            drawn += 1
+        documents.append({"prompt": name, "parts": line})
+    config.replace_text(out / "documents.jsonl", "".join(json.dumps(d) + "\n" for d in documents))
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter loses that letter only
+    for document in documents:
+        shown = (part["text"] if "text" in part else f"[{part['image']}]" for part in document["parts"])
+        print(document["prompt"] or "(nothing)", "->", *shown)
     print(f"wrote {out}")
 
 
 def main() -> None:
     if WORKDIR.value is None or not (PROMPTS.value or IMAGES.value or NUM_DOCUMENTS.value):
         raise UserError("--workdir=DIR and one of --prompt, --image, --num_documents are needed; see --help")
+    if DRAW.value and MAX_IMAGES.value == 0:
+        raise UserError("--draw and --max_images=0 exclude each other")
     distributed.start_process()
     mesh = sharding.parse_mesh(MESH.value)
     cfg, params, codec, tokenizer = trained.load(WORKDIR.value, STEP.value, mesh)
     if cfg.objective != "transfusion":
         raise UserError(f"{WORKDIR.value} holds a run with objective = '{cfg.objective}', not 'transfusion'")
+    if codec is None and (IMAGES.value or DRAW.value):
+        raise UserError(f"{WORKDIR.value} has no codec.npz to decode pictures with: it saw none, or latents made "
+                        "elsewhere; text alone can be sampled")
     cfg = with_flags(cfg)
-    if codec is None:
-        raise UserError(f"{WORKDIR.value} has no codec.npz to decode pictures with: its latents were made "
-                        "elsewhere")
-    pictures = [read_image(path, cfg.image_size) for path in IMAGES.value]
-    prompts = [[np.array(tokenizer.encode(text))] for text in PROMPTS.value]
-    prompts += [[latent] for latent in (codec.encode(np.stack(pictures)) if pictures else [])]
-    prompts += [[]] * NUM_DOCUMENTS.value
+    prompts, names = make_prompts(cfg, codec, tokenizer)
     with jax.set_mesh(mesh):
-        rows = decode.generate(cfg, params, prompts, seed=SEED.value, temperature=TEMPERATURE.value,
-                               max_images=MAX_IMAGES.value)
-    names = [*PROMPTS.value, *IMAGES.value, *[""] * NUM_DOCUMENTS.value]
+        rows = decode.generate(cfg, params, prompts, seed=cfg.seed, temperature=TEMPERATURE.value,
+                               max_images=MAX_IMAGES.value if codec else 0)
     write(rows, names, codec, tokenizer, Path(OUT.value or f"{WORKDIR.value}/samples"))
+    note_undrawn(rows, drawing=bool(codec) and MAX_IMAGES.value != 0)
 
 
 if __name__ == "__main__":

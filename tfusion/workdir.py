@@ -52,6 +52,6 @@ def copy_in(files: list[Path], workdir: Path) -> None:
 def note_changes(workdir: Path, step: int, changed: dict) -> None:
     """Adds a line to config_changes.jsonl. changed: {key: [old, new]}."""
     path = workdir / CHANGES
-    old = path.read_text() if path.exists() else ""
+    old = path.read_text(errors="replace") if path.exists() else ""
     line = {"time": round(time.time()), "step": step, "changed": changed}
     replace_text(path, old + json.dumps(line) + "\n")

@@ -288,6 +288,17 @@ def test_rows_and_heads_must_divide():
                                         train={"batch_size": 24}))
 
 
+@pytest.mark.parametrize(("name", "hosts"), [("h100-8", 1), ("h100-24", 3), ("v5p-8", 1), ("v5p-16", 2),
+                                             ("v5litepod-8", 1), ("2xv5litepod-4", 2), ("2xv5p-64", 16)])
+def test_a_plan_for_several_hosts_says_that_the_trainer_starts_one(name, hosts):
+    accelerator = parse_accelerator(name)
+    assert accelerator.num_hosts == hosts
+    candidate = search.Candidate(small_config(), topology.abstract_mesh(small_config().mesh, accelerator),
+                                 Work(0, 0, 0, 0, 0, 0), None, None, None)
+    said = [note for note in plan.notes(candidate, accelerator) if "hosts" in note]
+    assert said == [f"{hosts} hosts: for now tfusion.train starts one only"] * (hosts > 1)
+
+
 def test_smaller_tries_the_nearest_changes_first():
     cfg = search.change(small_config(batch_size=16), model={"remat": "none"})
     tried = [(c.model.remat, c.train.num_microbatches, c.mesh.data)

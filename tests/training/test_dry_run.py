@@ -50,8 +50,10 @@ def test_dry_run(prepared_root, tmp_path, monkeypatch, capsys, quick_compile):
     assert "'fsdp': 4" in lines[0] and "'tensor': 2" in lines[0] and "8 x" in lines[0]
     check_parameters(lines, config.from_dict(tree))
     check_batch(lines, tree)
-    assert re.fullmatch(r"the training step compiles in [\d.]+ s", lines[-6])
-    assert re.fullmatch(r"memory.temp +[\d.]+ MiB per device", lines[-2])
+    assert re.fullmatch(r"the training step compiles in [\d.]+ s", lines[-7])
+    assert lines[-6] == ("memory as this machine's compiler lays it out for cpu; for a TPU slice: "
+                         "python -m tfusion.plan")
+    assert re.fullmatch(r"memory.temp +[\d.]+ MiB per cpu", lines[-2])
 
 
 def check_parameters(lines, cfg):
@@ -75,9 +77,9 @@ def check_batch(lines, tree):
     rows, T, slots = tree.train.batch_size, tree.data.seq_len, config.from_dict(tree).image_slots
     assert batch == {
         "row_ids_B": f"({rows},)", "latents_BIhwc": str((rows, slots, 4, 4, 4)),
-        "noise_ids_BI2": str((rows, slots, 2)),
         **{name: str((rows, T)) for name in (
             "tokens_BT", "segment_ids_BT", "image_ids_BT", "positions_BT", "loss_mask_BT")},
-        **{name: str((rows, slots)) for name in ("image_start_BI", "max_t_BI")}}
+        **{name: str((rows, slots)) for name in ("image_start_BI", "max_t_BI")},
+        "noise_ids_BI2": str((rows, slots, 2))}
     (tokens,) = [line for line in lines if line.startswith("batch.tokens_BT")]
     assert re.search(r"int32 +\[ *1 ", tokens)  # the first row opens with <bos>

@@ -130,7 +130,7 @@ def test_one_writer_that_fails_to_close_does_not_keep_the_others_open(tmp_path, 
     with pytest.raises(ZeroDivisionError):
         writer.close()
     with pytest.raises(ValueError, match="closed file"):
-        writer._writers[1].write(2, {"x": 1.0})
+        writer._writers[0].write(2, {"x": 1.0})
 
 
 @pytest.mark.parametrize("module", [None, SimpleNamespace()], ids=["missing", "a folder of that name"])

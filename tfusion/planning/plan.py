@@ -72,6 +72,8 @@ def hbm_parts(held: Memory, compiled: Compiled | None) -> list[Part]:
 def notes(candidate: Candidate, accelerator: Accelerator) -> list[str]:
     """What a user should know before believing the figures."""
     said, shape = [], candidate.mesh.shape
+    if accelerator.num_hosts > 1:
+        said.append(f"{accelerator.num_hosts} hosts: for now tfusion.train starts one only")
     if not accelerator.chip.is_tpu:
         said.append("GPUs: by formula only, nothing was compiled")
     if accelerator.num_slices > 1 and shape["data"] % accelerator.num_slices:

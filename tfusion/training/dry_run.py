@@ -45,7 +45,8 @@ def dry_run(cfg: Config, objective: Objective, mesh) -> None:
     step = steps.jit_train_step(objective, tx, cfg, state)
     compiled = step.lower(state, sharding.put_batch(batch, mesh)).compile()
     print(f"the training step compiles in {time.perf_counter() - began:.1f} s")
-    memory = compiled.memory_analysis()
+    kind, memory = jax.devices()[0].device_kind, compiled.memory_analysis()
+    print(f"memory as this machine's compiler lays it out for {kind}; for a TPU slice: python -m tfusion.plan")
     for name in ("argument", "output", "alias", "temp"):
-        print(f"memory.{name:12s} {getattr(memory, name + '_size_in_bytes') / 2**20:10.1f} MiB per device")
+        print(f"memory.{name:12s} {getattr(memory, name + '_size_in_bytes') / 2**20:10.1f} MiB per {kind}")
     print("--dry_run stops here")

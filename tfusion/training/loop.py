@@ -11,6 +11,7 @@ from tqdm import tqdm
 from tfusion import config, distributed, sharding
 from tfusion.checkpoint import Checkpoints
 from tfusion.data import pipeline
+from tfusion.errors import Stopped
 from tfusion.objectives.base import Objective
 from tfusion.training import metrics, resume, writers
 from tfusion.training import state as states
@@ -63,7 +64,7 @@ class Log:
                  wandb: str | None):
         self.cfg, self.objective, self.rows = cfg, objective, rows
         self.writer, self.losses = writers.open_writers(workdir, first, cfg, wandb), metrics.Losses()
-        self.speed, self.paused = metrics.Throughput(cfg, totals), {}
+        self.speed, self.paused, self.late = metrics.Throughput(cfg, totals), {}, None
         self.learning_rate = learning_rate_schedule(cfg.optimizer, cfg.train.num_steps)
         self.bar = tqdm(total=cfg.train.num_steps, initial=first, desc=workdir.name, unit="step",
                         mininterval=1.0, dynamic_ncols=True)
@@ -96,9 +97,69 @@ class Log:
         self.bar.set_postfix({k: f"{values['train/' + k]:.3f}" for k in self.objective.weights
                               if values.get("train/" + k) is not None}, refresh=False)
 
+    def write_late(self) -> None:
+        """The line of a step that was put off until the next one is under way: the device never waits."""
+        if self.late:
+            self.write(self.late, self.values(self.late))
+            self.late = None
+
     def close(self) -> None:
         self.bar.close()
         self.writer.close()
+
+
+class Trace:
+    """A trace of n steps from `step` on, in `<workdir>/profile`. profile: (step, n) or None."""
+
+    def __init__(self, profile, first: int, workdir: Path):
+        if profile and profile[0] < first:  # the same command again after a crash must go on
+            tqdm.write(f"no trace: --profile={profile[0]}:{profile[1]} begins before step {first}")
+            profile = None
+        self._begin, self._end = (profile[0], sum(profile)) if profile else (None, None)
+        self._folder = workdir / "profile"
+
+    def before(self, step: int, state) -> None:
+        if step == self._begin:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(self._folder)
+
+    def after(self, done: int, state) -> None:
+        if done == self._end:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+
+
+def fetch(batches):
+    """(the next batch, the seconds that it was waited for)"""
+    began = time.perf_counter()
+    return next(batches), time.perf_counter() - began
+
+
+def look(held: Held, log: Log, state, evaluating: bool, diagnosing: bool) -> dict:
+    """What held-out rows say of a state; the log has how long it took."""
+    values = {}
+    if evaluating:
+        with log.pause("time/eval_s"):
+            values |= held.evaluate(state)
+    if diagnosing:
+        with log.pause("time/diagnostics_s"):
+            values |= held.diagnose(state)
+    return values
+
+
+def finish(workdir: Path, state, first: int, num_steps: int, totals: dict, seconds: float) -> None:
+    """Writes timing.json and, last of all, summary.json: who finds it finds all."""
+    params = sum(x.size for x in jax.tree.leaves(state.params))
+    summary = {"num_params": params, "steps": num_steps, **totals}
+    metrics.write_timing(workdir, f"train from step {first}" if first else "train", seconds)
+    config.replace_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def stopped(done: int, saved: int) -> Stopped:
+    """saved: the step of the last checkpoint, 0 where there is none."""
+    lost = f"the last checkpoint is of step {saved}, the {done - saved} since are lost" if saved else (
+        "there is no checkpoint yet")
+    return Stopped(f"stopped by SIGTERM at step {done}: {lost}; the same command goes on from there")
 
 
 def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile=None,
@@ -115,65 +176,49 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile
     rows, held = pipeline.open_rows(cfg, objective, "train"), Held(cfg, objective, mesh)
     checkpoints = Checkpoints(workdir, writing=True)
     state, next_row, totals = resume.start(cfg, objective, tx, mesh, checkpoints, rows, workdir)
-    first = int(state.step)
-    if profile and profile[0] < first:  # the same command again after a crash must go on
-        tqdm.write(f"no trace: --profile={profile[0]}:{profile[1]} begins before step {first}")
-        profile = None
+    first = saved = int(state.step)
+    trace, sigterm = Trace(profile, first, workdir), distributed.Sigterm()
     log = Log(cfg, objective, rows, workdir, first, totals, wandb)
     train_step = None  # compiled for the first batch
     batches = pipeline.batches(rows, next_row, t.num_steps - first, t.batch_size,
                                jax.process_index(), jax.process_count())
-    late = None  # a step whose line is written once the next step is under way: the device never waits
     try:
         for step in range(first, t.num_steps):
-            if profile and step == profile[0]:
-                jax.block_until_ready(state)
-                jax.profiler.start_trace(workdir / "profile")
-            waited = time.perf_counter()
-            batch = next(batches)
-            waited = time.perf_counter() - waited
+            trace.before(step, state)
+            batch, waited = fetch(batches)
             placed = sharding.put_batch(batch, mesh)
             if train_step is None:
                 train_step = steps.jit_train_step(objective, tx, cfg, state).lower(state, placed).compile()
                 distributed.return_freed_memory()
+                sigterm.listen()
                 waited = 0.0
                 log.speed.begin()  # no rate holds the compilation, nor the start of the readers
             state, losses = train_step(state, placed)
             next_row += t.batch_size
-            if late:
-                log.write(late, log.values(late))
-                late = None
+            log.write_late()
             done = step + 1
             log.add(done, losses, batch, waited)
-            if profile and done == sum(profile):
-                jax.block_until_ready(state)
-                jax.profiler.stop_trace()
+            trace.after(done, state)
 
             saving = due(done, t.checkpoint_every, t.num_steps)
             evaluating = due(done, t.eval_every, t.num_steps)
             diagnosing = due(done, t.diagnostics_every, t.num_steps)
             if saving or evaluating or diagnosing or done == t.num_steps:
                 values = log.values(done)  # raises on a NaN before a broken state replaces a good checkpoint
-                if evaluating:
-                    with log.pause("time/eval_s"):
-                        values |= held.evaluate(state)
-                if diagnosing:
-                    with log.pause("time/diagnostics_s"):
-                        values |= held.diagnose(state)
-                log.write(done, values)
+                log.write(done, values | look(held, log, state, evaluating, diagnosing))
                 if saving:
                     with log.pause("time/save_s"):
                         checkpoints.save(done, states.items(state), {
                             "next_row": next_row, "totals": dict(log.speed.total), "identity": rows.identity,
                             "config": cfg.to_dict()})
+                    saved = done
             elif due(done, t.log_every, t.num_steps):
-                late = done
+                log.late = done
+            if sigterm.came and done < t.num_steps:
+                raise stopped(done, saved)
     finally:
+        sigterm.close()
         checkpoints.close()
         log.close()
-    params = sum(x.size for x in jax.tree.leaves(state.params))
-    summary = {"num_params": params, "steps": t.num_steps, **log.speed.total}
-    metrics.write_timing(workdir, f"train from step {first}" if first else "train",
-                         time.perf_counter() - began)
-    config.replace_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")  # last: all is there
+    finish(workdir, state, first, t.num_steps, log.speed.total, time.perf_counter() - began)
     return state

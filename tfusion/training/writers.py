@@ -140,6 +140,6 @@ class Together:
 def open_writers(workdir: Path, first_step: int, cfg: Config, wandb: str | None = None) -> Writer:
     """metrics.jsonl and TensorBoard's events in the workdir, going on after `first_step`; and the project
     `wandb` of Weights & Biases."""
-    services = [WeightsAndBiases(wandb, workdir, cfg)] if wandb else []
-    return Together(*services, JsonLines(workdir / "metrics.jsonl", first_step),
-                    TensorBoard(workdir / "tensorboard", first_step))
+    services = [WeightsAndBiases(wandb, workdir, cfg)] if wandb else []  # first: it may refuse
+    return Together(JsonLines(workdir / "metrics.jsonl", first_step),
+                    TensorBoard(workdir / "tensorboard", first_step), *services)

@@ -1,0 +1,125 @@
+"""The verb `sample`: its flags, what prompts become, and what is written. The model is a stand-in."""
+
+import io
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tfusion import sample
+from tfusion.data.tokenizers import load_tokenizer
+from tfusion.errors import UserError
+
+FLAGS = {"WORKDIR": None, "PROMPTS": [], "IMAGES": [], "NUM_DOCUMENTS": 0, "DRAW": False, "STEP": None,
+         "MESH": None, "OUT": None, "SEED": 0, "TEMPERATURE": 0.0, "MAX_IMAGES": None, "SAMPLER": None,
+         "STEPS": None, "GUIDANCE": None}
+TEXT, PICTURE = np.array([98, 99], np.int32), np.zeros((4, 4, 4), np.float32)
+
+
+class Verb:
+    """`sample` with flags given by name; records what the model is asked for."""
+
+    def __init__(self, cfg, folder, monkeypatch):
+        self.folder, self.tokenizer, self.rows = folder, load_tokenizer("byte"), []
+        def encode(images):
+            assert images.shape[1:] == (32, 32, 3)
+            return np.zeros((len(images), 4, 4, 4), np.float32)
+
+        # of another size than cfg.autoencoder makes: the codec that the run was trained with counts
+        codec = SimpleNamespace(image_size=32, encode=encode,
+                                decode=lambda latents: np.zeros((len(latents), 32, 32, 3), np.uint8))
+        monkeypatch.setattr(sample.distributed, "start_process", lambda: None)
+        monkeypatch.setattr(sample.trained, "load", lambda *a: (cfg, {}, codec, self.tokenizer))
+        monkeypatch.setattr(sample.decode, "generate", self.generate)
+        self.patch = monkeypatch
+
+    def generate(self, cfg, params, prompts, **settings):
+        self.cfg, self.prompts, self.settings = cfg, prompts, settings
+        return self.rows or [[TEXT]] * len(prompts)
+
+    def __call__(self, **flags):
+        for name, value in (FLAGS | {"WORKDIR": str(self.folder)} | flags).items():
+            self.patch.setattr(sample, name, SimpleNamespace(value=value))
+        sample.main()
+
+    def documents(self):
+        return [json.loads(x) for x in (self.folder / "samples" / "documents.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def verb(cfg, tmp_path, monkeypatch):
+    assert cfg.image_size != 32
+    return Verb(cfg, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(("flags", "line"), [
+    (dict(GUIDANCE=float("nan")), "sampling.guidance_scale = nan must be positive and finite"),
+    (dict(GUIDANCE=float("inf")), "sampling.guidance_scale = inf must be positive and finite"),
+    (dict(TEMPERATURE=float("nan")), "--temperature = nan must be positive and finite"),
+    (dict(TEMPERATURE=float("inf")), "--temperature = inf must be positive and finite"),
+    (dict(SEED=-1), "seed = -1 must be positive and finite"),
+    (dict(STEPS=1001), "sampling.num_inference_steps = 1001 must be at most diffusion.num_timesteps = 1000"),
+    (dict(DRAW=True, MAX_IMAGES=0), "--draw and --max_images=0 exclude each other")])
+def test_flags_are_held_to_the_configs_rules(verb, flags, line):
+    with pytest.raises(UserError, match=line):
+        verb(PROMPTS=["a"], **flags)
+    assert not (verb.folder / "samples").exists()
+
+
+def test_flags_that_were_given_replace_the_configs(verb, cfg):
+    verb(PROMPTS=["a"])
+    assert verb.cfg.sampling == cfg.sampling
+    verb(PROMPTS=["a"], GUIDANCE=0.0, SAMPLER="ddpm", STEPS=7, SEED=5, TEMPERATURE=0.5)
+    assert (verb.cfg.sampling.guidance_scale, verb.cfg.sampling.sampler) == (0.0, "ddpm")
+    assert verb.cfg.sampling.num_inference_steps == 7
+    assert verb.settings == {"seed": 5, "temperature": 0.5, "max_images": None}
+    assert verb.cfg.model == cfg.model and verb.cfg.data == cfg.data
+
+
+def test_white_space_around_a_prompt_is_no_part_of_it(verb):
+    verb(PROMPTS=["a fox ", "\ta fox\n", "a fox"])
+    plain = verb.tokenizer.encode("a fox")
+    assert [[part.tolist() for part in prompt] for prompt in verb.prompts] == [[plain]] * 3
+    assert [d["prompt"] for d in verb.documents()] == ["a fox"] * 3
+
+
+def test_draw_starts_a_picture_after_every_prompt(verb, cfg, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    for draw, end in ((False, []), (True, [cfg.model.boi])):
+        verb(PROMPTS=["a"], IMAGES=[str(tmp_path / "x.png")], NUM_DOCUMENTS=1, DRAW=draw)
+        text, picture, nothing = verb.prompts
+        assert [x for part in text for x in part.tolist()] == [*verb.tokenizer.encode("a"), *end]
+        assert picture[0].shape == (4, 4, 4) and [p.tolist() for p in picture[1:]] == [end] * draw
+        assert [p.tolist() for p in nothing] == [end] * draw
+
+
+@pytest.mark.parametrize(("rows", "flags", "said"), [
+    ([[TEXT], [PICTURE, TEXT]], {}, "no picture for 1 of 2 prompts"),
+    ([[TEXT], []], {}, "no picture for 2 of 2 prompts"),
+    ([[PICTURE], [PICTURE, TEXT]], {}, None),
+    ([[TEXT], [TEXT]], {"MAX_IMAGES": 0}, None)])
+def test_prompts_without_a_picture_are_told(verb, capsys, rows, flags, said):
+    verb.rows = rows
+    verb(PROMPTS=["a", "b"], **flags)
+    error = capsys.readouterr().err
+    assert (f"{said}, the model wrote text: --draw starts one" in error) if said else error == ""
+
+
+def test_describing_asks_for_no_picture(verb, tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    verb(IMAGES=[str(tmp_path / "x.png")], NUM_DOCUMENTS=1)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_that_knows_ascii_only_loses_nothing(verb, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    verb.rows = [[np.array(verb.tokenizer.encode("für 猫"), np.int32), PICTURE, np.zeros(0, np.int32)]]
+    verb(PROMPTS=["café"])
+    (document,) = verb.documents()
+    assert document == {"prompt": "café", "parts": [{"text": "für 猫"}, {"image": "000_0.png"}, {"text": ""}]}
+    stdout.seek(0)
+    assert stdout.read().startswith("caf? -> f?r ? [000_0.png]")

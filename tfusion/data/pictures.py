@@ -1,0 +1,50 @@
+"""Picture files as people have them, read as uint8 pixels."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from tfusion.errors import UserError
+
+WHITE = (255, 255, 255, 255)
+
+
+def read_picture(path: str | Path, size: int) -> np.ndarray:
+    """The first frame of a picture file, upright, its largest centred square resized to uint8 (size, size, 3).
+
+    What is transparent shows white. Greys of 16 bits and floats in 0..1 are scaled to 8 bits. Raises UserError,
+    naming the file, where it cannot be read, is cut or damaged, or holds numbers whose scale is not known.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            image.load()
+            image = _eight_bits(ImageOps.exif_transpose(image), path)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
+            image = image.convert("RGB")
+    except UserError:
+        raise
+    except Exception as e:  # Pillow's decoders raise whatever they stumble over, of a dozen kinds
+        if isinstance(e, OSError) and e.strerror:  # the file, not what is in it
+            raise UserError(f"{path} cannot be read: {e.strerror}") from e
+        raise UserError(f"{path} cannot be read as a picture ({type(e).__name__}: {e}): it is damaged, too "
+                        "large, or of a format that Pillow does not read; save it anew, as PNG or JPEG") from e
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return np.asarray(square.resize((size, size), Image.Resampling.BOX))
+
+
+def _eight_bits(image: Image.Image, path) -> Image.Image:
+    """Greys of more than 8 bits as mode L; other pictures as they are. Pillow would cut them off at 255."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    x = np.asarray(image).astype(np.float64)
+    top = 1.0 if image.mode == "F" else 65535.0  # 16-bit files come as I;16, and some as I
+    if not (x.min() >= 0 and x.max() <= top):  # NaN is neither
+        raise UserError(f"{path} holds numbers from {x.min():g} to {x.max():g}, 0 to {top:g} is wanted: save "
+                        "it as an 8-bit picture")
+    return Image.fromarray(np.round(x * (255 / top)).astype(np.uint8))
