@@ -151,8 +151,37 @@ def test_fractions(name):
 
 
 def test_b2_is_below_one():
-    for value in (1.0, 2.0):
+    for value in (1.0, 2.0, 1 - 1e-9):  # the last is 1 in float32
         assert message(optimizer__b2=value) == f"optimizer.b2 = {value} must be below 1"
+
+
+@pytest.mark.parametrize("name", numbers())
+def test_integers_that_the_devices_cannot_hold(name):
+    """2^32 would wrap around to 0 without a word, as a seed does in jax.random.key."""
+    kind = type(config._get(config.from_dict(tree()), name))
+    most = config.UINT32 if name == "seed" else config.INT32
+    changed = {name.replace(".", "__"): 10**40 if kind is float else most + 1}
+    said = "be between 1.2e-38 and 3.4e+38, as float32 is" if kind is float else f"be at most {most}"
+    assert message(**changed) == f"{name} = {kind(*changed.values())} must {said}"
+
+
+def test_floats_too_small_for_float32():
+    assert message(optimizer__learning_rate=1e-50) == (
+        "optimizer.learning_rate = 1e-50 must be between 1.2e-38 and 3.4e+38, as float32 is")
+
+
+def test_seeds_up_to_the_last_are_all_different():
+    seeds = [0, 1, config.INT32, config.INT32 + 1, config.UINT32]
+    for seed in seeds:
+        config.from_dict(tree(seed=seed))
+    assert len({tuple(jax.random.key_data(jax.random.key(seed)).tolist()) for seed in seeds}) == len(seeds)
+
+
+def test_rows_are_numbered_in_int32():
+    most = config.INT32 // 4
+    config.from_dict(tree(train__batch_size=4, train__num_steps=most))
+    assert message(train__batch_size=4, train__num_steps=most + 1) == (
+        f"train.num_steps = {most + 1} x train.batch_size = 4 must be at most 2147483647 rows")
 
 
 def test_more_sampling_steps_than_timesteps():

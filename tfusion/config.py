@@ -184,6 +184,7 @@ def from_dict(tree) -> Config:
     cfg = _build(Config, tree, "")
     _check_choices(cfg)
     _check_numbers(cfg)
+    _check_together(cfg)
     return cfg
 
 
@@ -277,10 +278,19 @@ def _divides(cfg: Config, small: str, large: str) -> None:
         raise UserError(f"{small} = {a} must divide {large} = {b}")
 
 
-def check_number(name: str, value: float, may_be_zero: bool = False) -> None:
-    """Raises UserError where a number is not positive (or 0, where that means off), or not finite."""
+INT32, UINT32, FLOAT32 = 2**31 - 1, 2**32 - 1, (2.0**-126, 2.0**128)  # what the devices count and compute in
+
+
+def check_number(name: str, value: float, may_be_zero: bool = False, most: int = INT32) -> None:
+    """Raises UserError where a number is not positive (or 0, where that means off), not finite, or one that
+    the devices do not hold: JAX takes seed 2^32 for seed 0.
+    """
     if not (0 < value < math.inf or (value == 0 and may_be_zero)):  # NaN is neither
         raise UserError(f"{name} = {value} must be positive and finite")
+    if isinstance(value, int) and value > most:
+        raise UserError(f"{name} = {value} must be at most {most}")
+    if isinstance(value, float) and value and not FLOAT32[0] <= value < FLOAT32[1]:
+        raise UserError(f"{name} = {value} must be between 1.2e-38 and 3.4e+38, as float32 is")
 
 
 def _check_numbers(cfg: Config) -> None:
@@ -297,7 +307,13 @@ def _check_numbers(cfg: Config) -> None:
             if name == "mesh.fsdp" and leaf == -1:
                 continue
             if isinstance(leaf, int | float):
-                check_number(name, leaf, name in may_be_zero)
+                check_number(name, leaf, name in may_be_zero, UINT32 if name == "seed" else INT32)
+
+
+def _check_together(cfg: Config) -> None:
+    if cfg.train.num_steps * cfg.train.batch_size > INT32:  # rows are numbered in int32
+        raise UserError(f"train.num_steps = {cfg.train.num_steps} x train.batch_size = {cfg.train.batch_size} "
+                        f"must be at most {INT32} rows")
     _divides(cfg, "model.num_heads", "model.d_model")
     _divides(cfg, "model.num_kv_heads", "model.num_heads")
     _divides(cfg, "model.patch_size", "model.latent_size")
@@ -310,7 +326,7 @@ def _check_numbers(cfg: Config) -> None:
                  "data.image_first_max_t", "optimizer.ema_decay"):
         if _get(cfg, name) > 1:
             raise UserError(f"{name} = {_get(cfg, name)} must be at most 1")
-    if cfg.optimizer.b2 >= 1:
+    if cfg.optimizer.b2 >= 1 - 2**-25:  # 1 in float32, and a division by 1 - b2^n
         raise UserError(f"optimizer.b2 = {cfg.optimizer.b2} must be below 1")
     if cfg.sampling.num_inference_steps > cfg.diffusion.num_timesteps:
         raise UserError(f"sampling.num_inference_steps = {cfg.sampling.num_inference_steps} must be at "

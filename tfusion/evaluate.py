@@ -27,7 +27,7 @@ from tfusion.training.metrics import write_timing
 WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a trained Transfusion")
 NUM_SCENES = flags.DEFINE_integer("num_scenes", 256, "held-out scenes to draw and to describe",
                                   lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "of the sampling")
+SEED = flags.DEFINE_integer("seed", 0, "of the sampling", lower_bound=0, upper_bound=2**32 - 1)
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the latest")
 MESH = flags.DEFINE_string("mesh", None, "devices to spread the model over, such as fsdp=4; default: one")
 DATA = config_flags.DEFINE_config_dict("config", ConfigDict({"data": {

@@ -33,7 +33,7 @@ DRAW = flags.DEFINE_bool("draw", False, "start a picture right after each prompt
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the latest")
 MESH = flags.DEFINE_string("mesh", None, "devices to spread the model over, such as fsdp=4; default: one")
 OUT = flags.DEFINE_string("out", None, "where to write; default: WORKDIR/samples")
-SEED = flags.DEFINE_integer("seed", 0, "of the sampling")
+SEED = flags.DEFINE_integer("seed", 0, "of the sampling", lower_bound=0, upper_bound=2**32 - 1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "of the text; 0 = greedy", lower_bound=0.0)
 MAX_IMAGES = flags.DEFINE_integer("max_images", None, "pictures per row; default: as many as fit",
                                   lower_bound=0)

@@ -30,7 +30,7 @@ def profiled_steps(text: str | None, num_steps: int):
     if text is None:
         return None
     start, _, n = text.partition(":")
-    if not (start.isdigit() and n.isdigit() and int(n) > 0 and int(start) + int(n) <= num_steps):
+    if not (start.isdecimal() and n.isdecimal() and int(n) > 0 and int(start) + int(n) <= num_steps):
         raise UserError(f"--profile={text} must be START:N with START + N at most train.num_steps = "
                         f"{num_steps}, such as --profile=10:3")
     return int(start), int(n)

@@ -245,6 +245,15 @@ def test_loss_counts_are_the_objectives_counts():
     assert counts["diffusion_loss"] == 2 * 4 * 4 * 4  # two pictures of three have a loss
 
 
+def test_counts_beyond_int32(cfg):
+    """A large batch of many small patches has more latent elements than int32 counts."""
+    row = np.ones((300_000, 1), np.float32)
+    zeros = np.broadcast_to(np.float32(0), (*row.shape, 32, 32, 8))
+    big = Batch(*[None] * len(Batch._fields))._replace(
+        loss_mask_BT=row > 0, max_t_BI=row, latents_BIhwc=zeros)
+    assert float(make_objective(cfg).counts(big)["diffusion_loss"]) == 300_000 * 8192
+
+
 def test_loss_counts_are_the_objectives_counts_on_real_rows(cfg):
     obj = make_objective(cfg)
     batch = next(pipeline.batches(pipeline.open_rows(cfg, obj, "train"), 0, 1, 8))

@@ -37,7 +37,7 @@ def draw_noise(key, noise_ids_BI2, max_t_BI, latent_shape, num_timesteps: int):
 def diffusion_losses(prediction_BIhwc, target_BIhwc, t_BI, max_t_BI):
     """{'diffusion_loss': (sum, count of latent elements)} and the same for each of NUM_BINS bins of t."""
     error_BI = jnp.sum((prediction_BIhwc - target_BIhwc) ** 2, axis=(2, 3, 4))
-    elements = np.prod(prediction_BIhwc.shape[2:])
+    elements = np.float32(np.prod(prediction_BIhwc.shape[2:]))  # int32 would overflow
     scored_BI = (max_t_BI > 0).astype(jnp.float32)
     losses = {"diffusion_loss": (jnp.sum(error_BI * scored_BI), jnp.sum(scored_BI) * elements)}
     bin_BI = jnp.clip(jnp.ceil(t_BI * NUM_BINS) - 1, 0, NUM_BINS - 1)
@@ -91,7 +91,7 @@ def make(cfg: Config) -> Objective:
                 **diffusion_losses(out.prediction_BIhwc, target, t_BI, batch.max_t_BI)}
 
     def counts(batch: Batch):
-        elements = np.prod(batch.latents_BIhwc.shape[2:])
+        elements = np.float32(np.prod(batch.latents_BIhwc.shape[2:]))
         return {"lm_loss": jnp.sum(batch.loss_mask_BT),
                 "diffusion_loss": jnp.sum(batch.max_t_BI > 0) * elements}
 
