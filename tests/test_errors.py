@@ -79,6 +79,13 @@ CASES = {  # name: (verb, arguments, what the line says)
     "unknown_flag": ("train", [*TRAIN, "--wrkdir=x"], ["wrkdir"]),
     "loose_argument": ("train", [*TRAIN, "workdir=x"], ["unexpected argument 'workdir=x'"]),
     "below_a_file": ("train", [TRAIN[0], "--workdir=TMP/file/run"], ["TMP/file/run is not writable"]),
+    "in_the_home_folder": ("train", [TRAIN[0], "--workdir=~/file/run"], ["TMP/file/run is not writable"]),
+    **{f"url_{verb}_{flag}": (verb, [f"--{flag}=gs://bucket/x"], [f"flag --{flag}=gs://bucket/x: cloud paths"])
+       for verb, flag in (("train", "workdir"), ("sample", "workdir"), ("sample", "image"), ("sample", "out"),
+                          ("evaluate", "workdir"), ("prepare", "autoencoder"), ("prepare", "inspect"),
+                          ("report", "workdir"), ("report", "out"))},
+    "url_in_the_config": ("train", [*TRAIN, "--config.data.prepared=file:///x"],
+                          ["data.prepared = 'file:///x': cloud paths"]),
     "no_prepared": ("train", [*TRAIN, "--config.data.prepared=TMP/none"],
                     ["TMP/none/meta.json not found", "tfusion.prepare"]),
     "other_latents": ("train", SMALL, ["PREPARED holds latents of shape (4, 4, 4)", "(8, 8, 8)"]),
@@ -151,7 +158,7 @@ def outcomes(prepared_root, tmp_path_factory):
 
     cases = [(name, verb, [filled(x) for x in args]) for name, (verb, args, _) in CASES.items()
              if name not in ALONE]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "HOME": str(tmp)}
     done = subprocess.run([sys.executable, "-c", DRIVER, str(logs)], input=json.dumps(cases), cwd=ROOT,
                           env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

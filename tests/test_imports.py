@@ -14,7 +14,8 @@ PACKAGE = ROOT / "tfusion"
 MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
 SOURCES = MODULES + sorted(path.relative_to(ROOT) for path in (ROOT / "experiments").rglob("*.py"))
 
-BASE = ("types", "config", "errors", "sharding", "distributed", "accelerators", "workdir")
+BASE = ("types", "config", "errors", "sharding", "distributed", "accelerators", "workdir",
+        "paths")
 LAYERS = [  # DESIGN: each may import only from those before it or its own folder; siblings never each other
     {"base"}, {"diffusion", "models", "kernels", "data"}, {"objectives", "checkpoint"},
     {"training", "inference"}, {"evals", "scaling", "planning", "reporting"}, {"verb"}]

@@ -14,6 +14,7 @@ import secrets
 import typing
 from pathlib import Path
 
+from tfusion import paths
 from tfusion.errors import UserError
 
 SLOTS_PER_IMAGE = 1.25  # rows differ in how many images they hold
@@ -28,6 +29,7 @@ CHOICES = {
     "sampling.sampler": ("ddpm", "ddim"),
     "sampling.variance": ("fixed_small", "fixed_large"),
 }
+PATHS = ("data.prepared", "data.tokenizer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,6 +259,11 @@ def _value(kind, value, name: str):
         value = float(value)
     if type(value) is not kind:
         raise UserError(f"config key '{name}' must be {kind.__name__}, got {value!r}")
+    if name in PATHS:
+        try:
+            return paths.local(value)
+        except UserError as e:
+            raise UserError(f"{name} = {value!r}: {e}") from e
     return value
 
 

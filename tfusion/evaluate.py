@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
-from tfusion import config, distributed, sharding
+from tfusion import config, distributed, paths, sharding
 from tfusion.config import replace_text
 from tfusion.data import pipeline
 from tfusion.errors import UserError, run
@@ -24,7 +24,7 @@ from tfusion.models.masks import dense_mask
 from tfusion.objectives import make_objective
 from tfusion.training.metrics import write_timing
 
-WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a trained Transfusion")
+WORKDIR = paths.define("workdir", None, "workdir of a trained Transfusion")
 NUM_SCENES = flags.DEFINE_integer("num_scenes", 256, "held-out scenes to draw and to describe",
                                   lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "of the sampling", lower_bound=0, upper_bound=2**32 - 1)

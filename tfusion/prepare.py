@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from tfusion import config, distributed
+from tfusion import config, distributed, paths
 from tfusion.data import pipeline, prepared
 from tfusion.data.sources import make_source, pictures
 from tfusion.data.tokenizers import load_tokenizer
@@ -27,8 +27,8 @@ from tfusion.training.metrics import write_timing
 from tfusion.workdir import CODEC
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "experiments/FILE.py[:variant]")
-AUTOENCODER = flags.DEFINE_string("autoencoder", None, "workdir of a trained autoencoder; not for text alone")
-INSPECT = flags.DEFINE_string("inspect", None, "PNG to draw packed rows of the prepared data to, and exit")
+AUTOENCODER = paths.define("autoencoder", None, "workdir of a trained autoencoder; not for text alone")
+INSPECT = paths.define("inspect", None, "PNG to draw packed rows of the prepared data to, and exit")
 INSPECT_ROWS = flags.DEFINE_integer("inspect_rows", 2, "how many rows to draw", lower_bound=1)
 INSPECT_BLOCK = flags.DEFINE_integer("inspect_block", 16, "side of a kernel block", lower_bound=1)
 STATISTICS_IMAGES = 4096

@@ -9,16 +9,13 @@ out of the page and named at its foot.
 
 from pathlib import Path
 
-from absl import flags
-
+from tfusion import paths
 from tfusion.errors import UserError, run
 from tfusion.reporting.quickstart import write_report
 from tfusion.reporting.records import ReportError
 
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The run to report on, as `make quickstart` leaves it.", required=True
-)
-_OUT = flags.DEFINE_string("out", None, "The HTML file to write; default: WORKDIR/report.html.")
+_WORKDIR = paths.define("workdir", None, "The run to report on, as `make quickstart` leaves it.", required=True)
+_OUT = paths.define("out", None, "The HTML file to write; default: WORKDIR/report.html.")
 
 
 def main() -> None:

@@ -19,20 +19,20 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from tfusion import config, distributed, sharding
+from tfusion import config, distributed, paths, sharding
 from tfusion.config import CHOICES
 from tfusion.data.pictures import read_picture
 from tfusion.errors import UserError, run
 from tfusion.inference import decode, trained
 
-WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a trained Transfusion")
+WORKDIR = paths.define("workdir", None, "workdir of a trained Transfusion")
 PROMPTS = flags.DEFINE_multi_string("prompt", [], "text to go on from; repeat for several rows")
-IMAGES = flags.DEFINE_multi_string("image", [], "picture file to go on from; repeat for several rows")
+IMAGES = paths.define_multi("image", [], "picture file to go on from; repeat for several rows")
 NUM_DOCUMENTS = flags.DEFINE_integer("num_documents", 0, "rows that start from nothing", lower_bound=0)
 DRAW = flags.DEFINE_bool("draw", False, "start a picture right after each prompt")
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the latest")
 MESH = flags.DEFINE_string("mesh", None, "devices to spread the model over, such as fsdp=4; default: one")
-OUT = flags.DEFINE_string("out", None, "where to write; default: WORKDIR/samples")
+OUT = paths.define("out", None, "where to write; default: WORKDIR/samples")
 SEED = flags.DEFINE_integer("seed", 0, "of the sampling", lower_bound=0, upper_bound=2**32 - 1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "of the text; 0 = greedy", lower_bound=0.0)
 MAX_IMAGES = flags.DEFINE_integer("max_images", None, "pictures per row; default: as many as fit",

@@ -13,13 +13,13 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from tfusion import config, distributed, sharding
+from tfusion import config, distributed, paths, sharding
 from tfusion import workdir as workdirs
 from tfusion.errors import UserError, run
 from tfusion.objectives import make_objective
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "experiments/FILE.py[:variant]")
-WORKDIR = flags.DEFINE_string("workdir", None, "where checkpoints, metrics and the config go")
+WORKDIR = paths.define("workdir", None, "where checkpoints, metrics and the config go")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "build and compile, print parameters and one batch, exit")
 WANDB = flags.DEFINE_string("wandb", None, "project of Weights & Biases to log to as well")
 PROFILE = flags.DEFINE_string("profile", None, "START:N traces N steps from step START into WORKDIR/profile")
