@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import jax
 import pytest
@@ -88,3 +89,47 @@ def test_outside_the_main_thread_nothing_is_listened_to():
     thread.join()
     sigterm.close()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_compiled_programs_are_kept_in_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert distributed.cache_folder() == tmp_path / "home/.cache/tfusion/compilations"
+    assert distributed.cache_folder().is_dir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert distributed.cache_folder() == tmp_path / "xdg/tfusion/compilations"
+
+
+def test_no_home_folder_keeps_nothing(monkeypatch):
+    """A container's uid that the system does not know: `Path.home()` would raise."""
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    with pytest.raises(RuntimeError):
+        Path.home()
+    assert distributed.cache_folder() is None
+    distributed.start_process()
+
+
+def test_a_cache_that_cannot_be_written_keeps_nothing(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert distributed.cache_folder() is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert distributed.cache_folder() is None
+
+
+@pytest.mark.parametrize(("error", "why"), [
+    (AssertionError(), "there is none"),  # JAX_PLATFORMS=cuda with the plugin and no GPU
+    (RuntimeError("Unable to initialize backend 'x': no (set JAX_PLATFORMS='' to choose)"),
+     "Unable to initialize backend 'x': no")])
+def test_devices_that_are_not_there(error, why, monkeypatch):
+    def devices():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(UserError) as e:
+        distributed.start_process()
+    assert str(e.value).startswith("JAX_PLATFORMS=")
+    assert f" cannot be used here ({why}); unset it, or install JAX" in str(e.value)

@@ -29,6 +29,7 @@ FOLDERS = ("TMP", "PREPARED", "BROKEN")  # in arguments: replaced by paths
 
 DRIVER = """
 import json, os, runpy, sys
+import jax
 import ml_collections.config_flags, tfusion.inference.autoencoder, tfusion.inference.decode
 import tfusion.training.loop
 
@@ -37,6 +38,8 @@ for name, verb, args in json.load(sys.stdin):
     if not pid:
         for stream in (1, 2):
             os.dup2(os.open(f"{sys.argv[1]}/{name}.{stream}", os.O_WRONLY | os.O_CREAT), stream)
+        if args and args[0].startswith("JAX_PLATFORMS="):
+            jax.config.update("jax_platforms", args.pop(0).split("=")[1])
         sys.argv = [verb, *args]
         runpy.run_module(f"tfusion.{verb}", run_name="__main__", alter_sys=True)
         os._exit(0)
@@ -80,10 +83,15 @@ CASES = {  # name: (verb, arguments, what the line says)
     "loose_argument": ("train", [*TRAIN, "workdir=x"], ["unexpected argument 'workdir=x'"]),
     "below_a_file": ("train", [TRAIN[0], "--workdir=TMP/file/run"], ["TMP/file/run is not writable"]),
     "in_the_home_folder": ("train", [TRAIN[0], "--workdir=~/file/run"], ["TMP/file/run is not writable"]),
-    **{f"url_{verb}_{flag}": (verb, [f"--{flag}=gs://bucket/x"], [f"flag --{flag}=gs://bucket/x: cloud paths"])
+    **{f"url_{verb}_{flag}": (verb, [f"--{flag}=gs://bucket/x"], [f"--{flag}=gs://bucket/x: cloud paths"])
        for verb, flag in (("train", "workdir"), ("sample", "workdir"), ("sample", "image"), ("sample", "out"),
                           ("evaluate", "workdir"), ("prepare", "autoencoder"), ("prepare", "inspect"),
                           ("report", "workdir"), ("report", "out"))},
+    **{f"no_device_{verb}": (verb, ["JAX_PLATFORMS=abacus", *args],
+                             ["JAX_PLATFORMS=abacus cannot be used", "; unset it, or install JAX for that"])
+       for verb, args in (("train", TRAIN), ("prepare", [*PREPARE, "--autoencoder=TMP/none"]),
+                          ("sample", ["--workdir=TMP/none", "--num_documents=1"]),
+                          ("evaluate", ["--workdir=TMP/none"]))},
     "url_in_the_config": ("train", [*TRAIN, "--config.data.prepared=file:///x"],
                           ["data.prepared = 'file:///x': cloud paths"]),
     "no_prepared": ("train", [*TRAIN, "--config.data.prepared=TMP/none"],
@@ -182,6 +190,27 @@ def test_mistake_is_one_line(outcomes, name):
     assert stderr.startswith("error: ")
     for words in CASES[name][2]:
         assert filled(words) in stderr
+
+
+PRINT = "from tfusion.errors import run; run(lambda: print('caf\\u00e9 ' * {}))"
+
+
+def printing(words: int, shell: str, **env):
+    """The shell's command with $PRINT in it a verb that prints so many words."""
+    code = f'{sys.executable} -c "{PRINT.format(words)}"'
+    return subprocess.run(["bash", "-c", "set -o pipefail; " + shell.replace("$PRINT", code)], cwd=ROOT,
+                          env={**os.environ, **env}, capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize(("words", "shell", "status", "out", "err"), [
+    (1, "$PRINT", 0, b"caf?", b""),  # the verb's own work is not lost by a letter
+    (1, "$PRINT >&-", 0, b"", b""),
+    (1, "$PRINT | true", 0, b"", b""),  # nobody reads: all is done by then
+    (99_999, "$PRINT | true", 1, b"", b""),
+    (1, "$PRINT > /dev/full", 1, b"", b"error: [Errno 28] No space left on device\n")])
+def test_output_that_goes_nowhere(words, shell, status, out, err):
+    done = printing(words, shell, PYTHONIOENCODING="ascii", PYTHONUNBUFFERED="")
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (status, out, err)
 
 
 def failing_with(error, monkeypatch, capsys) -> tuple[int, str]:

@@ -18,11 +18,30 @@ NUM_PROCESSES = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_S
 def start_process() -> None:
     """Compiled programs are kept between runs, in $JAX_COMPILATION_CACHE_DIR or ~/.cache/tfusion.
 
-    Raises UserError in one of several processes, before anything is written.
+    Raises UserError in one of several processes, before anything is written, and where the devices that JAX is
+    told to use are not there.
     """
     refuse_several_processes()
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "tfusion" / "compilations"))
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR") and (folder := cache_folder()):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as e:  # the latter where there is a plugin and no GPU
+        why = str(e).partition(" (set JAX_PLATFORMS")[0] or "there is none"
+        raise UserError(f"JAX_PLATFORMS={jax.config.jax_platforms or ''} cannot be used here ({why}); unset "
+                        "it, or install JAX for that device (README, Training at scale)") from e
+
+
+def cache_folder() -> Path | None:
+    """Where compiled programs are kept; None where there is no home folder or it cannot be written."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tfusion", "compilations")
+    try:
+        if folder.is_absolute():  # else `~` is still there
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder if os.access(folder, os.W_OK) else None
+    except OSError:
+        pass
+    return None
 
 
 def refuse_several_processes() -> None:

@@ -1,7 +1,10 @@
 """How a user's mistake reaches the user: one line, exit status 1, no traceback."""
 
+import contextlib
 import logging as stdlib_logging
+import os
 import sys
+import warnings
 
 from absl import app, flags, logging
 
@@ -22,12 +25,8 @@ def run(main) -> None:
     """`app.run(main)` for a verb: UserError and file errors end in one line on stderr."""
 
     def parse(argv):
-        try:
+        with parsing():
             return flags.FLAGS(argv)
-        except (AttributeError, KeyError) as e:  # ml_collections, on --config.no.such.key
-            _fail(f"unknown config key {_text(e)}")
-        except (flags.Error, TypeError, ValueError, SyntaxError, OSError) as e:
-            _fail(e)
 
     def guarded(argv):
         if len(argv) > 1:
@@ -36,20 +35,59 @@ def run(main) -> None:
         _hush_orbax()
         try:
             main()
+        except BrokenPipeError:  # `... | head`: who read it has seen enough
+            _flush()
+            sys.exit(1)
         except (UserError, OSError) as e:
             _fail(e)
         except KeyboardInterrupt:
             _fail("interrupted; run the same command again to go on from the last checkpoint")
+        error = _flush()
+        if error and not isinstance(error, BrokenPipeError):
+            _fail(error)
 
+    _print_anything()
     app.run(guarded, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def parsing():
+    """A mistake in a flag ends in one line; also for a definition that parses, as ml_collections' do."""
+    try:
+        yield
+    except (AttributeError, KeyError) as e:  # ml_collections, on --config.no.such.key
+        _fail(f"unknown config key {_text(e)}")
+    except (flags.Error, TypeError, ValueError, SyntaxError, OSError) as e:
+        _fail(e)
+
+
+def _print_anything() -> None:
+    """What is printed never stops a verb: a stream that was closed takes it, and one that cannot encode a
+    letter prints `?`.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started the process
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="replace")
+
+
+def _flush() -> OSError | None:
+    """Why stdout cannot be written, if so. What is left in it is dropped: at exit Python would try again."""
+    try:
+        sys.stdout.flush()
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return e
 
 
 def _hush_orbax() -> None:
     """A broken checkpoint fails at its first array. Orbax leaves the other reads to end as they will, each
-    with a traceback of its own, from asyncio or from a destructor; neither can be acted upon.
+    with a traceback of its own, from asyncio or from a destructor, or never begin them; none can be acted upon.
     """
     stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
     sys.unraisablehook = lambda _: None
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 def _text(error) -> str:
@@ -62,4 +100,5 @@ def _text(error) -> str:
 
 def _fail(error) -> None:
     print(f"error: {_text(error)}", file=sys.stderr)
+    _flush()
     sys.exit(getattr(error, "status", 1))

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, config_dict, config_flags
 from tfusion import config, distributed, paths, sharding
 from tfusion.config import replace_text
 from tfusion.data import pipeline
-from tfusion.errors import UserError, run
+from tfusion.errors import UserError, parsing, run
 from tfusion.evals import losses, scenes, statistics
 from tfusion.inference import decode, trained
 from tfusion.models.masks import dense_mask
@@ -30,9 +30,12 @@ NUM_SCENES = flags.DEFINE_integer("num_scenes", 256, "held-out scenes to draw an
 SEED = flags.DEFINE_integer("seed", 0, "of the sampling", lower_bound=0, upper_bound=2**32 - 1)
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the latest")
 MESH = flags.DEFINE_string("mesh", None, "devices to spread the model over, such as fsdp=4; default: one")
-DATA = config_flags.DEFINE_config_dict("config", ConfigDict({"data": {
-    name: config_dict.placeholder(kind) for name, kind in typing.get_type_hints(config.DataConfig).items()
-    if kind in (str, int, float)}}), help_string="--config.data.KEY=VALUE: other than in the run's config.json")
+KINDS = typing.get_type_hints(config.DataConfig)
+with parsing():
+    DATA = config_flags.DEFINE_config_dict(
+        "config", ConfigDict({"data": {name: config_dict.placeholder(kind) for name, kind in KINDS.items()
+                                       if kind in (str, int, float)}}),
+        help_string="--config.data.KEY=VALUE: other than in the run's config.json")
 SHOWN = 48  # pictures kept for the report
 DOCUMENTS = 16  # written from nothing; those with the most pictures are shown
 
