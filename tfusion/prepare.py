@@ -86,6 +86,9 @@ def main() -> None:
                         f"model.text_vocab_size = {cfg.model.text_vocab_size}: set it to the former")
     sources = {(name, split): make_source(name, cfg.data, split)
                for name, share in cfg.data.mixture.items() if share > 0 for split in ("train", "heldout")}
+    first = [source[0] for source in sources.values() if len(source)]
+    if not AUTOENCODER.value and not all(isinstance(part, str) for record in first for part in record):
+        no_codec(None)  # before a long wait for what comes first
     with prepared.replacing(cfg.data.prepared) as root:
         codec = fit_codec(AUTOENCODER.value, cfg) if AUTOENCODER.value else None
         write(cfg, root, sources, tokenizer, codec)
