@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -143,6 +144,13 @@ def broken_run(cfg, workdir: Path) -> None:
     os.truncate(largest, largest.stat().st_size // 2)
 
 
+def write_experiment(folder: Path, cfg) -> None:
+    """`folder`/tiny.py, an experiment file with this config."""
+    tree = json.dumps(cfg.to_dict())
+    (folder / "tiny.py").write_text("import json\nfrom ml_collections import ConfigDict\n\n\n"
+                                    f"def get_config(arg=None):\n    return ConfigDict(json.loads({tree!r}))\n")
+
+
 @pytest.fixture(scope="module")
 def outcomes(prepared_root, tmp_path_factory):
     """{name: (status, stdout, stderr, function that puts paths into a text)} of every case."""
@@ -154,9 +162,7 @@ def outcomes(prepared_root, tmp_path_factory):
     held = hold(tmp / "held" / LOCK)
     (tmp / "half").mkdir()
     (tmp / "half" / "meta.json").write_text((prepared_root / "meta.json").read_text())
-    tree = json.dumps(cfg.to_dict())
-    (tmp / "tiny.py").write_text("import json\nfrom ml_collections import ConfigDict\n\n\n"
-                                 f"def get_config(arg=None):\n    return ConfigDict(json.loads({tree!r}))\n")
+    write_experiment(tmp, cfg)
     paths = dict(zip(FOLDERS, map(str, (tmp, prepared_root, broken))))
 
     def filled(text: str) -> str:
@@ -213,6 +219,43 @@ def test_output_that_goes_nowhere(words, shell, status, out, err):
     assert (done.returncode, done.stdout.strip(), done.stderr) == (status, out, err)
 
 
+FULL = """
+import resource, runpy, sys
+from tfusion import checkpoint
+
+save = checkpoint.Checkpoints.save
+
+def full(self, step, *rest):
+    if step > 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, resource.RLIM_INFINITY))
+    return save(self, step, *rest)
+
+checkpoint.Checkpoints.save = full
+runpy.run_module("tfusion.train", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_save_that_fails_is_one_line_and_leaves_the_older_whole(prepared_root, tmp_path):
+    """The system refuses more than 16 KiB a file from the second checkpoint on, as a full disk would."""
+    cfg = tiny_config(prepared_root)
+    write_experiment(tmp_path, cfg)
+    args = [f"--config={tmp_path / 'tiny.py'}", f"--workdir={tmp_path / 'run'}", "--config.train.num_steps=4",
+            "--config.train.checkpoint_every=1", "--config.train.eval_every=0",
+            "--config.train.diagnostics_every=0"]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+           "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    done = subprocess.run([sys.executable, "-c", FULL, *args], cwd=ROOT, env=env, capture_output=True,
+                          text=True, timeout=300)
+    said = [line for line in done.stderr.replace("\r", "\n").splitlines() if line and "step/s" not in line
+            and "s/step" not in line]
+    assert done.returncode == 1 and len(said) == 1, done.stderr
+    assert said[0].startswith(f"error: a checkpoint cannot be written to {tmp_path / 'run' / 'checkpoints'} (")
+    assert "File too large" in said[0] and said[0].endswith("make room, and the same command goes on")
+    saved = Checkpoints(tmp_path / "run")
+    assert saved.steps() == [1] and saved.meta(1)["next_row"] == cfg.train.batch_size
+    assert jax.tree.leaves(saved.restore(1, {"params": None}))
+
+
 def failing_with(error, monkeypatch, capsys) -> tuple[int, str]:
     def main():
         raise error
@@ -223,12 +266,22 @@ def failing_with(error, monkeypatch, capsys) -> tuple[int, str]:
     return e.value.code, capsys.readouterr().err
 
 
+def after(first, error, told=False):
+    """An error that was raised in clearing up after another; told: by `raise ... from`, which says more."""
+    error.__context__, error.__suppress_context__ = first, told
+    return error
+
+
 @pytest.mark.parametrize(("error", "line"), [
     (errors.UserError("what,\n  where"), "error: what, where\n"),
     (errors.UserError(), "error: \n"),
     (FileNotFoundError(2, "No such file or directory", "x.npy"),
      "error: [Errno 2] No such file or directory: 'x.npy'\n"),
     (PermissionError(13, "Permission denied", "/x"), "error: [Errno 13] Permission denied: '/x'\n"),
+    (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device: what was saved before "
+     "is whole; make room, and the same command goes on\n"),
+    (after(errors.UserError("what, where"), OSError(28, "x")), "error: what, where\n"),
+    (after(errors.UserError("what"), errors.UserError("where: what"), told=True), "error: where: what\n"),
     (KeyboardInterrupt(), "error: interrupted; run the same command again to go on from the last checkpoint\n"),
 ])
 def test_errors_of_the_user(error, line, monkeypatch, capsys):
@@ -237,6 +290,17 @@ def test_errors_of_the_user(error, line, monkeypatch, capsys):
 
 def test_a_run_that_was_stopped_is_one_that_launchers_restart(monkeypatch, capsys):
     assert failing_with(errors.Stopped("stopped"), monkeypatch, capsys) == (143, "error: stopped\n")
+
+
+def test_what_orbax_leaves_behind_is_not_heard(monkeypatch):
+    """A broken checkpoint's other reads: Python 3.13 warns of those that were never begun."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        errors._hush_orbax()
+        warnings.warn("coroutine '_read' was never awaited", RuntimeWarning, stacklevel=1)
+        warnings.warn("something else", RuntimeWarning, stacklevel=1)
+    assert [str(warning.message) for warning in heard] == ["something else"]
 
 
 def test_errors_of_ours_keep_their_traceback(monkeypatch, capsys):

@@ -106,7 +106,9 @@ def _one_line(folder: Path):
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+    """Its kind and first line: of a long one both ends, for tensorstore ends with the system's reason."""
+    line = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {line if len(line) <= 160 else line[:60] + ' ... ' + line[-100:]}"
 
 
 @jax.jit

@@ -1,9 +1,11 @@
 """How a user's mistake reaches the user: one line, exit status 1, no traceback."""
 
 import contextlib
+import errno
 import logging as stdlib_logging
 import os
 import sys
+import threading
 import warnings
 
 from absl import app, flags, logging
@@ -39,7 +41,7 @@ def run(main) -> None:
             _flush()
             sys.exit(1)
         except (UserError, OSError) as e:
-            _fail(e)
+            _fail(_first(e))
         except KeyboardInterrupt:
             _fail("interrupted; run the same command again to go on from the last checkpoint")
         error = _flush()
@@ -82,12 +84,23 @@ def _flush() -> OSError | None:
 
 
 def _hush_orbax() -> None:
-    """A broken checkpoint fails at its first array. Orbax leaves the other reads to end as they will, each
-    with a traceback of its own, from asyncio or from a destructor, or never begin them; none can be acted upon.
+    """A checkpoint that cannot be read or written fails at its first array. Orbax leaves the other arrays to
+    end as they will, each with a traceback of its own: logged, from asyncio, from a destructor, or for what
+    never began. None can be acted upon; the first is raised as well, and becomes the one line.
     """
+    logging.get_absl_logger().addFilter(lambda record: not record.exc_info)
     stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
     sys.unraisablehook = lambda _: None
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+
+def _first(error):
+    """The user's error that began it, where clearing up after it failed too, as on a full disk."""
+    while isinstance(error.__context__, UserError) and not error.__suppress_context__:  # `from` says more
+        error = error.__context__
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error}: what was saved before is whole; make room, and the same command goes on"
+    return error
 
 
 def _text(error) -> str:
@@ -100,5 +113,6 @@ def _text(error) -> str:
 
 def _fail(error) -> None:
     print(f"error: {_text(error)}", file=sys.stderr)
+    threading.excepthook = lambda _: None  # a writer's thread that is cut off has nothing to add
     _flush()
     sys.exit(getattr(error, "status", 1))
