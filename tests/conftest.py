@@ -1,5 +1,6 @@
 """Eight fake CPU devices for every test, a one-device mesh around each."""
 
+import importlib
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -8,12 +9,31 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 import pytest
+from absl import flags
 
 from experiments import quickstart
 from tfusion import config, sharding
 from tfusion.data import prepared
 from tfusion.data.sources import make_source
 from tfusion.data.tokenizers import load_tokenizer
+
+
+def import_verb(name: str):
+    """The module tfusion.<name>. Verbs define flags of the same names, which absl takes once a process: those
+    of other verbs step aside meanwhile, and its own go again. A test puts values in place of its flags."""
+    def ours():
+        return {flag: flags.FLAGS[flag] for flag in flags.FLAGS
+                if flags.FLAGS.find_module_defining_flag(flag).startswith("tfusion.")}
+
+    others = ours()
+    for flag in others:
+        delattr(flags.FLAGS, flag)
+    module = importlib.import_module(f"tfusion.{name}")
+    for flag in ours():
+        delattr(flags.FLAGS, flag)
+    for flag, value in others.items():
+        flags.FLAGS[flag] = value
+    return module
 
 
 @pytest.fixture(autouse=True)

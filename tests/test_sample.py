@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tfusion import sample
+from tests.conftest import import_verb
 from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError
+
+sample = import_verb("sample")
 
 FLAGS = {"WORKDIR": None, "PROMPTS": [], "IMAGES": [], "NUM_DOCUMENTS": 0, "DRAW": False, "STEP": None,
          "MESH": None, "OUT": None, "SEED": 0, "TEMPERATURE": 0.0, "MAX_IMAGES": None, "SAMPLER": None,
