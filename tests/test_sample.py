@@ -15,9 +15,7 @@ from tfusion.errors import UserError
 
 sample = import_verb("sample")
 
-FLAGS = {"WORKDIR": None, "PROMPTS": [], "IMAGES": [], "NUM_DOCUMENTS": 0, "DRAW": False, "STEP": None,
-         "MESH": None, "OUT": None, "SEED": 0, "TEMPERATURE": 0.0, "MAX_IMAGES": None, "SAMPLER": None,
-         "STEPS": None, "GUIDANCE": None}
+FLAGS = {name: flag.value for name, flag in vars(sample).items() if isinstance(flag, SimpleNamespace)}
 TEXT, PICTURE = np.array([98, 99], np.int32), np.zeros((4, 4, 4), np.float32)
 
 
@@ -42,8 +40,9 @@ class Verb:
         self.cfg, self.prompts, self.settings = cfg, prompts, settings
         return self.rows or [[TEXT]] * len(prompts)
 
-    def __call__(self, **flags):
-        for name, value in (FLAGS | {"WORKDIR": str(self.folder)} | flags).items():
+    def __call__(self, **given):
+        assert given.keys() <= FLAGS.keys()
+        for name, value in (FLAGS | {"WORKDIR": str(self.folder)} | given).items():
             self.patch.setattr(sample, name, SimpleNamespace(value=value))
         sample.main()
 
