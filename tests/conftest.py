@@ -1,6 +1,8 @@
 """Eight fake CPU devices for every test, a one-device mesh around each."""
 
+import importlib
 import os
+from types import SimpleNamespace
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -8,12 +10,34 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 import pytest
+from absl import flags
 
 from experiments import quickstart
 from tfusion import config, sharding
 from tfusion.data import prepared
 from tfusion.data.sources import make_source
 from tfusion.data.tokenizers import load_tokenizer
+
+
+def import_verb(name: str):
+    """The module tfusion.<name>. Verbs define flags of the same names, which absl takes once a process: those
+    of other verbs step aside meanwhile, and its own become plain values, SimpleNamespace(value=default)."""
+    def ours():
+        return {flag: flags.FLAGS[flag] for flag in flags.FLAGS
+                if flags.FLAGS.find_module_defining_flag(flag).startswith("tfusion.")}
+
+    others = ours()
+    for flag in others:
+        delattr(flags.FLAGS, flag)
+    module = importlib.import_module(f"tfusion.{name}")
+    for key, holder in list(vars(module).items()):
+        if isinstance(holder, flags.FlagHolder):
+            setattr(module, key, SimpleNamespace(value=holder.default))
+    for flag in ours():
+        delattr(flags.FLAGS, flag)
+    for flag, value in others.items():
+        flags.FLAGS[flag] = value
+    return module
 
 
 @pytest.fixture(autouse=True)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tfusion import sample
+from tests.conftest import import_verb
 from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError
 
-FLAGS = {"WORKDIR": None, "PROMPTS": [], "IMAGES": [], "NUM_DOCUMENTS": 0, "DRAW": False, "STEP": None,
-         "MESH": None, "OUT": None, "SEED": 0, "TEMPERATURE": 0.0, "MAX_IMAGES": None, "SAMPLER": None,
-         "STEPS": None, "GUIDANCE": None}
+sample = import_verb("sample")
+
+FLAGS = {name: flag.value for name, flag in vars(sample).items() if isinstance(flag, SimpleNamespace)}
 TEXT, PICTURE = np.array([98, 99], np.int32), np.zeros((4, 4, 4), np.float32)
 
 
@@ -40,8 +40,9 @@ class Verb:
         self.cfg, self.prompts, self.settings = cfg, prompts, settings
         return self.rows or [[TEXT]] * len(prompts)
 
-    def __call__(self, **flags):
-        for name, value in (FLAGS | {"WORKDIR": str(self.folder)} | flags).items():
+    def __call__(self, **given):
+        assert given.keys() <= FLAGS.keys()
+        for name, value in (FLAGS | {"WORKDIR": str(self.folder)} | given).items():
             self.patch.setattr(sample, name, SimpleNamespace(value=value))
         sample.main()
 

@@ -107,8 +107,8 @@ def main() -> None:
     if cfg.objective != "transfusion":
         raise UserError(f"{WORKDIR.value} holds a run with objective = '{cfg.objective}', not 'transfusion'")
     if codec is None and (IMAGES.value or DRAW.value):
-        raise UserError(f"{WORKDIR.value} has no codec.npz to decode pictures with: it saw none, or latents made "
-                        "elsewhere; text alone can be sampled")
+        raise UserError(f"{WORKDIR.value} has no codec.npz to decode pictures with: it saw none, or latents "
+                        "made elsewhere; text alone can be sampled")
     cfg = with_flags(cfg)
     prompts, names = make_prompts(cfg, codec, tokenizer)
     with jax.set_mesh(mesh):
