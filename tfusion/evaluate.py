@@ -42,28 +42,30 @@ def write_pictures(folder: Path, name: str, records: list, **arrays) -> None:
     replace_text(folder / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
 
 
-def both_ways(cfg, params, codec, tokenizer, folder: Path) -> dict:
-    """Draws the held-out captions, describes the held-out pictures, scores both."""
+def both_ways(cfg, params, codec, tokenizer, folder: Path) -> tuple[dict, dict]:
+    """Draws the held-out captions, describes the held-out pictures: (figures, figures by class of scene)."""
     world, held, real = scenes.held_out(cfg, NUM_SCENES.value)
-    level = scenes.chance(world, held, real)
+    level = scenes.chance(held)
     drawn = scenes.draw(cfg, params, codec, tokenizer, held, SEED.value)
-    verdicts, metrics = scenes.generation_metrics(world, held, drawn, level)
-    records = [{"prompt": s.caption, **v} for s, v in zip(held, verdicts)]
-    write_pictures(folder, "generations", records[:SHOWN], images=drawn[:SHOWN])
     told = scenes.describe(cfg, params, codec, tokenizer, real)
-    verdicts, more = scenes.caption_metrics(world, held, told, level)
-    records = [{"reference": s.caption, "caption": t, **v} for s, t, v in zip(held, told, verdicts)]
-    write_pictures(folder, "captions", records[:SHOWN], images=real[:SHOWN])
     again = codec.decode(codec.encode(real))
+    right = scenes.judge_pictures(world, held, drawn)
+    metrics, classes = scenes.metrics("generation", scenes.DRAWN, held, right, level["generation"])
+    records = [{"prompt": s.caption, **v} for s, v in zip(held, right)]
+    write_pictures(folder, "generations", records[:SHOWN], images=drawn[:SHOWN])
+    right = scenes.judge_captions(world, held, told)
+    more, by_class = scenes.metrics("caption", scenes.TOLD, held, right, level["caption"])
+    records = [{"reference": s.caption, "caption": t, **v} for s, t, v in zip(held, told, right)]
+    write_pictures(folder, "captions", records[:SHOWN], images=real[:SHOWN])
     np.savez_compressed(folder / "reconstructions.npz", images=real[:16], reconstructions=again[:16])
-    _, ceiling = scenes.generation_metrics(world, held, again, level)
-    first = scenes.switches(cfg, params, tokenizer, held)
+    ceiling, _ = scenes.metrics("generation", scenes.DRAWN, held, scenes.judge_pictures(world, held, again),
+                                level["generation"])
     return metrics | more | {
-        "mode_switch": statistics.share("After a whole caption, LM mode goes into diffusion mode", first),
         "autoencoder_sprites": ceiling["generation_sprites"] | {
-            "title": "Ceiling: sprites found in the autoencoder's reconstructions", "want": None},
+            "title": "Ceiling: the same of the autoencoder's reconstructions", "want": None},
         "autoencoder_psnr": statistics.number(
-            "Autoencoder: PSNR of held-out pictures (dB)", losses.psnr(real, again), "higher", n=len(real))}
+            "Autoencoder: PSNR of held-out pictures (dB)", losses.psnr(real, again), "higher", n=len(real))
+    }, {name: classes[name] | by_class[name] for name in classes}
 
 
 def write_documents(cfg, params, codec, tokenizer, folder: Path) -> None:
@@ -106,14 +108,14 @@ def main() -> None:
     trained.check_data(run_, cfg.data.prepared)
     folder = workdir / "evaluation"
     folder.mkdir(exist_ok=True)
-    metrics = both_ways(cfg, params, codec, tokenizer, folder)
+    metrics, classes = both_ways(cfg, params, codec, tokenizer, folder)
     diffusion, linear = losses.diffusion_report(cfg, params)
     text, ngrams = losses.text_report(cfg, params)
     metrics |= diffusion | text
     write_documents(cfg, params, codec, tokenizer, folder)
     write_mask(cfg, tokenizer, folder)
-    result = {"metrics": metrics, "linear_baseline": linear, "ngrams": ngrams, "seed": SEED.value,
-              "sampling": cfg.to_dict()["sampling"], "jax": jax.__version__}
+    result = {"metrics": metrics, "classes": classes, "linear_baseline": linear, "ngrams": ngrams,
+              "seed": SEED.value, "sampling": cfg.to_dict()["sampling"], "jax": jax.__version__}
     write_timing(folder, "evaluate", time.perf_counter() - began)
     replace_text(folder / "metrics.json", json.dumps(result, indent=1) + "\n")  # last: all is there
     for m in metrics.values():
