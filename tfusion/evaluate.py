@@ -94,6 +94,35 @@ def write_mask(cfg, tokenizer, folder: Path) -> None:
     replace_text(folder / "mask.json", json.dumps({"pieces": pieces}))
 
 
+def leave_out(what: str, why: str) -> None:
+    print(f"left out: {what} ({why})")
+
+
+def measure(run_: trained.Trained, cfg, folder: Path) -> dict:
+    """All that can be measured of the run; of what cannot, a line is printed."""
+    _, params, codec, tokenizer = run_
+    result = {"metrics": {}}
+    if codec is None:
+        leave_out("drawing and describing", "the run has no codec of pictures")
+    elif not cfg.data.mixture.get("scenes"):
+        leave_out("drawing and describing", "data.mixture has no 'scenes', whose captions can be scored")
+    else:
+        result["metrics"], result["classes"] = both_ways(cfg, params, codec, tokenizer, folder)
+    if not DATA.value.data.prepared and not Path(cfg.data.prepared).exists():
+        leave_out("held-out losses", f"{cfg.data.prepared} is gone: --config.data.prepared=DIR names the data")
+    else:
+        trained.check_data(run_, cfg.data.prepared)
+        figures, tables = losses.report(cfg, params, tokenizer)
+        result["metrics"] |= figures
+        result |= tables
+        write_mask(cfg, tokenizer, folder)
+    if codec is None:
+        leave_out("whole documents", "no codec to show their pictures with")
+    else:
+        write_documents(cfg, params, codec, tokenizer, folder)
+    return result
+
+
 def main() -> None:
     if WORKDIR.value is None:
         raise UserError("--workdir=DIR is needed: the workdir of a trained Transfusion")
@@ -101,24 +130,18 @@ def main() -> None:
     began, workdir = time.perf_counter(), Path(WORKDIR.value)
     mesh = sharding.parse_mesh(MESH.value)
     jax.set_mesh(mesh)
-    _, params, codec, tokenizer = run_ = trained.load(workdir, STEP.value, mesh)
+    run_ = trained.load(workdir, STEP.value, mesh)
     cfg = config.load_with(workdir, DATA.value.data.to_dict())
     if cfg.objective != "transfusion":
         raise UserError(f"{workdir} holds a run with objective = '{cfg.objective}', not 'transfusion'")
-    trained.check_data(run_, cfg.data.prepared)
     folder = workdir / "evaluation"
     folder.mkdir(exist_ok=True)
-    metrics, classes = both_ways(cfg, params, codec, tokenizer, folder)
-    diffusion, linear = losses.diffusion_report(cfg, params)
-    text, ngrams = losses.text_report(cfg, params)
-    metrics |= diffusion | text
-    write_documents(cfg, params, codec, tokenizer, folder)
-    write_mask(cfg, tokenizer, folder)
-    result = {"metrics": metrics, "classes": classes, "linear_baseline": linear, "ngrams": ngrams,
-              "seed": SEED.value, "sampling": cfg.to_dict()["sampling"], "jax": jax.__version__}
+    result = measure(run_, cfg, folder)
+    result |= {"seed": SEED.value, "sampling": cfg.to_dict()["sampling"], "jax": jax.__version__}
     write_timing(folder, "evaluate", time.perf_counter() - began)
     replace_text(folder / "metrics.json", json.dumps(result, indent=1) + "\n")  # last: all is there
-    for m in metrics.values():
+    by_class = result.get("classes", {}).values()
+    for m in (*result["metrics"].values(), *(m for figures in by_class for m in figures.values())):
         interval = f"  [{m['low']:.3f}, {m['high']:.3f}]" if m["low"] is not None else ""
         chance = f"  chance {m['chance']:.3f}" if m["chance"] is not None else ""
         count = f"  n {m['n']}" if m["n"] is not None else ""
