@@ -4,18 +4,16 @@ import dataclasses
 import json
 
 import pytest
-from absl import flags
 
 from tests.conftest import tiny_config
-from tfusion import evaluate
 from tfusion.errors import UserError
+from tfusion.evals import measure as evaluate
 from tfusion.inference.trained import Trained
 
 
 @pytest.fixture
 def parts(monkeypatch):
     """What was measured: each part stands in for itself and leaves its name."""
-    flags.FLAGS.mark_as_parsed()
     done = []
 
     def part(name, result):
@@ -26,8 +24,7 @@ def parts(monkeypatch):
     monkeypatch.setattr(evaluate, "write_mask", part("mask", None))
     monkeypatch.setattr(evaluate, "write_documents", part("documents", None))
     monkeypatch.setattr(evaluate.trained, "check_data", part("check", None))
-    yield done
-    evaluate.DATA.value.data.prepared = None
+    return done
 
 
 def with_data(cfg, **changes):
@@ -51,7 +48,8 @@ CASES = {  # has a codec, changes of cfg.data: what is measured, what is said of
 def test_what_is_there_is_measured(parts, case, prepared_root, tmp_path, capsys):
     codec, changes, measured, said = case
     cfg = with_data(tiny_config(prepared_root), **changes)
-    result = evaluate.measure(Trained(cfg, None, "codec" if codec else None, None), cfg, tmp_path)
+    run = Trained(cfg, None, "codec" if codec else None, None)
+    result = evaluate.measure(run, cfg, tmp_path, 16, 0, needs_data=False)
     assert parts == measured
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(said) and all(line.startswith(start) for line, start in zip(lines, said))
@@ -61,11 +59,9 @@ def test_what_is_there_is_measured(parts, case, prepared_root, tmp_path, capsys)
     json.dumps(result)
 
 
-def test_a_folder_that_is_asked_for_must_be_there(parts, prepared_root, tmp_path, monkeypatch):
-    """Data that were always elsewhere are left out; a folder named by flag is not passed over."""
-    monkeypatch.undo()
+def test_a_folder_that_is_asked_for_must_be_there(prepared_root, tmp_path, monkeypatch):
+    """Data that are gone are left out; a folder named by flag is not passed over."""
     monkeypatch.setattr(evaluate, "both_ways", lambda *args: ({}, {}))
     cfg = with_data(tiny_config(prepared_root), prepared="/nowhere/data")
-    evaluate.DATA.value.data.prepared = "/nowhere/data"
     with pytest.raises(UserError, match=r"/nowhere/data/meta\.json not found"):
-        evaluate.measure(Trained(cfg, None, "codec", None), cfg, tmp_path)
+        evaluate.measure(Trained(cfg, None, "codec", None), cfg, tmp_path, 16, 0, needs_data=True)
