@@ -1,6 +1,7 @@
 """The README's pictures and figures, from a finished quickstart:  python docs/make_images.py runs/quickstart
 
-Writes docs/images/*.png, and docs/quickstart_metrics.json: the figures, times and versions of that run.
+Writes docs/images/*.png, docs/quickstart_metrics.json: the figures, times and versions of that run, and the
+tables of figures in README.md, between their marks.
 """
 
 import json
@@ -14,6 +15,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 ROOT = Path(__file__).parent
+ROWS = (  # of README's first table: a figure's name, how its row is called
+    ("generation_canvas", "drawn: the canvas has the colour asked for"),
+    ("generation_sprites", "drawn: exactly the sprites asked for, and looking right"),
+    ("generation_relation", "drawn: they stand as asked, where both are there"),
+    ("caption_canvas", "told: the canvas's colour"),
+    ("caption_all", "told: the colour, the sprites and how they stand"),
+    ("caption_exact", "told: the caption word for word"),
+    ("diffusion_vs_linear_worst_bin", "diffusion loss / the best linear predictor's, worst noise level"),
+    ("scenes_vs_bigram", "LM loss on captions less a bigram's, nats per token"),
+    ("glosses_vs_unigram", "LM loss on glosses less a unigram's, nats per token"),
+    ("glosses_vs_bigram", "LM loss on glosses less a bigram's, nats per token"),
+    ("autoencoder_sprites", "ceiling: the autoencoder's reconstructions, as the drawn sprites are judged"),
+    ("autoencoder_psnr", "autoencoder: PSNR, dB"))
 
 
 def lines(path: Path) -> list[dict]:
@@ -83,7 +97,51 @@ def figures(run: Path) -> None:
     (ROOT / "quickstart_metrics.json").write_text(text + "\n")
 
 
+def cell(m: dict) -> str:
+    if m["value"] is None:
+        return "none"
+    interval = f" [{m['low']:.3f}, {m['high']:.3f}]" if m["low"] is not None else ""
+    return f"{m['value']:.3f}{interval}"
+
+
+def reached(m: dict) -> str:
+    """A wanted value, and whether it is met."""
+    if m["want"] is None:
+        return ""
+    sign = 1 if m["better"] == "higher" else -1
+    met = m["value"] is not None and sign * m["value"] >= sign * m["want"]
+    return f"{m['want']:g}, {'reached' if met else '**not reached**'}"
+
+
+def tables(found: dict) -> str:
+    """README's tables, from an evaluation's metrics.json."""
+    metrics = found["metrics"]
+    lines = ["| held out | value [95 % interval] | chance | wanted |", "|---|---|---|---|"]
+    for name, title in ROWS:
+        m = metrics[name]
+        chance = "" if m["chance"] is None else f"{m['chance']:.3f}"
+        lines.append(f"| {title} | {cell(m)} | {chance} | {reached(m)} |")
+    lines += ["", "| class of scene | n | drawn: all of it | told: all of it | told: word for word |",
+              "|---|---|---|---|---|"]
+    for name, figures in found["classes"].items():
+        cells = [cell(m) + (f" ({reached(m)})" if m["want"] is not None else "") for m in figures.values()]
+        lines.append(f"| {name} | {max(m['n'] for m in figures.values())} | {' | '.join(cells)} |")
+    lines += ["", "| held-out text | LM loss, nats per token | unigram | bigram | bits per byte |",
+              "|---|---|---|---|---|"]
+    for name, row in found["ngrams"].items():
+        lines.append(f"| {name} | {row['model']:.3f} | {row['unigram']:.3f} | {row['bigram']:.3f} | "
+                     f"{found['held_out'][name]['bits_per_byte']:.3f} |")
+    return "\n".join(lines)
+
+
+def readme(run: Path) -> None:
+    found = json.loads((run / "transfusion" / "evaluation" / "metrics.json").read_text())
+    path, begin, end = ROOT.parent / "README.md", "<!-- figures -->\n", "<!-- /figures -->"
+    before, after = path.read_text().split(begin)
+    path.write_text(before + begin + tables(found) + "\n" + end + after.split(end)[1])
+
+
 if __name__ == "__main__":
     (ROOT / "images").mkdir(exist_ok=True)
-    for make in (samples, curves, mask, figures):
+    for make in (samples, curves, mask, figures, readme):
         make(Path(sys.argv[1]))

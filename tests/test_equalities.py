@@ -23,7 +23,8 @@ from tfusion.diffusion import process, schedule
 from tfusion.models import lm_head
 from tfusion.models.transfusion import Transfusion
 from tfusion.objectives import make_objective
-from tfusion.objectives.transfusion import diffusion_losses, draw_noise
+from tfusion.objectives.transfusion import NUM_BINS, diffusion_losses, draw_noise
+from tfusion.training import loop
 from tfusion.training import state as states
 from tfusion.training import step as steps
 from tfusion.training.optimizer import B1, CLIP_NORM, make_optimizer
@@ -294,7 +295,7 @@ def test_moving_average_is_its_definition(runs):
 
 def test_diagnostics_are_the_norms_of_separate_gradients(runs):
     objective, cfg, batch = runs.objective, runs.cfg, runs.batch
-    key = steps.noise_key(cfg.seed, steps.EVAL_STREAM)
+    key = steps.eval_key()
 
     @jax.jit
     def separate(params, chosen):
@@ -309,7 +310,7 @@ def test_diagnostics_are_the_norms_of_separate_gradients(runs):
         return float(np.sqrt(sum((np.asarray(x, np.float64) ** 2).sum() for x in jax.tree.leaves(tree))))
 
     params = runs.start_state.params
-    got = jax.jit(steps.make_diagnostics(objective, cfg))(params, batch)
+    got = jax.jit(steps.make_diagnostics(objective))(params, batch)
     assert set(got) == {"lm_loss", "diffusion_loss"}
     lm, diffusion = (separate(params, np.float32(c)) for c in ([1, 0], [0, 1]))
     assert float(got["lm_loss"]) == pytest.approx(norm(lm), rel=1e-4)
@@ -434,9 +435,52 @@ def test_rows_are_the_same_for_any_number_of_processes(runs):
 
 
 def test_evaluation_draws_the_same_noise_at_every_step(runs):
-    key = steps.noise_key(runs.cfg.seed, steps.EVAL_STREAM)
+    """And never that of a training step, of whatever seed."""
     seen = []
     objective = runs.objective._replace(loss=lambda params, batch, key: seen.append(key) or {})
-    steps.make_eval_step(objective, runs.cfg)(None, None)
-    assert (jax.random.key_data(seen[0]) == jax.random.key_data(key)).all()
-    assert jnp.all(jax.random.key_data(key) != jax.random.key_data(steps.noise_key(runs.cfg.seed, 0)))
+    steps.make_eval_step(objective)(None, None)
+    key = jax.random.key_data(seen[0])
+    assert (key == jax.random.key_data(steps.noise_key(0, 2**31 - 1))).all()
+    assert all(jnp.any(key != jax.random.key_data(steps.noise_key(seed, 0))) for seed in (0, runs.cfg.seed))
+
+
+COMPARED = {  # what two runs may differ in and still be compared
+    "data": {"seed": 7, "data.image_first_max_t": 0.1,
+             "data.mixture": {"glosses": 3.0, "stories": 0.1, "scenes": 0.2}},
+    "rows": {"train.batch_size": 4, "train.num_microbatches": 2, "data.seq_len": 256},
+}
+
+
+@pytest.fixture(scope="module")
+def held_out_figures(runs):
+    def figures(cfg):
+        mesh = make_mesh(ONE)
+        with jax.set_mesh(mesh):
+            return loop.Held(cfg, make_objective(cfg), mesh, None).evaluate(runs.start_state)
+
+    return figures, figures(runs.cfg)
+
+
+@pytest.mark.parametrize("changes", COMPARED.values(), ids=COMPARED.keys())
+def test_held_out_losses_of_two_runs_can_be_compared(runs, held_out_figures, changes):
+    """The same model is given the same figures, whatever its run's seed, mixture, limits, batches and rows."""
+    figures, want = held_out_figures
+    cfg = runs.cfg
+    for name, value in changes.items():
+        cfg = with_value(cfg, name, value) if "." in name else dataclasses.replace(cfg, **{name: value})
+    got = figures(cfg)
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert got[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_held_out_losses_stand_apart_by_source_and_together(held_out_figures):
+    _, got = held_out_figures
+    losses, sources = ("lm_loss", "diffusion_loss"), ("scenes", "stories", "glosses")
+    apart = {f"eval/{source}/{name}" for source in sources for name in losses} - {"eval/glosses/diffusion_loss"}
+    bins = {f"eval/diffusion_loss_bin{i}" for i in range(NUM_BINS)}
+    assert got.keys() == apart | bins | {f"eval/{name}" for name in losses}
+    for name in losses:
+        each = [value for key, value in got.items() if key.startswith("eval/") and key.endswith("/" + name)
+                and key != f"eval/{name}"]
+        assert min(each) < got[f"eval/{name}"] < max(each)

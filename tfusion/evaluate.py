@@ -10,18 +10,14 @@ import typing
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
 from tfusion import config, distributed, paths, sharding
 from tfusion.config import replace_text
-from tfusion.data import pipeline
 from tfusion.errors import UserError, parsing, run
-from tfusion.evals import losses, scenes, statistics
-from tfusion.inference import decode, trained
-from tfusion.models.masks import dense_mask
-from tfusion.objectives import make_objective
+from tfusion.evals.measure import measure
+from tfusion.inference import trained
 from tfusion.training.metrics import write_timing
 
 WORKDIR = paths.define("workdir", None, "workdir of a trained Transfusion")
@@ -36,63 +32,6 @@ with parsing():
         "config", ConfigDict({"data": {name: config_dict.placeholder(kind) for name, kind in KINDS.items()
                                        if kind in (str, int, float)}}),
         help_string="--config.data.KEY=VALUE: other than in the run's config.json")
-SHOWN = 48  # pictures kept for the report
-DOCUMENTS = 16  # written from nothing; those with the most pictures are shown
-
-
-def write_pictures(folder: Path, name: str, records: list, **arrays) -> None:
-    np.savez_compressed(folder / f"{name}.npz", **arrays)
-    replace_text(folder / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
-
-
-def both_ways(cfg, params, codec, tokenizer, folder: Path) -> dict:
-    """Draws the held-out captions, describes the held-out pictures, scores both."""
-    world, held, real = scenes.held_out(cfg, NUM_SCENES.value)
-    level = scenes.chance(world, held, real)
-    drawn = scenes.draw(cfg, params, codec, tokenizer, held, SEED.value)
-    verdicts, metrics = scenes.generation_metrics(world, held, drawn, level)
-    records = [{"prompt": s.caption, **v} for s, v in zip(held, verdicts)]
-    write_pictures(folder, "generations", records[:SHOWN], images=drawn[:SHOWN])
-    told = scenes.describe(cfg, params, codec, tokenizer, real)
-    verdicts, more = scenes.caption_metrics(world, held, told, level)
-    records = [{"reference": s.caption, "caption": t, **v} for s, t, v in zip(held, told, verdicts)]
-    write_pictures(folder, "captions", records[:SHOWN], images=real[:SHOWN])
-    again = codec.decode(codec.encode(real))
-    np.savez_compressed(folder / "reconstructions.npz", images=real[:16], reconstructions=again[:16])
-    _, ceiling = scenes.generation_metrics(world, held, again, level)
-    first = scenes.switches(cfg, params, tokenizer, held)
-    return metrics | more | {
-        "mode_switch": statistics.share("After a whole caption, LM mode goes into diffusion mode", first),
-        "autoencoder_sprites": ceiling["generation_sprites"] | {
-            "title": "Ceiling: sprites found in the autoencoder's reconstructions", "want": None},
-        "autoencoder_psnr": statistics.number(
-            "Autoencoder: PSNR of held-out pictures (dB)", losses.psnr(real, again), "higher", n=len(real))}
-
-
-def write_documents(cfg, params, codec, tokenizer, folder: Path) -> None:
-    """Whole documents from nothing at temperature 1: text, pictures, text."""
-    rows = decode.generate(cfg, params, [[]] * DOCUMENTS, seed=SEED.value, temperature=1.0)
-    rows = sorted(rows, key=lambda parts: -sum(p.ndim == 3 for p in parts))[:4]
-    latents = [part for parts in rows for part in parts if part.ndim == 3]
-    number, documents = iter(range(len(latents))), []
-    for parts in rows:
-        documents.append([{"image": next(number)} if p.ndim == 3 else {"text": tokenizer.decode(p.tolist())}
-                          for p in parts])
-    if latents:
-        np.savez_compressed(folder / "interleaved.npz", images=codec.decode(np.stack(latents)))
-        replace_text(folder / "interleaved.json", json.dumps(documents, indent=1))
-
-
-def write_mask(cfg, tokenizer, folder: Path) -> None:
-    """The attention mask of one packed row of the training data."""
-    row = pipeline.open_rows(cfg, make_objective(cfg), "train")[0]
-    mask = dense_mask(row.segment_ids_BT[None], row.image_ids_BT[None], cfg.model.image_attention)[0]
-    names = {cfg.model.boi: "<boi>", cfg.model.eoi: "<eoi>"}
-    pieces = [f"patch {n}" if n else names.get(t) or tokenizer.piece(t)
-              for t, n in zip(row.tokens_BT.tolist(), row.image_ids_BT.tolist())]
-    np.savez_compressed(folder / "mask.npz", mask=np.asarray(mask), segment_ids=row.segment_ids_BT,
-                        image_ids=row.image_ids_BT)
-    replace_text(folder / "mask.json", json.dumps({"pieces": pieces}))
 
 
 def main() -> None:
@@ -102,24 +41,19 @@ def main() -> None:
     began, workdir = time.perf_counter(), Path(WORKDIR.value)
     mesh = sharding.parse_mesh(MESH.value)
     jax.set_mesh(mesh)
-    cfg, params, codec, tokenizer = run_ = trained.load(workdir, STEP.value, mesh)
-    cfg = config.changed(cfg, {f"data.{key}": value for key, value in DATA.value.data.to_dict().items()})
+    run_ = trained.load(workdir, STEP.value, mesh)
+    cfg = config.changed(run_.cfg, {f"data.{key}": value for key, value in DATA.value.data.to_dict().items()})
     if cfg.objective != "transfusion":
         raise UserError(f"{workdir} holds a run with objective = '{cfg.objective}', not 'transfusion'")
-    trained.check_data(run_, cfg.data.prepared)
     folder = workdir / "evaluation"
     folder.mkdir(exist_ok=True)
-    metrics = both_ways(cfg, params, codec, tokenizer, folder)
-    diffusion, linear = losses.diffusion_report(cfg, params)
-    text, ngrams = losses.text_report(cfg, params)
-    metrics |= diffusion | text
-    write_documents(cfg, params, codec, tokenizer, folder)
-    write_mask(cfg, tokenizer, folder)
-    result = {"metrics": metrics, "linear_baseline": linear, "ngrams": ngrams, "seed": SEED.value,
-              "sampling": cfg.to_dict()["sampling"], "jax": jax.__version__}
+    needs_data = DATA.value.data.prepared is not None
+    result = measure(run_, cfg, folder, NUM_SCENES.value, SEED.value, needs_data)
+    result |= {"seed": SEED.value, "sampling": cfg.to_dict()["sampling"], "jax": jax.__version__}
     write_timing(folder, "evaluate", time.perf_counter() - began)
     replace_text(folder / "metrics.json", json.dumps(result, indent=1) + "\n")  # last: all is there
-    for m in metrics.values():
+    by_class = result.get("classes", {}).values()
+    for m in (*result["metrics"].values(), *(m for figures in by_class for m in figures.values())):
         interval = f"  [{m['low']:.3f}, {m['high']:.3f}]" if m["low"] is not None else ""
         chance = f"  chance {m['chance']:.3f}" if m["chance"] is not None else ""
         count = f"  n {m['n']}" if m["n"] is not None else ""

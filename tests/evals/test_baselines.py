@@ -2,16 +2,19 @@
 
 import dataclasses
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from tfusion.data import packing, prepared
+from tfusion.data.prepared import PreparedSource
 from tfusion.diffusion import process, schedule
 from tfusion.evals import baselines
+from tfusion.objectives import make_objective
 from tfusion.objectives.transfusion import NUM_BINS, draw_noise
-from tfusion.training.step import EVAL_STREAM, noise_key
-from tfusion.types import Batch
+from tfusion.training.step import eval_key
+from tfusion.types import BOS, EOS, Batch
 
 SHAPE, D = (2, 2, 2), 8
 VALUES = np.array([0.01, 0.05, 0.2, 0.5, 1.0, 1.5, 2.0, 4.0])
@@ -131,7 +134,7 @@ def test_losses_on_held_out_rows(cfg, gaussian_root, prediction):
     batch = Batch(np.arange(rows, dtype=np.int32), zeros, zeros, zeros, zeros, zeros == 1, latents,
                   np.zeros((rows, 2), np.int32), max_t, packing.noise_ids(np.arange(rows), 2))
     losses = baselines.linear_losses(cfg, baselines.fit_gaussian(cfg), batch)
-    t, _ = draw_noise(noise_key(cfg.seed, EVAL_STREAM), batch.noise_ids_BI2, max_t, SHAPE,
+    t, _ = draw_noise(eval_key(), batch.noise_ids_BI2, max_t, SHAPE,
                       cfg.diffusion.num_timesteps)
     used = np.asarray(t)[max_t > 0]
     want = least_error(prediction, schedule.alpha_bar(used))
@@ -145,59 +148,73 @@ def test_losses_on_held_out_rows(cfg, gaussian_root, prediction):
         assert total / count == pytest.approx(want[here].mean(), rel=0.05)
 
 
-def text(tokens, mask, segments=None, images=None):
-    tokens, mask = np.array([tokens], np.int32), np.array([mask], bool)
-    zeros = np.zeros_like(tokens)
-    segments = zeros + 1 if segments is None else np.array([segments], np.int32)
-    images = zeros if images is None else np.array([images], np.int32)
-    return Batch(zeros[:, 0], tokens, segments, images, zeros, mask, np.zeros((1, 1, *SHAPE), np.float32),
-                 zeros[:, :1], np.zeros((1, 1), np.float32), np.zeros((1, 1, 2), np.uint32))
+def test_fit_needs_no_source_without_a_share(cfg, gaussian_root):
+    """`prepare` never wrote it; and of text alone there is nothing to fit."""
+    cfg = gaussian_config(cfg, "v", gaussian_root)
+    never = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, mixture={"scenes": 1, "never": 0}))
+    for got, want in zip(baselines.fit_gaussian(never), baselines.fit_gaussian(cfg)):
+        np.testing.assert_array_equal(got, want)
+    words = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, mixture={"glosses": 1, "scenes": 0}))
+    assert baselines.fit_gaussian(words) is None
+
+
+def text(*rows):
+    """(token, next token) at scored positions of rows (tokens, mask)."""
+    pairs = [baselines.scored_pairs(np.array([t], np.int32), np.array([m], bool)) for t, m in rows]
+    return tuple(np.concatenate(x) for x in zip(*pairs))
 
 
 def trained():
     """Scored pairs of a vocabulary of 4: 0 -> 1 twice, 1 -> 2, 2 -> 1; the others are not scored."""
-    ngrams = baselines.Ngrams(4, with_images=False)
-    ngrams.add(text([0, 1, 2, 1, 3, 3], [1, 1, 1, 0, 0, 0]))
-    ngrams.add(text([0, 1, 3, 0], [1, 0, 0, 0]))
-    return ngrams
+    return baselines.Ngrams(4, *text(([0, 1, 2, 1, 3, 3], [1, 1, 1, 0, 0, 0]), ([0, 1, 3, 0], [1, 0, 0, 0])))
 
 
 UNIGRAM = (1 / 8, 4 / 8, 2 / 8, 1 / 8)  # add one to (0, 3, 1, 0)
 
 
 def test_only_scored_pairs_are_counted():
-    want = np.zeros((4, 4))
-    want[0, 1], want[1, 2], want[2, 1] = 2, 1, 1
-    np.testing.assert_array_equal(trained().pairs, want)
-
-
-def test_documents_with_images_are_counted_apart():
-    """A row of three documents, the middle one with an image (two patches)."""
-    row = text([0, 1, 0, 2, 0, 0, 3, 3, 0, 0], [1, 0, 1, 0, 0, 1, 0, 1, 0, 0], [1, 1, 2, 2, 2, 2, 2, 3, 3, 0],
-               [0, 0, 0, 0, 1, 1, 0, 0, 0, 0])
-    pairs = {}
-    for with_images in (True, False):
-        ngrams = baselines.Ngrams(4, with_images)
-        ngrams.add(row)
-        pairs[with_images] = {tuple(map(int, p)): ngrams.pairs[tuple(p)] for p in np.argwhere(ngrams.pairs)}
-    assert pairs == {True: {(0, 2): 1, (0, 3): 1}, False: {(0, 1): 1, (3, 0): 1}}
-    assert [a.tolist() for a in baselines.scored_pairs(row, False)] == [[0, 3], [1, 0]]
+    ngrams = trained()
+    assert dict(zip(ngrams.keys.tolist(), ngrams.pairs.tolist())) == {1: 2, 6: 1, 9: 1}  # 4 first + second
+    assert ngrams.first.tolist() == [2, 1, 1, 0] and ngrams.second.tolist() == [0, 3, 1, 0]
 
 
 def test_ngram_losses_by_hand():
     # Scored: 0 -> 1 and 1 -> 2, both certain to a bigram, whose best weight is then the largest.
-    unigram, bigram = trained().losses([text([0, 1, 2, 3], [1, 1, 0, 0])])
+    unigram, bigram = trained().losses(*text(([0, 1, 2, 3], [1, 1, 0, 0])))
     assert unigram == pytest.approx(-(math.log(UNIGRAM[1]) + math.log(UNIGRAM[2])) / 2)
     assert bigram == pytest.approx(-(math.log(0.95 + 0.05 / 2) + math.log(0.95 + 0.05 / 4)) / 2)
     # Scored: 0 -> 2 and, after a token never seen, 3 -> 1: a bigram is no help, its least weight is best.
-    unigram, bigram = trained().losses([text([0, 2, 3, 1], [1, 0, 1, 0])])
+    unigram, bigram = trained().losses(*text(([0, 2, 3, 1], [1, 0, 1, 0])))
     assert unigram == pytest.approx(-(math.log(1 / 4) + math.log(1 / 2)) / 2)
     assert bigram == pytest.approx(-(math.log(0.95 / 4) + math.log(0.95 / 2)) / 2)
-
-
-def test_ngram_losses_are_means_over_tokens_not_over_batches():
-    batches = [text([0, 1, 0, 1, 0, 1], [1, 0, 1, 0, 1, 0]), text([0, 3, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0])]
-    unigram, bigram = trained().losses(batches)
+    # p(1 | 0) = w + (1 - w) / 2 thrice, p(3 | 0) = (1 - w) / 8: least at w = 0.5. And a pair past all keys.
+    rows = ([0, 1, 0, 1, 0, 1], [1, 0, 1, 0, 1, 0]), ([0, 3, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0])
+    unigram, bigram = trained().losses(*text(*rows))
     assert unigram == pytest.approx(-(3 * math.log(1 / 2) + math.log(1 / 8)) / 4)
-    # p(1 | 0) = w + (1 - w) / 2, p(3 | 0) = (1 - w) / 8: least at w = 0.5.
     assert bigram == pytest.approx(-(3 * math.log(0.75) + math.log(0.5 / 8)) / 4)
+    assert trained().losses(*text(([3, 3], [1, 0])))[0] == pytest.approx(-math.log(1 / 8))
+
+
+def test_a_large_vocabulary_costs_what_was_seen():
+    """Of 10^6 tokens a table of pairs would hold 8 TB."""
+    V = 1_000_000
+    ngrams = baselines.Ngrams(V, np.array([V - 1, 0], np.int32), np.array([V - 2, V - 1], np.int32))
+    _, bigram = ngrams.losses(np.array([V - 1], np.int32), np.array([V - 2], np.int32))
+    assert bigram == pytest.approx(-math.log(0.95), abs=1e-5) and len(ngrams.keys) == 2
+
+
+def test_a_source_is_counted_document_by_document(cfg, monkeypatch):
+    """Every training document once; BOI is predicted, what follows EOI too, and nothing by BOI or patches."""
+    objective = make_objective(cfg)
+    source = PreparedSource(cfg.data.prepared, "stories", "train")
+    want = Counter()
+    for record in range(len(source)):
+        ids = [BOS]
+        for part in source.read(record):
+            ids += part.tolist() if part.ndim == 1 else [cfg.model.boi, cfg.model.eoi]
+        want.update((a, b) for a, b in zip(ids, [*ids[1:], EOS]) if a != cfg.model.boi)
+    ngrams = baselines.count_ngrams(cfg, objective, "stories")
+    V = cfg.model.vocab_size
+    assert {divmod(key, V): n for key, n in zip(ngrams.keys.tolist(), ngrams.pairs.tolist())} == want
+    monkeypatch.setattr(baselines, "MAX_DOCUMENTS", len(source) // 2)
+    assert 0.4 < baselines.count_ngrams(cfg, objective, "stories").pairs.sum() / want.total() < 0.6

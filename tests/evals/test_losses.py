@@ -1,12 +1,24 @@
-"""PSNR by hand, and the config of one source alone."""
+"""Held-out losses of every source: as training measures them, every document once, beside the baselines."""
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 
+from tests.conftest import fake_encode, tiny_config
+from tfusion import sharding
+from tfusion.config import MeshConfig
+from tfusion.data import prepared
+from tfusion.data.prepared import PreparedSource
+from tfusion.data.tokenizers import load_tokenizer
 from tfusion.evals import losses
+from tfusion.objectives import make_objective
+from tfusion.training import loop
+from tfusion.training.state import TrainState
 
 
 def test_psnr_by_hand():
@@ -22,19 +34,105 @@ def test_psnr_by_hand():
     assert losses.psnr(dark, half) == pytest.approx(10 * math.log10(255**2 / 200))
 
 
-def test_only_one_source_captions_first(cfg):
-    tree = dataclasses.asdict(cfg)
-    assert len(tree["data"]["mixture"]) > 1 and tree["data"]["caption_dropout"] > 0
-    assert tree["data"]["image_first_fraction"] > 0
-    tree["data"].update(mixture={"glosses": 1.0}, caption_dropout=0.0, image_first_fraction=0.0)
-    before = dataclasses.asdict(cfg)
-    assert dataclasses.asdict(losses.only(cfg, "glosses")) == tree  # and nothing else
-    assert dataclasses.asdict(cfg) == before
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
-def test_read_gives_documents_of_that_source_alone(cfg):
-    for split in ("train", "heldout"):
-        batches = list(losses.read(losses.only(cfg, "glosses"), split, 2))
-        assert len(batches) == 2 and all(len(b.row_ids_B) == cfg.train.batch_size for b in batches)
-        assert not any(b.image_ids_BT.any() for b in batches)
-    assert any(b.image_ids_BT.any() for b in losses.read(losses.only(cfg, "scenes"), "heldout", 2))
+@pytest.fixture(scope="module")
+def model(prepared_root):
+    """(config, parameters away from their initial zeros)."""
+    cfg = tiny_config(prepared_root)
+    with jax.set_mesh(sharding.parse_mesh(None)):
+        params = nn.meta.unbox(jax.jit(make_objective(cfg).init)(jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    return cfg, jax.tree.map(lambda x: x + 0.05 * rng.standard_normal(x.shape).astype(np.float32), params)
+
+
+@pytest.fixture(scope="module")
+def reported(model):
+    cfg, params = model
+    with jax.set_mesh(sharding.parse_mesh(None)):
+        return losses.report(cfg, params, load_tokenizer("byte"))
+
+
+def replace(cfg, group, **changes):
+    return dataclasses.replace(cfg, **{group: dataclasses.replace(getattr(cfg, group), **changes)})
+
+
+def test_all_held_out_documents_as_training_measures_them(model, reported, one_device_mesh):
+    """`train.eval_documents` is all that an evaluation in training leaves out."""
+    cfg, params = model
+    every = replace(cfg, "train", eval_documents=10**6)
+    held = loop.Held(every, make_objective(cfg), one_device_mesh, None)
+    want = held.evaluate(TrainState(np.int32(0), params, None, None))
+    figures, tables = reported
+    for source in ("scenes", "stories", "glosses"):
+        for name in {"lm_loss", "diffusion_loss"} & tables["held_out"][source].keys():
+            assert tables["held_out"][source][name] == pytest.approx(want[f"eval/{source}/{name}"], rel=1e-5)
+    assert "diffusion_loss" not in tables["held_out"]["glosses"]
+    assert figures["diffusion_loss"]["value"] == pytest.approx(want["eval/diffusion_loss"], rel=1e-5)
+    for i, value in enumerate(tables["linear_baseline"]["model"]):
+        assert value == pytest.approx(want[f"eval/diffusion_loss_bin{i}"], rel=1e-5)
+
+
+def test_every_image_and_every_token_counts_once(model, reported):
+    cfg, _ = model
+    figures, _ = reported
+    sources = {name: PreparedSource(cfg.data.prepared, name, "heldout") for name in cfg.data.mixture}
+    assert figures["diffusion_loss"]["n"] == sum(source.images.sum() for source in sources.values())
+    for name, source in sources.items():  # one more for EOS, one for each BOI
+        scored = source.text_tokens.sum() + len(source) + source.images.sum()
+        assert figures[f"{name}_lm_loss"]["n"] == scored
+        nats = figures[f"{name}_lm_loss"]["value"] * scored
+        assert figures[f"{name}_bits_per_byte"]["n"] == source.text_tokens.sum()  # a token is a byte here
+        assert figures[f"{name}_bits_per_byte"]["value"] == pytest.approx(
+            nats / math.log(2) / source.text_tokens.sum())
+
+
+def test_bytes_are_those_of_the_text(cfg, tmp_path):
+    """Not of the pieces, whose first one has a space that the text has not."""
+    texts, tokenizer = ["a panda on a teal canvas", "caf\u00e9 \U0001f43c", "x"], load_tokenizer("default")
+    image = np.zeros((32, 32, 3), np.uint8)
+    prepared.write_source(tmp_path / "t", [[texts[0], image], [texts[1]], [texts[2], image]],
+                          tokenizer.encode_batch, fake_encode)
+    source = PreparedSource(tmp_path, "t", ".")
+    held = SimpleNamespace(source=SimpleNamespace(source=source))
+    assert losses.text_bytes(held, tokenizer) == sum(len(text.encode()) for text in texts)
+
+
+def test_against_the_baselines(reported):
+    """A model that knows nothing loses to both; each source has both."""
+    figures, tables = reported
+    assert tables["ngrams"].keys() == {"scenes", "stories", "glosses"}
+    for name, row in tables["ngrams"].items():
+        assert row["bigram"] < row["unigram"] < row["model"]
+        for other in ("unigram", "bigram"):
+            assert figures[f"{name}_vs_{other}"]["value"] == pytest.approx(row["model"] - row[other])
+    assert figures["diffusion_vs_linear"]["value"] > 1
+
+
+def test_text_alone(model, tmp_path, capsys):
+    """No images, a source that was never prepared, one without held-out records: what there is, is measured."""
+    cfg, params = model
+    tokenizer = load_tokenizer("byte")
+    for split, texts in (("train", ["ab", "abc"]), ("heldout", ["abcd", "b"])):
+        prepared.write_source(tmp_path / "words" / split, [[t] for t in texts], tokenizer.encode_batch, None)
+    prepared.write_source(tmp_path / "more/train", [["ab"]], tokenizer.encode_batch, None)
+    prepared.write_source(tmp_path / "more/heldout", [], tokenizer.encode_batch, None)
+    prepared.write_meta(tmp_path, tokenizer, "", cfg.model.latent_shape)
+    cfg = replace(cfg, "data", prepared=str(tmp_path), mixture={"words": 1.0, "more": 1.0, "never": 0.0})
+    figures, tables = losses.report(cfg, params, tokenizer)
+    assert list(tables["held_out"]) == ["words"] and "linear_baseline" not in tables
+    assert figures.keys() == {f"words_{x}" for x in ("lm_loss", "bits_per_byte", "vs_unigram", "vs_bigram")}
+    assert figures["words_lm_loss"]["n"] == 7 and figures["words_bits_per_byte"]["n"] == 5
+    assert "'more' is not evaluated" in capsys.readouterr().out
+
+
+def test_rows_at_once_divide_over_the_devices(cfg):
+    assert losses.rows_at_once(cfg) == losses.POSITIONS // cfg.data.seq_len
+    long = replace(cfg, "data", seq_len=10**6)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(2, 2, 1, 1), jax.devices()[:4])):
+        assert losses.rows_at_once(long) == 4 and losses.rows_at_once(cfg) % 4 == 0

@@ -4,12 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from tfusion.data.scenes import CANVASES, is_held_out, render
+from tfusion.data.scenes import is_held_out, make_caption, render
 from tfusion.data.sources import scenes as scenes_source
 from tfusion.evals import scenes
 from tfusion.inference import decode
-
-LEVEL = {"canvas": 0.1, "sprites": 0.2, "relation": 0.25, "caption_canvas": 0.3, "caption_all": 0.4}
 
 
 def only(held, images, wanted):
@@ -38,64 +36,100 @@ def test_there_are_only_so_many_held_out_scenes(cfg):
     assert len(held) == len(images) == len(captions) > 256 and {s.caption for s in held} == captions
 
 
+def drawn_and_told(world, held, images, captions):
+    """All figures, over all scenes and by class, of pictures and captions."""
+    level = scenes.chance(held)
+    drawn, classes = scenes.metrics("generation", scenes.DRAWN, held,
+                                    scenes.judge_pictures(world, held, images), level["generation"])
+    told, more = scenes.metrics("caption", scenes.TOLD, held, scenes.judge_captions(world, held, captions),
+                                level["caption"])
+    return drawn | told, {name: classes[name] | more[name] for name in classes}
+
+
+def values(metrics, key="value"):
+    return {name: m[key] for name, m in metrics.items()}
+
+
 def test_chance_is_that_of_a_model_that_does_not_listen(cfg):
-    world, held, images = scenes.held_out(cfg, 64)
-    level = scenes.chance(world, held, images)
-    by_count = sum((sum(s.canvas == c for s in held) / 64) ** 2 for c in CANVASES)  # about 1 in 8
-    assert level["canvas"] == pytest.approx(by_count, abs=0.08)
-    assert 0.03 < level["canvas"] < 0.3
-    assert level["caption_canvas"] == level["canvas"]  # the same pairs of scenes, right on both sides
-    assert 0 <= level["sprites"] < 0.05 and 0 <= level["caption_all"] < 0.05
+    """The share of right answers over all pairs of different scenes, pictures and captions really scored."""
+    world, held, images = scenes.held_out(cfg, 24)
+    level, n = scenes.chance(held), len(held)
+    pairs = [(i, j) for i in range(n) for j in range(n) if i != j]
+    drawn = scenes.judge_pictures(world, [held[i] for i, _ in pairs], images[[j for _, j in pairs]])
+    told = scenes.judge_captions(world, [held[i] for i, _ in pairs], [held[j].caption for _, j in pairs])
+    for prefix, verdicts in (("generation", drawn), ("caption", told)):
+        for name in level[prefix]:
+            if name != "relation":
+                want = np.mean([v[name] for v in verdicts])
+                assert level[prefix][name].mean() == pytest.approx(want), (prefix, name)
+    assert 0.03 < level["generation"]["canvas"].mean() < 0.3
+    assert 0 < level["generation"]["sprites"].mean() < 0.05
 
 
-@pytest.mark.parametrize("n", [7, 14, 28])
+@pytest.mark.parametrize("n", [2, 3, 4])
 def test_chance_never_pairs_a_scene_with_itself(cfg, n):
-    world, held, images = scenes.held_out(cfg, n)
-    level = scenes.chance(world, held, images)
-    assert level["caption_all"] < 0.15 and level["canvas"] < 0.5
+    level = scenes.chance(scenes.held_out(cfg, n)[1])
+    for name in ("all", "exact"):
+        assert level["caption"][name].tolist() == [0] * n
+
+
+def test_one_scene_alone_has_no_chance_level(cfg):
+    world, held, images = scenes.held_out(cfg, 1)
+    metrics, _ = drawn_and_told(world, held, images, [held[0].caption])
+    assert metrics["generation_canvas"]["chance"] is None and metrics["generation_canvas"]["value"] == 1
 
 
 def test_perfect_pictures_and_captions_get_full_marks(cfg):
     world, held, images = scenes.held_out(cfg, 60)
-    verdicts, drawn = scenes.generation_metrics(world, held, images, LEVEL)
-    assert len(verdicts) == 60
-    assert {name: m["value"] for name, m in drawn.items()} == {
-        "generation_canvas": 1.0, "generation_sprites": 1.0, "generation_relation": 1.0}
-    verdicts, told = scenes.caption_metrics(world, held, [s.caption for s in held], LEVEL)
-    assert len(verdicts) == 60
-    assert {name: m["value"] for name, m in told.items()} == {
-        "caption_canvas": 1.0, "caption_all": 1.0, "caption_relation": 1.0, "caption_exact": 1.0}
-    pairs = sum(s.relation in ("left of", "above") for s in held)  # 'two' says nothing of order
-    assert drawn["generation_relation"]["n"] == told["caption_relation"]["n"] == pairs < 60
-    chances = {name: m["chance"] for name, m in (drawn | told).items()}
-    assert chances == {"generation_canvas": 0.1, "generation_sprites": 0.2, "generation_relation": 0.25,
-                       "caption_canvas": 0.3, "caption_all": 0.4, "caption_relation": 0.25,
-                       "caption_exact": None}
+    metrics, classes = drawn_and_told(world, held, images, [s.caption for s in held])
+    assert set(values(metrics).values()) == {1.0} and len(metrics) == 8
+    related = sum(s.relation != "" for s in held)
+    assert metrics["generation_relation"]["n"] == metrics["caption_relation"]["n"] == related < 60
+    assert list(classes) == ["one", "two", "left of", "above"]
+    for name, relation in (("one", ""), ("two", "two"), ("left of", "left of"), ("above", "above")):
+        assert values(classes[name]) == {"generation_all": 1.0, "caption_all": 1.0, "caption_exact": 1.0}
+        assert set(values(classes[name], "n").values()) == {sum(s.relation == relation for s in held)}
+    twos = sum(s.relation == "two" for s in held)
+    assert metrics["generation_relation"]["chance"] == pytest.approx(0.25 + 0.25 * twos / related)
+    assert metrics["caption_relation"]["chance"] == pytest.approx(0.25 + (1 / 3 - 0.25) * twos / related)
 
 
 def test_wrong_pictures_and_captions_do_not(cfg):
     world, held, images = scenes.held_out(cfg, 60)
     held, images = only(held, images, ("left of",))
-    mirrored = [s._replace(positions=s.positions[::-1]) for s in held]
-    _, drawn = scenes.generation_metrics(world, held, np.stack([render(world, s) for s in mirrored]), LEVEL)
-    assert drawn["generation_sprites"]["value"] == 1 and drawn["generation_relation"]["value"] == 0
+    mirrored = np.stack([render(world, s._replace(positions=s.positions[::-1])) for s in held])
     told = [s.caption.replace("left of", "above") for s in held]
-    _, told = scenes.caption_metrics(world, held, told, LEVEL)
-    assert told["caption_all"]["value"] == 1 and told["caption_relation"]["value"] == 0
-    assert told["caption_exact"]["value"] == 0
+    metrics, classes = drawn_and_told(world, held, mirrored, told)
+    assert values(metrics) == {
+        "generation_canvas": 1, "generation_sprites": 1, "generation_relation": 0, "generation_all": 0,
+        "caption_canvas": 1, "caption_relation": 0, "caption_all": 0, "caption_exact": 0}
+    assert values(classes["left of"]) == {"generation_all": 0, "caption_all": 0, "caption_exact": 0}
+    assert values(classes["two"]) == {"generation_all": None, "caption_all": None, "caption_exact": None}
 
 
-@pytest.mark.parametrize("wanted", [("", "two"), ("left of", "above")])
+def test_two_of_a_kind_misnamed_count_everywhere(cfg):
+    """'A star left of a star' for two stars: wrong as a relation, as a whole, and in its class."""
+    world, held, images = scenes.held_out(cfg, 60)
+    told = [s.caption if s.relation != "two" else make_caption(s.canvas, s.nouns, "left of") for s in held]
+    metrics, classes = drawn_and_told(world, held, images, told)
+    twos, n = sum(s.relation == "two" for s in held), len(held)
+    related = sum(s.relation != "" for s in held)
+    assert twos > 2
+    assert metrics["caption_all"]["value"] == metrics["caption_exact"]["value"] == pytest.approx(1 - twos / n)
+    assert metrics["caption_relation"]["value"] == pytest.approx(1 - twos / related)
+    assert classes["two"]["caption_all"]["value"] == 0 and classes["above"]["caption_all"]["value"] == 1
+
+
+@pytest.mark.parametrize("wanted", [("",), ("two", "left of", "above")])
 def test_nothing_to_say_of_relations(cfg, wanted):
     """Scenes without a relation to score, or none drawn and told well enough: no value, and no crash."""
-    world, held, images = scenes.held_out(cfg, 60)
+    world, held, images = scenes.held_out(cfg, 90)
     held, images = only(held, images, wanted)
     captions = [s.caption for s in held]
     if "left of" in wanted:
         images, captions = np.zeros_like(images), [""] * len(held)
-    _, drawn = scenes.generation_metrics(world, held, images, LEVEL)
-    _, told = scenes.caption_metrics(world, held, captions, LEVEL)
-    for metric in (drawn["generation_relation"], told["caption_relation"]):
+    metrics, _ = drawn_and_told(world, held, images, captions)
+    for metric in (metrics["generation_relation"], metrics["caption_relation"]):
         assert metric["value"] is None and metric["n"] == 0 and metric["low"] is metric["high"] is None
 
 

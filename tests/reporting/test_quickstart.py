@@ -177,12 +177,26 @@ METRICS = {
 }
 
 
+CLASSES = {
+    name: {
+        key: metric(f"{key}, {name}", value, n, 0.5, 1.0, 0.0, want)
+        for key, value, want in (
+            ("generation_all", 0.96, None),
+            ("caption_all", 0.95, None),
+            ("caption_exact", 0.91, 0.9),
+        )
+    }
+    for name, n in (("one", 15), ("two", 26))
+}
+
+
 def write_evaluation(folder: Path, n: int) -> None:
     rng = np.random.default_rng(1)
     write_json(
         folder / "metrics.json",
         {
             "metrics": METRICS,
+            "classes": CLASSES,
             "linear_baseline": {
                 "bins": [0.71, 0.52, 0.43, 0.30, 0.14],
                 "model": [0.42, 0.21, 0.13, 0.09, 0.08],
@@ -309,8 +323,8 @@ def test_page_is_whole_and_self_contained(run):
 
 def test_verdicts_and_faults_are_shown(run):
     text = report(run)
-    assert "Below what was wanted: 1 of 6, painted: objects in the right places" in text
-    assert text.count('<span class="good">✓</span>') == 5
+    assert "Below what was wanted: 1 of 8, painted: objects in the right places" in text
+    assert text.count('<span class="good">✓</span>') == 5 + 2
     assert text.count('<span class="bad">✗</span>') == 1
     assert "0.945 to 0.996 · n = 128" in text
     assert "wrong objects" in text and "wrong places" in text
@@ -328,12 +342,33 @@ def test_a_wanted_metric_without_a_value_is_not_reached(run):
     evaluation["metrics"]["fid"] |= unscored  # nothing is wanted of this one
     path.write_text(json.dumps(evaluation))
     text = report(run)
-    assert "Below what was wanted: 2 of 6, painted: exactly the right objects, painted:" in text
-    assert text.count('<span class="good">✓</span>') == 4
+    assert "Below what was wanted: 2 of 8, painted: exactly the right objects, painted:" in text
+    assert text.count('<span class="good">✓</span>') == 4 + 2
     assert text.count('<span class="bad">✗</span>') == 2
     row = text[text.index("<td>painted: exactly the right objects") :]
     row = row[: row.index("</tr>")]
     assert '<td class="value">–<small>n = 0</small>' in row and "✗" in row and "≥ 0.8" in row
+
+
+def test_a_class_of_scenes_that_fails_is_named(run):
+    """Each class has its row; one that is asked for more than it gives counts in the verdict."""
+    path = run / "transfusion/evaluation/metrics.json"
+    evaluation = json.loads(path.read_text())
+    evaluation["classes"]["two"]["caption_exact"]["value"] = 0.08
+    path.write_text(json.dumps(evaluation))
+    text = report(run)
+    assert "2 of 8, painted: objects in the right places, caption_exact, two" in text
+    row = text[text.index('<td class="" data-label="class of scene">two') :]
+    row = row[: row.index("</tr>")]
+    assert ">26<" in row and "0.080" in row and row.count("✗") == 1 and "0.950" in row
+
+
+def test_a_run_without_scenes_has_no_classes(run):
+    path = run / "transfusion/evaluation/metrics.json"
+    evaluation = json.loads(path.read_text())
+    del evaluation["classes"]
+    path.write_text(json.dumps(evaluation))
+    assert "class of scene" not in report(run)
 
 
 def test_a_leak_in_the_mask_is_counted(run):

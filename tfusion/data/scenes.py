@@ -127,7 +127,8 @@ class Scene(NamedTuple):
 
 
 class Label(NamedTuple):
-    """What a caption claims; canvas '' if it names none or several, UNKNOWN for foreign words."""
+    """What a caption claims; canvas '' if it names none or several, UNKNOWN for foreign words and for
+    several relations."""
 
     canvas: str
     nouns: tuple[str, ...]
@@ -267,7 +268,8 @@ def parse_caption(world: World, text: str) -> Label | None:
     if not colours and not set(nouns) - {UNKNOWN}:
         return None
     phrase = " ".join(words)
-    relation = next((r for r in RELATIONS[1:] if re.search(rf"\b{r}\b", phrase)), "")
+    found = [r for r in RELATIONS[1:] if re.search(rf"\b{r}\b", phrase)]
+    relation = found[0] if len(found) == 1 else UNKNOWN if found else ""
     if relation and len(nouns) == 1:
         nouns += nouns if relation == "two" else (UNKNOWN,)
     return Label(colours.pop() if len(colours) == 1 else "", nouns, relation)

@@ -1,28 +1,33 @@
 """What a model must beat: the best linear denoiser, and n-grams of the training tokens.
 
-Both are scored on exactly the positions, t and noise that the model is scored on.
+Both are scored on exactly the positions, t and noise that the model is scored on. Of a large data set they
+see a sample, which is plenty for what they can learn.
 """
 
 import jax
 import numpy as np
 
 from tfusion.config import Config
+from tfusion.data.documents import Documents
 from tfusion.data.prepared import PreparedSource
 from tfusion.diffusion import process, schedule
 from tfusion.objectives.transfusion import diffusion_losses, draw_noise
-from tfusion.training.step import EVAL_STREAM, noise_key
+from tfusion.training.step import eval_key
 
 LAMBDAS = np.linspace(0.05, 0.95, 19)
-MAX_LATENTS = 20_000
+MAX_LATENTS = 20_000  # of each source
+MAX_DOCUMENTS = 200_000  # of each source
 
 
 def fit_gaussian(cfg: Config):
-    """(mean (D,), eigenvalues (D,), eigenvectors (D, D)) of the training latents, D = h w c."""
+    """(mean (D,), eigenvalues (D,), eigenvectors (D, D)) of the training latents, D = h w c; None of none."""
     latents = []
-    for name, share in cfg.data.mixture.items():
+    for name in (name for name, share in cfg.data.mixture.items() if share > 0):
         source = PreparedSource(cfg.data.prepared, name, "train")
-        if share > 0 and source.meta["images"]:
+        if source.meta["images"]:
             latents.append(np.load(source.folder / "latents.npy", mmap_mode="r")[:MAX_LATENTS])
+    if not latents:
+        return None
     x = np.concatenate(latents).reshape(-1, np.prod(cfg.model.latent_shape)).astype(np.float64)
     mean = x.mean(0)
     values, vectors = np.linalg.eigh(np.cov(x - mean, rowvar=False))
@@ -44,8 +49,7 @@ def linear_prediction(cfg: Config, gaussian, x_t, a):
 
 def linear_losses(cfg: Config, gaussian, batch) -> dict:
     """{name: (sum, count)} of the linear predictor, as the model's diffusion losses on held-out rows."""
-    key = noise_key(cfg.seed, EVAL_STREAM)
-    t, eps = draw_noise(key, batch.noise_ids_BI2, batch.max_t_BI, cfg.model.latent_shape,
+    t, eps = draw_noise(eval_key(), batch.noise_ids_BI2, batch.max_t_BI, cfg.model.latent_shape,
                         cfg.diffusion.num_timesteps)
     a = schedule.alpha_bar(t)
     x_t = process.add_noise(batch.latents_BIhwc, eps, a)
@@ -55,33 +59,41 @@ def linear_losses(cfg: Config, gaussian, batch) -> dict:
     return jax.device_get(diffusion_losses(prediction, target, t, batch.max_t_BI))
 
 
-def scored_pairs(batch, with_images: bool):
-    """(token, next token) at every scored position of documents with or without images, each (n,)."""
-    B, T = batch.tokens_BT.shape
-    has_image = np.zeros((B, T + 1), bool)  # by document
-    row, position = np.nonzero(batch.image_ids_BT)
-    has_image[row, batch.segment_ids_BT[row, position]] = True
-    chosen = np.take_along_axis(has_image, batch.segment_ids_BT, axis=1) == with_images
-    chosen &= batch.loss_mask_BT
-    return batch.tokens_BT[chosen], np.roll(batch.tokens_BT, -1, axis=1)[chosen]
+def scored_pairs(tokens, mask):
+    """(token, next token) at every scored position, each (n,). tokens, mask: (..., T)."""
+    return tokens[mask], np.roll(tokens, -1, axis=-1)[mask]
 
 
 class Ngrams:
-    """Unigram with add-one smoothing, and a bigram interpolated with it, of one kind of document."""
+    """Unigram with add-one smoothing, and a bigram interpolated with it, of pairs (token, next token)."""
 
-    def __init__(self, vocab_size: int, with_images: bool):
-        self.pairs, self.with_images = np.zeros((vocab_size, vocab_size)), with_images
+    def __init__(self, vocab_size: int, first, second):
+        self.V = vocab_size
+        self.keys, self.pairs = np.unique(first.astype(np.int64) * vocab_size + second, return_counts=True)
+        self.first, self.second = (np.bincount(x, minlength=vocab_size) for x in (first, second))
 
-    def add(self, batch) -> None:
-        np.add.at(self.pairs, scored_pairs(batch, self.with_images), 1)
-
-    def losses(self, batches: list) -> tuple[float, float]:
+    def losses(self, first, second) -> tuple[float, float]:
         """(unigram, bigram), mean nats per scored token. The bigram's weight is the best for these very
         tokens, which favours the baseline.
         """
-        a, b = (np.concatenate(x) for x in zip(*(scored_pairs(batch, self.with_images) for batch in batches)))
-        counts = self.pairs.sum(0)
-        unigram = ((counts + 1) / (counts.sum() + len(counts)))[b]
-        bigram = self.pairs[a, b] / np.maximum(self.pairs.sum(1), 1)[a]
+        unigram = ((self.second + 1) / (self.second.sum() + self.V))[second]
+        keys = first.astype(np.int64) * self.V + second
+        place = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        count = np.where(self.keys[place] == keys, self.pairs[place], 0)
+        bigram = count / np.maximum(self.first, 1)[first]
         mixed = [-np.log(weight * bigram + (1 - weight) * unigram).mean() for weight in LAMBDAS]
         return float(-np.log(unigram).mean()), float(min(mixed))
+
+
+def count_ngrams(cfg: Config, objective, name: str) -> Ngrams | None:
+    """N-grams of one source's training documents, each once, captions first, as held-out ones are laid out;
+    None where they hold no text. Of more than MAX_DOCUMENTS, as many evenly spread ones.
+    """
+    source = Documents(cfg, objective, name, "train")
+    step = max(1, len(source) // MAX_DOCUMENTS)
+    pairs = []
+    for document in zip(*(x.tolist() for x in source.locate(np.arange(0, len(source), step)))):
+        example = source.read(*document)
+        pairs.append(scored_pairs(example.tokens_L, example.loss_mask_L))
+    first, second = (np.concatenate(x) for x in zip(*pairs))
+    return Ngrams(cfg.model.vocab_size, first, second) if source.source.meta["tokens"] else None

@@ -1,99 +1,129 @@
-"""Held-out losses of a trained model beside those of the baselines."""
+"""Held-out losses of a trained model beside those of the baselines, source by source.
 
-import dataclasses
+Every held-out document is looked at exactly once (data/heldout.py), on the noise of every evaluation. The
+language-model loss is the mean over all scored positions: every token of the text, and the BOI and EOS that the
+text could have been followed by instead. Per byte, the same nats, all of them, are divided by the bytes of the
+text itself (UTF-8), so that models with different tokenizers can be compared.
+"""
+
+import math
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+from tfusion import sharding
 from tfusion.config import Config
-from tfusion.data import pipeline
+from tfusion.data.heldout import HeldOut, open_heldout
 from tfusion.evals import statistics
-from tfusion.evals.baselines import Ngrams, fit_gaussian, linear_losses
+from tfusion.evals.baselines import count_ngrams, fit_gaussian, linear_losses, scored_pairs
 from tfusion.objectives import make_objective
 from tfusion.objectives.transfusion import NUM_BINS
-from tfusion.training.metrics import Losses
 from tfusion.training.step import make_eval_step
 
-TEXT_BATCHES, DIFFUSION_BATCHES = 64, 128
+POSITIONS = 8192  # looked at at once by each share of the devices: the figures do not depend on it
+BINS = [f"diffusion_loss_bin{i}" for i in range(NUM_BINS)]
 
 
-def only(cfg: Config, source: str) -> Config:
-    """The config with one source alone, captions always first: language without pictures to look at."""
-    data = dataclasses.replace(cfg.data, mixture={source: 1.0}, image_first_fraction=0.0,
-                               caption_dropout=0.0)
-    return dataclasses.replace(cfg, data=data)
+class Sums(NamedTuple):
+    """Of one source's held-out documents, or of several sources'."""
+
+    model: dict  # {name: array (sum, count)}
+    linear: dict  # the same of the linear predictor; empty without images
+    images: int
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(*({name: a.get(name, 0) + b.get(name, 0) for name in a | b}
+                      for a, b in zip(self[:2], other[:2])), self.images + other.images)
 
 
-def read(cfg: Config, split: str, batches: int):
-    """The first batches of a split, one after the other."""
-    rows = pipeline.open_rows(cfg, make_objective(cfg), split)
-    return pipeline.batches(rows, 0, batches, cfg.train.batch_size)
+def rows_at_once(cfg: Config) -> int:
+    shards = sharding.num_shards("batch")
+    return max(1, POSITIONS // cfg.data.seq_len) * shards
 
 
-def model_losses(cfg: Config, params, batches: list) -> dict:
-    """{name: mean} over batches, on the fixed noise of evaluations."""
-    step, losses = jax.jit(make_eval_step(make_objective(cfg), cfg)), Losses()
-    for batch in batches:
-        losses.add(0, step(params, batch))
-    return losses.means("")
+def measure(cfg: Config, params, held: HeldOut, eval_step, gaussian, name: str):
+    """(Sums, (token, next token) at every scored position) of one source."""
+    sums, pairs, rows = Sums({}, {}, 0), [], rows_at_once(cfg)
+    for batch in tqdm(held.batches(rows), desc=f"held out: {name}", unit="batch", total=-(-len(held) // rows)):
+        images = int((batch.max_t_BI > 0).sum())
+        model, linear = (
+            {key: np.array(pair, np.float64) for key, pair in losses.items()}
+            for losses in (jax.device_get(eval_step(params, batch)),
+                           linear_losses(cfg, gaussian, batch) if images else {}))
+        sums += Sums(model, linear, images)
+        pairs.append(scored_pairs(batch.tokens_BT, batch.loss_mask_BT))
+    return sums, [np.concatenate(x) for x in zip(*pairs)]
 
 
-def diffusion_report(cfg: Config, params) -> tuple[dict, dict]:
-    """(metrics, {'bins': linear losses, 'model': model losses} by noise level) on held-out rows."""
-    batches = list(read(cfg, "heldout", DIFFUSION_BATCHES))
-    gaussian, linear = fit_gaussian(cfg), Losses()
-    for batch in tqdm(batches, desc="linear baseline", unit="batch"):
-        linear.add(0, linear_losses(cfg, gaussian, batch))
-    ours, theirs = model_losses(cfg, params, batches), linear.means("")
-    names = [f"diffusion_loss_bin{i}" for i in range(NUM_BINS)]
-    ratios = [ours[name] / theirs[name] for name in names]
+def mean(losses: dict, name: str) -> float:
+    total, count = losses[name]
+    return float(total / count)
+
+
+def text_bytes(held: HeldOut, tokenizer) -> int:
+    """UTF-8 bytes of a source's held-out texts, as far as they are looked at: whole records."""
+    parts = (part for record in range(len(held.source.source)) for part in held.source.source.read(record))
+    return sum(len(tokenizer.decode(part.tolist()).encode()) for part in parts if part.ndim == 1)
+
+
+def text_figures(name: str, row: dict, tokens: int) -> dict:
+    """A source's figures: its loss, and how much less it is than the baselines'."""
+    title = f"LM loss on held-out {name}"
+    return {
+        f"{name}_lm_loss": statistics.number(f"{title} (nats per token)", row["model"], "lower", n=tokens),
+        f"{name}_bits_per_byte": statistics.number(
+            f"{title} (bits per byte)", row["bits_per_byte"], "lower", n=row["bytes"]),
+        f"{name}_vs_unigram": statistics.number(
+            f"{title} less a unigram's (nats per token)", row["model"] - row["unigram"], "lower", -0.5,
+            tokens),
+        f"{name}_vs_bigram": statistics.number(
+            f"{title} less an interpolated bigram's (nats per token)", row["model"] - row["bigram"], "lower",
+            0.0, tokens)}
+
+
+def diffusion_figures(sums: Sums) -> tuple[dict, dict]:
+    """(figures over all images, {'bins': linear losses, 'model': model losses} by noise level)."""
+    ours, theirs, n = sums.model, sums.linear, sums.images
+    used = [name for name in BINS if ours[name][1]]  # of a few images, none may fall in a bin
+    ratios = {name: mean(ours, name) / mean(theirs, name) for name in ("diffusion_loss", *used)}
+    by_bin = [[mean(x, name) if name in used else None for name in BINS] for x in (theirs, ours)]
     title = "Diffusion loss / that of the best linear predictor, "
-    images = int(sum((batch.max_t_BI > 0).sum() for batch in batches))
     return {
         "diffusion_loss": statistics.number(
-            "Held-out diffusion loss", ours["diffusion_loss"], "lower", n=images),
+            "Held-out diffusion loss", mean(ours, "diffusion_loss"), "lower", n=n),
         "diffusion_vs_linear": statistics.number(
-            title + "all noise levels", ours["diffusion_loss"] / theirs["diffusion_loss"], "lower", 0.75,
-            images),
+            title + "all noise levels", ratios.pop("diffusion_loss"), "lower", 0.75, n),
         "diffusion_vs_linear_worst_bin": statistics.number(
-            title + "worst noise level", max(ratios), "lower", 0.75, images),
-    }, {"bins": [theirs[name] for name in names], "model": [ours[name] for name in names]}
+            title + "worst noise level", max(ratios.values()), "lower", 0.75, n),
+    }, dict(zip(("bins", "model"), by_bin))
 
 
-def count_ngrams(cfg: Config) -> dict[str, Ngrams]:
-    """{title: n-grams of the very rows trained on}: of documents with images, and of the others."""
-    ngrams = {"captions": Ngrams(cfg.model.vocab_size, True), "glosses": Ngrams(cfg.model.vocab_size, False)}
-    for batch in tqdm(read(cfg, "train", cfg.train.num_steps), desc="n-grams", unit="batch",
-                      total=cfg.train.num_steps):
-        for counts in ngrams.values():
-            counts.add(batch)
-    return ngrams
-
-
-def text_report(cfg: Config, params) -> tuple[dict, dict]:
-    """(metrics, n-gram table): language-model loss on held-out captions and glosses, nats per token."""
-    table, tokens = {}, {}
-    ngrams = count_ngrams(cfg)
-    for title, source in (("captions", "scenes"), ("glosses", "glosses")):
-        if cfg.data.mixture.get(source):
-            batches = list(read(only(cfg, source), "heldout", TEXT_BATCHES))
-            unigram, bigram = ngrams[title].losses(batches)
-            table[title] = {"model": model_losses(cfg, params, batches)["lm_loss"], "unigram": unigram,
-                            "bigram": bigram}
-            tokens[title] = int(sum(b.loss_mask_BT.sum() for b in batches))
-    metrics = {}
-    if "captions" in table:
-        row = table["captions"]
-        metrics["captions_vs_bigram"] = statistics.number(
-            "LM loss on held-out captions less that of a bigram (nats)", row["model"] - row["bigram"],
-            "lower", 0.0, tokens["captions"])
-    if "glosses" in table:
-        row = table["glosses"]
-        metrics["glosses_vs_unigram"] = statistics.number(
-            "LM loss on held-out glosses less that of a unigram (nats)", row["model"] - row["unigram"],
-            "lower", -0.5, tokens["glosses"])
-    return metrics, table
+def report(cfg: Config, params, tokenizer) -> tuple[dict, dict]:
+    """(figures, {'held_out': losses by source, 'ngrams': table by source, 'linear_baseline': by noise level})
+    on all held-out documents. Sources without any are named and left out (data/heldout.py).
+    """
+    objective, figures, total = make_objective(cfg), {}, Sums({}, {}, 0)
+    eval_step, gaussian = jax.jit(make_eval_step(objective)), fit_gaussian(cfg)
+    held_out, ngrams = {}, {}
+    for name, held in open_heldout(cfg, objective).items():
+        sums, pairs = measure(cfg, params, held, eval_step, gaussian, name)
+        total += sums
+        held_out[name] = {key: mean(sums.model, key) for key in objective.weights if sums.model[key][1]}
+        counts = count_ngrams(cfg, objective, name) if len(pairs[0]) else None
+        if counts:
+            nats, size = float(sums.model["lm_loss"][0]), text_bytes(held, tokenizer)
+            row = dict(zip(("unigram", "bigram"), counts.losses(*pairs)), model=held_out[name]["lm_loss"])
+            ngrams[name] = row
+            per_byte = {"bits_per_byte": nats / math.log(2) / max(size, 1), "bytes": size}
+            held_out[name] |= per_byte
+            figures |= text_figures(name, row | per_byte, len(pairs[0]))
+    tables = {"held_out": held_out, "ngrams": ngrams}
+    if total.images:
+        more, tables["linear_baseline"] = diffusion_figures(total)
+        figures |= more
+    return figures, tables
 
 
 def psnr(images, reconstructions) -> float:

@@ -1,24 +1,37 @@
 """Composed scenes, both ways: pictures drawn for held-out captions, captions written for held-out pictures.
 
-The scenes' labels are known, so no learned detector is needed (evals/scene_matcher.py). Chance is measured:
-real held-out scenes scored against the captions of other scenes, what a model would get that draws or
-describes valid scenes and ignores what it is given.
+The scenes' labels are known, so no learned detector is needed (evals/scene_matcher.py). Chance is counted:
+how many of the other held-out scenes would pass for each, what a model would get that draws or describes
+valid scenes and ignores what it is given. No two scenes share a caption, so that of a whole one is 0.
 """
 
 import numpy as np
 from tqdm import tqdm
 
 from tfusion.config import Config
-from tfusion.data.scenes import render
+from tfusion.data.scenes import parse_caption, render
 from tfusion.data.sources import scenes as scenes_source
 from tfusion.evals import statistics
-from tfusion.evals.scene_matcher import score_caption, score_generation
+from tfusion.evals.scene_matcher import judge_caption, judge_picture, see
 from tfusion.inference import decode
 
 CHUNK = 64  # prompts decoded at once
-CHANCE_ROTATIONS = 4
 MAX_CAPTION_TOKENS = 24
-PAIRS = ("left of", "above")
+CLASSES = {"": "one", "two": "two", "left of": "left of", "above": "above"}  # by a scene's relation
+# What is scored: a verdict's name, its title, the value wanted.
+DRAWN = (("canvas", "Drawn: the canvas has the colour asked for", 0.98),
+         ("sprites", "Drawn: exactly the sprites asked for, and looking right", 0.95),
+         ("relation", "Drawn: they stand as asked, where both are there", 0.95),
+         ("all", "Drawn: all of it", None))
+TOLD = (("canvas", "Told: the canvas's colour", 0.98),
+        ("relation", "Told: how they stand, where both are named", None),
+        ("all", "Told: the colour, the sprites and how they stand", 0.90),
+        ("exact", "Told: the caption word for word", 0.95))
+BY_CLASS = {"generation_all": None, "caption_all": None, "caption_exact": 0.90}  # wanted of every class
+# The level of a relation, by symmetry, once the nouns are right: for a pair, which of two and which first;
+# for 'two', side by side or not, and one of three ways to say it.
+RELATION_CHANCE = {"generation": {"two": 1 / 2, "left of": 1 / 4, "above": 1 / 4},
+                   "caption": {"two": 1 / 3, "left of": 1 / 4, "above": 1 / 4}}
 
 
 def in_chunks(cfg: Config, params, prompts: list, title: str, **options) -> list:
@@ -63,51 +76,51 @@ def describe(cfg: Config, params, codec, tokenizer, images) -> list[str]:
     return [tokenizer.decode(p[0].tolist()) if p else "" for p in parts]
 
 
-def switches(cfg: Config, params, tokenizer, scenes: list) -> list[bool]:
-    """Whether LM mode, given a whole caption, goes straight into diffusion mode by itself."""
-    prompts = [[np.array(tokenizer.encode(scene.caption))] for scene in scenes]
-    room = max(len(p[0]) for p in prompts) + cfg.model.num_patches + 4
-    rows = in_chunks(cfg, params, prompts, "switch", max_new_tokens=1, max_images=1, max_len=room)
-    return [bool(parts) and parts[0].ndim == 3 for parts in rows]
+def judge_captions(world, scenes: list, captions: list) -> list[dict]:
+    """A verdict per caption: evals/scene_matcher.judge_caption, and `exact`: word for word."""
+    return [judge_caption(scene, parse_caption(world, text)) | {"exact": text == scene.caption}
+            for scene, text in zip(scenes, captions)]
 
 
-def chance(world, scenes: list, images) -> dict:
-    """Measured chance levels of both directions."""
-    drawn, told, n = [], [], len(scenes)
-    for shift in range(1, CHANCE_ROTATIONS + 1):
-        others = np.roll(np.arange(n), shift * n // (CHANCE_ROTATIONS + 1))
-        drawn += [score_generation(world, s, images[j]) for s, j in zip(scenes, others)]
-        told += [score_caption(world, s, scenes[j].caption) for s, j in zip(scenes, others)]
-    mean = {name: float(np.mean([s[name] for s in drawn])) for name in ("canvas", "sprites")}
-    return mean | {"caption_canvas": float(np.mean([s["canvas"] for s in told])),
-                   "caption_all": float(np.mean([s["all"] for s in told])),
-                   "relation": 1 / 4}  # by symmetry: which of two relations, and which of them first
+def judge_pictures(world, scenes: list, images) -> list[dict]:
+    """A verdict per picture: evals/scene_matcher.judge_picture."""
+    return [judge_picture(scene, see(world, image)) for scene, image in zip(scenes, images)]
 
 
-def generation_metrics(world, scenes: list, images, level: dict) -> tuple[list, dict]:
-    """(verdict per picture, metrics). Relations: pairs of different sprites, where both are there."""
-    verdicts = [score_generation(world, scene, image) for scene, image in zip(scenes, images)]
-    relation = [v["relation"] for s, v in zip(scenes, verdicts) if s.relation in PAIRS and v["sprites"]]
-    return verdicts, {
-        "generation_canvas": statistics.share(
-            "Drawn: the canvas has the colour asked for", [v["canvas"] for v in verdicts],
-            level["canvas"], 0.98),
-        "generation_sprites": statistics.share(
-            "Drawn: exactly the sprites asked for", [v["sprites"] for v in verdicts], level["sprites"], 0.95),
-        "generation_relation": statistics.share(
-            "Drawn: they stand as asked, where both are there", relation, level["relation"], 0.95)}
+def chance(scenes: list) -> dict:
+    """{'generation' | 'caption': {verdict: level of each scene, float (n,)}}, NaN where there is none."""
+    n = len(scenes)
+
+    def right(key):
+        """Of each scene, the share of the others that would pass for it."""
+        keys = [key(scene) for scene in scenes]
+        return np.array([(keys.count(k) - 1) / (n - 1) if n > 1 else np.nan for k in keys])
+
+    def relation(prefix):
+        return np.array([RELATION_CHANCE[prefix].get(scene.relation, np.nan) for scene in scenes])
+
+    canvas, whole = right(lambda s: s.canvas), right(lambda s: s.caption)
+    return {"generation": {"canvas": canvas, "sprites": right(lambda s: sorted(s.nouns)),
+                           "relation": relation("generation"), "all": whole},
+            "caption": {"canvas": canvas, "relation": relation("caption"), "all": whole, "exact": whole}}
 
 
-def caption_metrics(world, scenes: list, captions: list, level: dict) -> tuple[list, dict]:
-    """(verdict per caption, metrics)."""
-    verdicts = [score_caption(world, scene, text) for scene, text in zip(scenes, captions)]
-    relation = [v["relation"] for s, v in zip(scenes, verdicts) if s.relation in PAIRS and v["sprites"]]
-    return verdicts, {
-        "caption_canvas": statistics.share(
-            "Told: the canvas's colour", [v["canvas"] for v in verdicts], level["caption_canvas"], 0.98),
-        "caption_all": statistics.share(
-            "Told: all sprites and the colour", [v["all"] for v in verdicts], level["caption_all"], 0.90),
-        "caption_relation": statistics.share(
-            "Told: how they stand, where both are named", relation, level["relation"]),
-        "caption_exact": statistics.share(
-            "Told: the caption word for word", [t == s.caption for s, t in zip(scenes, captions)], None)}
+def metrics(prefix: str, figures: tuple, scenes: list, verdicts: list, level: dict) -> tuple[dict, dict]:
+    """(figures over all scenes, {class: figures}): shares of right verdicts, each with its chance.
+
+    figures: DRAWN or TOLD. level: that of `chance`.
+    """
+    def share(title, name, chosen, want):
+        scored = [i for i in chosen if verdicts[i][name] is not None]
+        by_chance = float(np.mean(level[name][scored])) if scored else None
+        return statistics.share(title, [verdicts[i][name] for i in scored], by_chance, want)
+
+    every = range(len(scenes))
+    whole = {f"{prefix}_{name}": share(title, name, every, want) for name, title, want in figures}
+    classes = {
+        word: {f"{prefix}_{name}": share(f"{title}, {word}", name,
+                                         [i for i in every if scenes[i].relation == relation],
+                                         BY_CLASS[f"{prefix}_{name}"])
+               for name, title, _ in figures if f"{prefix}_{name}" in BY_CLASS}
+        for relation, word in CLASSES.items()}
+    return whole, classes

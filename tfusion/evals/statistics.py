@@ -14,8 +14,9 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def share(title: str, hits: list, chance: float | None = None, want: float | None = None) -> dict:
-    """A proportion of hits (bools); wanted at least `want`."""
+    """A proportion of hits (bools); wanted at least `want`. A chance level of NaN is none."""
     n = len(hits)
+    chance = None if chance is None or math.isnan(chance) else chance
     low, high = wilson(sum(hits), n) if n else (None, None)
     return {"title": title, "value": sum(hits) / n if n else None, "n": n, "low": low, "high": high,
             "chance": chance, "want": want, "better": "higher"}

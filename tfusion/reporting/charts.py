@@ -37,26 +37,35 @@ def losses(run: RunFiles) -> str:
 
 def lm_loss(run: RunFiles) -> str:
     """Next-token loss over steps."""
-    drawn = plots.loss(
-        "LM loss over steps",
-        run.series(TRAIN, "train/lm_loss"),
-        run.optional_series(TRAIN, "eval/lm_loss"),
-        (plots.TEXT, plots.TEXT_LIGHT),
-    )
-    return page.card("LM loss", "Next-token loss on text, in nats per token.", drawn)
+    reading = "Next-token loss on text, in nats per token."
+    return loss_over_steps(run, "LM loss", "lm_loss", (plots.TEXT, plots.TEXT_LIGHT), reading)
 
 
 def diffusion_loss(run: RunFiles) -> str:
     """Denoising loss over steps."""
+    reading = "Squared error per latent element, over all noise levels."
+    return loss_over_steps(
+        run, "Diffusion loss", "diffusion_loss", (plots.IMAGE, plots.IMAGE_LIGHT), reading
+    )
+
+
+def loss_over_steps(
+    run: RunFiles, title: str, name: str, colours: tuple[str, str], reading: str
+) -> str:
+    """One loss, in training and held out, over all documents and of each source apart."""
+    by_source = {
+        source: run.series(TRAIN, f"eval/{source}/{name}") for source in run.sources(name)
+    }
     drawn = plots.loss(
-        "Diffusion loss over steps",
-        run.series(TRAIN, "train/diffusion_loss"),
-        run.optional_series(TRAIN, "eval/diffusion_loss"),
-        (plots.IMAGE, plots.IMAGE_LIGHT),
+        f"{title} over steps",
+        run.series(TRAIN, f"train/{name}"),
+        run.optional_series(TRAIN, f"eval/{name}"),
+        by_source if len(by_source) > 1 else {},
+        colours,
     )
-    return page.card(
-        "Diffusion loss", "Squared error per latent element, over all noise levels.", drawn
-    )
+    if len(by_source) > 1:
+        reading += " Dotted: held-out documents of each source."
+    return page.card(title, reading, drawn)
 
 
 def diffusion_bins(run: RunFiles) -> str:
@@ -85,6 +94,8 @@ def linear_baseline(run: RunFiles) -> str:
     baseline = run.json(METRICS).get("linear_baseline")
     if not baseline:
         raise Missing(f"{run.root / METRICS} holds no linear_baseline")
+    if None in baseline["model"]:
+        raise Missing(f"{run.root / METRICS} holds no held-out image of some noise level")
     drawn = plots.against_linear(
         "Held-out diffusion loss against a linear predictor", baseline["model"], baseline["bins"]
     )

@@ -112,9 +112,15 @@ def _legend(ax: Axes, columns: int) -> None:
     )
 
 
-def loss(name: str, train: Series, held_out: Series | None, colours: tuple[str, str]) -> str:
-    """Training loss (light, and its running mean) and held-out loss (dots) over steps. The axis
-    leaves out the first moments, which would flatten the rest."""
+def loss(
+    name: str,
+    train: Series,
+    held_out: Series | None,
+    by_source: dict[str, Series],
+    colours: tuple[str, str],
+) -> str:
+    """Training loss (light, and its running mean) and held-out loss (dots; dotted lines for single
+    sources) over steps. The axis leaves out the first moments, which would flatten the rest."""
 
     def draw(ax: Axes) -> None:
         mean = smooth(train)
@@ -132,6 +138,18 @@ def loss(name: str, train: Series, held_out: Series | None, colours: tuple[str, 
                 label="held out",
             )
             shown.append(held_out.values)
+        for source, series in by_source.items():
+            ax.plot(*series, color=GREY, linewidth=0.9, linestyle=":")
+            ax.annotate(
+                source,
+                (series.steps[-1], series.values[-1]),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="right",
+                fontsize=8,
+                color=GREY,
+            )
+            shown.append(series.values)
         settled = np.concatenate([values[max(1, len(values) // 40) - 1 :] for values in shown])
         low, high = min(train.values.min(), settled.min()), settled.max()
         ax.set_ylim(low - 0.04 * (high - low), high + 0.06 * (high - low) + 1e-9)

@@ -97,9 +97,16 @@ def verdict(metric: dict[str, Any]) -> bool | None:
     return metric["value"] <= metric["want"]
 
 
+def wanted(run: RunFiles) -> list[dict[str, Any]]:
+    """Every figure, those of single classes of scenes too."""
+    found = run.json(METRICS)
+    classes = found.get("classes", {}).values()
+    return [*found["metrics"].values(), *(m for figures in classes for m in figures.values())]
+
+
 def header(run: RunFiles) -> str:
     """Title, verdict, facts, and a first handful of pictures."""
-    metrics = run.json(METRICS)["metrics"].values()
+    metrics = wanted(run)
     verdicts = [verdict(m) for m in metrics if verdict(m) is not None]
     short = [m["title"] for m in metrics if verdict(m) is False]
     if short:
@@ -184,9 +191,45 @@ def figures_table(run: RunFiles) -> str:
     body = (
         f'<div class="scroll"><table class="figures"><thead>{head}</thead><tbody>'
         f'{"".join(rows)}</tbody></table></div><p class="key">Dot: value, on its 95 % interval. '
-        "Dashed mark: chance. Solid mark: wanted. Fractions are drawn from 0 to 1.</p>"
+        "Dashed mark: chance. Solid mark: wanted. Fractions are drawn from 0 to 1. Intervals are "
+        "Wilson's over the prompts of this one run: what another seed of training would change is "
+        "not in them.</p>"
     )
-    return page.section("figures", "What it can do", body)
+    return page.section("figures", "What it can do", body + classes_table(run))
+
+
+CLASS_COLUMNS = (
+    ("generation_all", "drawn: all of it"),
+    ("caption_all", "told: colour, sprites, relation"),
+    ("caption_exact", "told: word for word"),
+)
+
+
+def classes_table(run: RunFiles) -> str:
+    """How each class of scene fares, where the run was evaluated on scenes."""
+    classes = run.json(METRICS).get("classes")
+    if not classes:
+        return ""
+    rows = []
+    for name, figures in classes.items():
+        cells = [class_cell(figures[key]) for key, _ in CLASS_COLUMNS]
+        count = max(figures[key]["n"] for key, _ in CLASS_COLUMNS)
+        rows.append([escape(name), f"{count:,}", *cells])
+    head = ["class of scene", "n", *(title for _, title in CLASS_COLUMNS)]
+    return "<p></p>" + page.table(head, rows, numeric=(1, 2, 3, 4))
+
+
+def class_cell(metric: dict[str, Any]) -> str:
+    """A value on its interval, with a mark where something was wanted of it."""
+    mark = {
+        None: "",
+        True: ' <span class="good">✓</span>',
+        False: ' <span class="bad">✗</span>',
+    }[verdict(metric)]
+    low, high, chance = metric["low"], metric["high"], metric["chance"]
+    below = [f"{page.number(low)} to {page.number(high)}"] if low is not None else []
+    below += [f"chance {page.number(chance)}"] if chance is not None else []
+    return f"{page.number(metric['value'])}{mark}<small>{' · '.join(below)}</small>"
 
 
 def autoencoder(run: RunFiles) -> str:

@@ -135,6 +135,12 @@ class RunFiles:
         except Missing:
             return None
 
+    def sources(self, name: str) -> list[str]:
+        """The sources of data whose held-out loss `name` was measured in training."""
+        keys = {key for row in self.jsonl(TRAIN) for key in row}
+        found = [key.split("/")[1] for key in sorted(keys) if key.endswith(f"/{name}")]
+        return [source for source in found if f"eval/{source}/{name}" in keys]
+
     def attempt(self, title: str, build: Callable[["RunFiles"], str]) -> str:
         """What `build` makes of these files; nothing, and a note, when something is missing."""
         try:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from tfusion import config, distributed, sharding
 from tfusion.checkpoint import Checkpoints
 from tfusion.data import pipeline
+from tfusion.data.heldout import open_heldout
 from tfusion.errors import Stopped
 from tfusion.objectives.base import Objective
 from tfusion.training import metrics, resume, writers
@@ -20,30 +21,31 @@ from tfusion.training.optimizer import learning_rate_schedule, make_optimizer
 
 
 class Held:
-    """Held-out rows and the functions that look at them: the same rows and noise at every evaluation."""
+    """Held-out documents and the functions that look at them: the same documents and noise at every
+    evaluation, and in every run on the same data. Gradients are looked at on the run's first rows."""
 
-    def __init__(self, cfg: config.Config, objective: Objective, mesh):
-        self.cfg, self.mesh = cfg, mesh
-        self.rows = pipeline.open_rows(cfg, objective, "heldout")
-        self.eval_step = jax.jit(steps.make_eval_step(objective, cfg))
-        self.diagnostics_step = jax.jit(steps.make_diagnostics(objective, cfg))
-
-    def _batches(self, number: int):
-        """The first rows, in batches of the size that a training step holds at once."""
-        t = self.cfg.train
-        for batch in pipeline.batches(self.rows, 0, number * t.num_microbatches,
-                                      t.batch_size // t.num_microbatches, jax.process_index(),
-                                      jax.process_count()):
-            yield sharding.put_batch(batch, self.mesh)
+    def __init__(self, cfg: config.Config, objective: Objective, mesh, rows):
+        self.objective, self.mesh, self.rows = objective, mesh, rows
+        self.size = cfg.train.batch_size // cfg.train.num_microbatches  # what a training step holds at once
+        self.sources = open_heldout(cfg, objective, cfg.train.eval_documents)
+        self.eval_step = jax.jit(steps.make_eval_step(objective))
+        self.diagnostics_step = jax.jit(steps.make_diagnostics(objective))
 
     def evaluate(self, state) -> dict:
-        losses = metrics.Losses()
-        for batch in self._batches(-(-self.cfg.train.eval_documents // self.cfg.train.batch_size)):
-            losses.add(int(state.step), self.eval_step(states.sampling_params(state), batch))
-        return losses.means("eval/")
+        """{eval/name: mean over all documents}, and eval/source/name of the losses that are trained on."""
+        params, total, values = states.sampling_params(state), metrics.Losses(), {}
+        for source, held in self.sources.items():
+            alone = metrics.Losses()
+            for batch in held.batches(self.size, jax.process_index(), jax.process_count()):
+                losses = self.eval_step(params, sharding.put_batch(batch, self.mesh))
+                total.add(int(state.step), losses)
+                alone.add(int(state.step), {name: losses[name] for name in self.objective.weights})
+            values |= {k: v for k, v in alone.means(f"eval/{source}/").items() if v is not None}
+        return total.means("eval/") | values
 
     def diagnose(self, state) -> dict:
-        norms = self.diagnostics_step(state.params, next(self._batches(1)))
+        batch = next(pipeline.batches(self.rows, 0, 1, self.size, jax.process_index(), jax.process_count()))
+        norms = self.diagnostics_step(state.params, sharding.put_batch(batch, self.mesh))
         return {f"grad_norm/{name}": float(norm) for name, norm in norms.items()}
 
 
@@ -173,7 +175,8 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile
         writers.import_wandb()  # raises where it is missing, before any work
     began, t = time.perf_counter(), cfg.train
     tx = make_optimizer(cfg.optimizer, t.num_steps)
-    rows, held = pipeline.open_rows(cfg, objective, "train"), Held(cfg, objective, mesh)
+    rows = pipeline.open_rows(cfg, objective, "train")
+    held = Held(cfg, objective, mesh, rows)
     checkpoints = Checkpoints(workdir, writing=True)
     state, next_row, totals = resume.start(cfg, objective, tx, mesh, checkpoints, rows, workdir)
     first = saved = int(state.step)

@@ -11,12 +11,17 @@ import optax
 from tfusion.objectives.base import Objective
 from tfusion.training.state import TrainState
 
-EVAL_STREAM = 2**31 - 1  # the step number under which held-out noise is drawn: the same at every evaluation
+EVAL_SEED, EVAL_STREAM = 0, 2**31 - 1  # of held-out noise, in place of the run's seed and of a step
 
 
 def noise_key(seed: int, step):
     """The key of one step's noise; threefry, so that draws depend on no mesh."""
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
+
+
+def eval_key():
+    """The key of held-out noise: the same at every evaluation of every run, whatever its seed."""
+    return noise_key(EVAL_SEED, EVAL_STREAM)
 
 
 def weighted_total(objective: Objective, params, batch, counts, key):
@@ -78,16 +83,16 @@ def jit_train_step(objective: Objective, tx: optax.GradientTransformation, cfg, 
     return jax.jit(make_train_step(objective, tx, cfg), donate_argnums=0, out_shardings=(place, None))
 
 
-def make_eval_step(objective: Objective, cfg):
+def make_eval_step(objective: Objective):
     """eval(params, batch) -> {name: (sum, count)} on fixed noise."""
-    return lambda params, batch: objective.loss(params, batch, noise_key(cfg.seed, EVAL_STREAM))
+    return lambda params, batch: objective.loss(params, batch, eval_key())
 
 
-def make_diagnostics(objective: Objective, cfg):
+def make_diagnostics(objective: Objective):
     """diagnostics(params, batch) -> {loss name: norm of its weighted gradient}; never in the hot step."""
 
     def diagnostics(params, batch):
-        counts, key = objective.counts(batch), noise_key(cfg.seed, EVAL_STREAM)
+        counts, key = objective.counts(batch), eval_key()
 
         def norm(name):
             alone = objective._replace(weights={name: objective.weights[name]})
