@@ -7,7 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tfusion.data import packing, prepared
+from tfusion.data import packing, pipeline, prepared
+from tfusion.data.documents import Documents
 from tfusion.data.prepared import PreparedSource
 from tfusion.diffusion import process, schedule
 from tfusion.evals import baselines
@@ -204,8 +205,8 @@ def test_a_large_vocabulary_costs_what_was_seen():
 
 
 def test_a_source_is_counted_document_by_document(cfg, monkeypatch):
-    """Every training document once; BOI is predicted, what follows EOI too, and nothing by BOI or patches."""
-    objective = make_objective(cfg)
+    """Each once; BOI is predicted, what follows EOI too, and nothing by BOI or patches."""
+    documents = Documents(cfg, make_objective(cfg), "stories", "train")
     source = PreparedSource(cfg.data.prepared, "stories", "train")
     want = Counter()
     for record in range(len(source)):
@@ -213,8 +214,24 @@ def test_a_source_is_counted_document_by_document(cfg, monkeypatch):
         for part in source.read(record):
             ids += part.tolist() if part.ndim == 1 else [cfg.model.boi, cfg.model.eoi]
         want.update((a, b) for a, b in zip(ids, [*ids[1:], EOS]) if a != cfg.model.boi)
-    ngrams = baselines.count_ngrams(cfg, objective, "stories")
+    ngrams = baselines.count_ngrams(cfg, documents, len(source))
     V = cfg.model.vocab_size
     assert {divmod(key, V): n for key, n in zip(ngrams.keys.tolist(), ngrams.pairs.tolist())} == want
+    half = baselines.count_ngrams(cfg, documents, len(source) // 2)
+    assert 0.4 < half.pairs.sum() / want.total() < 0.6
     monkeypatch.setattr(baselines, "MAX_DOCUMENTS", len(source) // 2)
-    assert 0.4 < baselines.count_ngrams(cfg, objective, "stories").pairs.sum() / want.total() < 0.6
+    np.testing.assert_array_equal(baselines.count_ngrams(cfg, documents, len(source)).keys, half.keys)
+
+
+def test_the_bigram_has_read_no_more_than_the_model(cfg):
+    """As many documents as the run's rows hold, up to all there are."""
+    rows = pipeline.open_rows(cfg, make_objective(cfg), "train")
+
+    def read(steps):
+        run = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, num_steps=steps))
+        return {name: number for name, (_, number) in baselines.documents_read(run, rows).items()}
+
+    window = cfg.data.window_rows // cfg.train.batch_size
+    assert list(read(window).values()) == [min(n, len(s)) for n, s in zip(rows.per_window, rows.sources)]
+    assert read(10**6) == {source.name: len(source) for source in rows.sources}
+    assert all(1 <= read(1)[name] <= n / 2 for name, n in read(window).items())

@@ -85,14 +85,24 @@ class Ngrams:
         return float(-np.log(unigram).mean()), float(min(mixed))
 
 
-def count_ngrams(cfg: Config, objective, name: str) -> Ngrams | None:
-    """N-grams of one source's training documents, each once, captions first, as held-out ones are laid out;
-    None where they hold no text. Of more than MAX_DOCUMENTS, as many evenly spread ones.
+def documents_read(cfg: Config, rows) -> dict:
+    """{source: (its training documents, how many of them the run was given, each counted once)}.
+
+    rows: the training rows (data/pipeline.PackedRows).
     """
-    source = Documents(cfg, objective, name, "train")
-    step = max(1, len(source) // MAX_DOCUMENTS)
+    windows = cfg.train.num_steps * cfg.train.batch_size / cfg.data.window_rows
+    return {source.name: (source, min(len(source), max(1, round(windows * count))))
+            for source, count in zip(rows.sources, rows.per_window)}
+
+
+def count_ngrams(cfg: Config, source: Documents, number: int) -> Ngrams | None:
+    """N-grams of `number` of a source's training documents (at most MAX_DOCUMENTS), evenly spread, captions
+    first, as held-out ones are laid out; None where they hold no text. A run's order is a shuffle, so as many
+    as it has read are as good as those: the bigram knows no more text than the model.
+    """
+    chosen = np.linspace(0, len(source) - 1, min(number, MAX_DOCUMENTS)).astype(int)
     pairs = []
-    for document in zip(*(x.tolist() for x in source.locate(np.arange(0, len(source), step)))):
+    for document in zip(*(x.tolist() for x in source.locate(chosen))):
         example = source.read(*document)
         pairs.append(scored_pairs(example.tokens_L, example.loss_mask_L))
     first, second = (np.concatenate(x) for x in zip(*pairs))

@@ -15,9 +15,16 @@ from tqdm import tqdm
 
 from tfusion import sharding
 from tfusion.config import Config
+from tfusion.data import pipeline
 from tfusion.data.heldout import HeldOut, open_heldout
 from tfusion.evals import statistics
-from tfusion.evals.baselines import count_ngrams, fit_gaussian, linear_losses, scored_pairs
+from tfusion.evals.baselines import (
+    count_ngrams,
+    documents_read,
+    fit_gaussian,
+    linear_losses,
+    scored_pairs,
+)
 from tfusion.objectives import make_objective
 from tfusion.objectives.transfusion import NUM_BINS
 from tfusion.training.step import make_eval_step
@@ -107,11 +114,12 @@ def report(cfg: Config, params, tokenizer) -> tuple[dict, dict]:
     objective, figures, total = make_objective(cfg), {}, Sums({}, {}, 0)
     eval_step, gaussian = jax.jit(make_eval_step(objective)), fit_gaussian(cfg)
     held_out, ngrams = {}, {}
+    training = documents_read(cfg, pipeline.open_rows(cfg, objective, "train"))
     for name, held in open_heldout(cfg, objective).items():
         sums, pairs = measure(cfg, params, held, eval_step, gaussian, name)
         total += sums
         held_out[name] = {key: mean(sums.model, key) for key in objective.weights if sums.model[key][1]}
-        counts = count_ngrams(cfg, objective, name) if len(pairs[0]) else None
+        counts = count_ngrams(cfg, *training[name]) if len(pairs[0]) else None
         if counts:
             nats, size = float(sums.model["lm_loss"][0]), text_bytes(held, tokenizer)
             row = dict(zip(("unigram", "bigram"), counts.losses(*pairs)), model=held_out[name]["lm_loss"])
