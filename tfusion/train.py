@@ -53,6 +53,8 @@ def main() -> None:
         raise UserError("--config=experiments/FILE.py and --workdir=DIR are both needed; see --help")
     distributed.start_process()
     cfg = config.from_dict(CONFIG.value)
+    data = str(Path(cfg.data.prepared).absolute())  # config.json is read from other folders too
+    cfg = config.changed(cfg, {"data.prepared": data})
     workdir = writable_folder(WORKDIR.value)
     mesh = sharding.make_mesh(cfg.mesh)
     sharding.check_batch_size(cfg.train.batch_size // cfg.train.num_microbatches, mesh)

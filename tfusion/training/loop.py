@@ -221,7 +221,7 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile
                 raise stopped(done, saved)
     finally:
         sigterm.close()
-        checkpoints.close()
-        log.close()
+        with contextlib.closing(log):
+            checkpoints.close()
     finish(workdir, state, first, t.num_steps, log.speed.total, time.perf_counter() - began)
     return state
