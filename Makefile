@@ -53,7 +53,7 @@ smoke:  ## The quickstart shrunk to seconds of training, from scratch, in runs/s
 		AUTOENCODER=experiments/quickstart.py:smoke,autoencoder TRANSFUSION=experiments/quickstart.py:smoke
 
 test: $(STAMP)  ## The fast tests (ARGS="-k masks" picks some)
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PY) -m pytest -m "not slow" -n auto --dist=loadfile $(ARGS)
 
 test-slow: $(STAMP)  ## The slow tests
 	$(PY) -m pytest -m slow $(ARGS)

@@ -35,6 +35,7 @@ EXTRAS = {
     "wandb": ["wandb>=0.19"],  # train --wandb=PROJECT; tested with 0.31.0
     "dev": [
         "pytest>=8.0",  # the tests
+        "pytest-xdist>=3.6",  # on all cores: the fast set is of many small programs, each on one
         "ruff>=0.9",  # lint
         "resvg-py>=0.5",  # renders the SVGs when the data pack is rebuilt; 0.5.0 makes the bytes shipped
     ],
