@@ -15,9 +15,8 @@ from tfusion.checkpoint import Checkpoints, changes, check_identity, check_same
 from tfusion.errors import UserError
 
 FREE = {  # what a resumed run may change; everything else it may not
-    "model.remat", "model.compute_dtype", "diffusion.num_timesteps", "diffusion.loss_weight",
+    "model.remat", "model.compute_dtype", "diffusion.loss_weight", "autoencoder.kl_weight",
     "data.prepared", "data.tokenizer", "data.image_first_fraction", "data.image_first_max_t",
-    *(f"autoencoder.{f.name}" for f in dataclasses.fields(config.AutoencoderConfig)),
     *(f"optimizer.{f.name}" for f in dataclasses.fields(config.OptimizerConfig)),
     *(f"train.{f.name}" for f in dataclasses.fields(config.TrainConfig)),
     *(f"mesh.{f.name}" for f in dataclasses.fields(config.MeshConfig)),

@@ -22,10 +22,10 @@ KEPT = 2
 UNFINISHED = "[0-9]*.orbax-checkpoint-tmp*"  # Orbax's name for a folder until it is whole
 READ_BY = {1: "feb2e22"}  # older format version -> the last revision that reads it
 SAME_ON_RESUME = (  # what the parameters mean, and which document stands in which row
-    "objective", "seed", "model.", "diffusion.prediction", "data.")
+    "objective", "seed", "model.", "diffusion.", "autoencoder.", "data.")
 MAY_CHANGE = (  # of those; the tokenizer and the data themselves are compared by what they hold
-    "model.remat", "model.compute_dtype", "data.prepared", "data.tokenizer", "data.image_first_fraction",
-    "data.image_first_max_t")
+    "model.remat", "model.compute_dtype", "diffusion.loss_weight", "autoencoder.kl_weight", "data.prepared",
+    "data.tokenizer", "data.image_first_fraction", "data.image_first_max_t")
 
 
 class Checkpoints:
@@ -81,6 +81,9 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as e:  # orbax and tensorstore raise many kinds, all meaning: cannot be read
+            if "RESOURCE_EXHAUSTED" in str(e):
+                raise UserError(f"checkpoint {self.folder / str(step)} does not fit the memory of these "
+                                "devices; to sample or evaluate, --mesh=fsdp=N spreads it over N") from e
             raise UserError(f"checkpoint {self.folder / str(step)} cannot be read "
                             f"({_first_line(e)}); if it is damaged, {self._instead(step)}") from e
 

@@ -49,7 +49,9 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     needs_data = DATA.value.data.prepared is not None
     result = measure(run_, cfg, folder, NUM_SCENES.value, SEED.value, needs_data)
-    result |= {"seed": SEED.value, "sampling": cfg.to_dict()["sampling"], "jax": jax.__version__}
+    tree = cfg.to_dict()
+    result |= {"seed": SEED.value, "step": run_.step, "data": tree["data"], "sampling": tree["sampling"],
+               "jax": jax.__version__}
     write_timing(folder, "evaluate", time.perf_counter() - began)
     replace_text(folder / "metrics.json", json.dumps(result, indent=1) + "\n")  # last: all is there
     by_class = result.get("classes", {}).values()

@@ -36,7 +36,7 @@ STATISTICS_IMAGES = 4096
 
 def fit_codec(workdir: str, cfg: config.Config) -> LatentCodec:
     """The autoencoder's run as a codec, normalised over the pictures that it is to encode."""
-    run_cfg, params, _, _ = trained.load(workdir)
+    run_cfg, params, *_ = trained.load(workdir)
     if run_cfg.objective != "autoencoder":
         raise UserError(f"--autoencoder={workdir} holds a run with objective = '{run_cfg.objective}'")
     codec = LatentCodec.fit(run_cfg, params, pictures(cfg.data, "train", STATISTICS_IMAGES))

@@ -103,7 +103,7 @@ def main() -> None:
         raise UserError("--draw and --max_images=0 exclude each other")
     distributed.start_process()
     mesh = sharding.parse_mesh(MESH.value)
-    cfg, params, codec, tokenizer = trained.load(WORKDIR.value, STEP.value, mesh)
+    cfg, params, codec, tokenizer, *_ = trained.load(WORKDIR.value, STEP.value, mesh)
     if cfg.objective != "transfusion":
         raise UserError(f"{WORKDIR.value} holds a run with objective = '{cfg.objective}', not 'transfusion'")
     if codec is None and (IMAGES.value or DRAW.value):

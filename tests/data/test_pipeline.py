@@ -231,8 +231,8 @@ ERRORS = {  # changes, what the message must name
                                    ("of the positions", "1.25 x data.image_share = 0.08", "raise it to 0.")),
     "more images than slots": (
         {"data": {"image_share": 0.04}}, ("3 images", "2 image slots", "raise data.image_share to 0.08")),
-    "token id beyond the vocabulary": (
-        {"model": {"text_vocab_size": 100}}, ("token id", "model.text_vocab_size = 100", "tokenizer")),
+    "another vocabulary": (
+        {"model": {"text_vocab_size": 100}}, ("with 260 pieces", "model.text_vocab_size = 100", "prepare again")),
     "other latents": ({"model": {"latent_channels": 8}}, ("(4, 4, 4)", "(4, 4, 8)", "model.latent_*")),
     "source that was not prepared": (
         {"data": {"mixture": {"scenes": 0.5, "photos": 0.5}}}, ("photos", "data.mixture")),

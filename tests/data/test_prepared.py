@@ -94,7 +94,7 @@ def test_text_only_source_has_no_latents(tmp_path):
 def test_meta_round_trip(tmp_path):
     write_meta(tmp_path, ByteTokenizer(), "def", (8, 8, 4))
     assert read_meta(tmp_path) == {"format_version": FORMAT_VERSION, "tokenizer": ByteTokenizer.fingerprint,
-                                   "codec": "def", "latent_shape": [8, 8, 4]}
+                                   "codec": "def", "vocab_size": 260, "latent_shape": [8, 8, 4]}
     assert identity(read_meta(tmp_path)) == {"tokenizer": ByteTokenizer.fingerprint, "codec": "def"}
     assert load_saved(tmp_path).fingerprint == ByteTokenizer.fingerprint
     assert [path.name for path in assets(tmp_path)] == ["tokenizer.json"]
@@ -168,6 +168,18 @@ def test_a_latent_that_is_no_number_is_named(tmp_path, value):
         write_source(tmp_path / "s", [*RECORDS[1:], [picture(5)]], encode_text, encode)
 
 
+@pytest.mark.parametrize("ids, text", [([[1], [2]], "ids of 2 texts, there are 3"),
+                                       ([[5.5]] * 3, "whole numbers"), ([[1], [-5], [2]], "of text 1: ids are whole numbers from 0")])
+def test_a_tokenizer_that_makes_no_ids_is_named(tmp_path, ids, text):
+    with pytest.raises(UserError, match=text):
+        write_source(tmp_path / "s", [["a"], ["b"], "c"], lambda texts: ids, None)
+
+
+def test_a_record_may_be_one_text(tmp_path):
+    write_source(tmp_path / "s" / "train", ["abc"], encode_text, None)
+    assert PreparedSource(tmp_path, "s", "train").read(0)[0].tolist() == encode_text(["abc"])[0]
+
+
 def test_an_encoder_that_loses_pictures_is_named(tmp_path):
     with pytest.raises(UserError, match=r"made \(3, 2, 2, 1\) of 4 pictures"):
         write_source(tmp_path / "s", RECORDS, encode_text, lambda x: encode_images(x)[1:])
@@ -215,7 +227,7 @@ def test_a_folder_of_the_users_is_left_as_it_is(tmp_path, end):
     (tmp_path / f"mine{end}" / "thesis.txt").write_text("all of it")
     (tmp_path / f"mine{end}" / "meta.json").write_text("{}")  # external latents have one too
     before = tree(tmp_path)
-    with pytest.raises(UserError, match=rf"mine{end} holds what `python -m tfusion.prepare` did not make"):
+    with pytest.raises(UserError, match=rf"mine{end} holds .* that `python -m tfusion.prepare` did not make"):
         fill(tmp_path / "mine", "new")
     assert tree(tmp_path) == before
 
@@ -239,8 +251,51 @@ def test_a_symlink_goes_on_pointing_to_the_data(tmp_path):
     (tmp_path / "theirs" / "thesis.txt").write_text("all of it")
     os.remove(tmp_path / "data")
     (tmp_path / "data").symlink_to(tmp_path / "theirs")
-    with pytest.raises(UserError, match="theirs holds what"):
+    with pytest.raises(UserError, match=r"theirs holds thesis\.txt that"):
         fill(tmp_path / "data", "new")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "photos/train/tokens.npy"])
+def test_what_the_user_added_to_our_folder_is_left_too(tmp_path, name):
+    root = tmp_path / "data"
+    fill(root, "old")
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text("mine")
+    before = tree(root)
+    with pytest.raises(UserError, match=f"data holds {name} that `python -m tfusion.prepare` did not make"):
+        fill(root, "new")
+    assert tree(root) == before
+
+
+def test_what_the_user_adds_meanwhile_is_left_too(tmp_path):
+    root = tmp_path / "data"
+    fill(root, "old")
+    with pytest.raises(UserError, match=r"notes\.txt"), replacing(root):
+        (root / "notes.txt").write_text("mine")
+    assert (root / "notes.txt").read_text() == "mine" and (root / "meta.json").read_text() == "old"
+
+
+def test_killed_between_the_two_moves(tmp_path, monkeypatch):
+    """The old data come back by themselves, and the next one starts anew."""
+    root = tmp_path / "data"
+    fill(root, "old")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        real = os.replace
+
+        def killed(a, b):
+            if str(a).endswith(".unfinished"):
+                raise KeyboardInterrupt
+            real(a, b)
+
+        patch.setattr(os, "replace", killed)
+        fill(root, "new")
+    assert not root.exists()
+    with pytest.raises(ZeroDivisionError), replacing(root):
+        assert (root / "meta.json").read_text() == "old"
+        raise ZeroDivisionError
+    fill(root, "newer")
+    assert (root / "meta.json").read_text() == "newer"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data"]
 
 
 def test_an_empty_folder_may_be_filled(tmp_path):

@@ -16,6 +16,7 @@ from tfusion.data import prepared
 from tfusion.data.prepared import PreparedSource
 from tfusion.data.tokenizers import load_tokenizer
 from tfusion.evals import losses
+from tfusion.inference.trained import Trained
 from tfusion.objectives import make_objective
 from tfusion.training import loop
 from tfusion.training.state import TrainState
@@ -55,7 +56,7 @@ def model(prepared_root):
 def reported(model):
     cfg, params = model
     with jax.set_mesh(sharding.parse_mesh(None)):
-        return losses.report(cfg, params, load_tokenizer("byte"))
+        return losses.report(cfg, Trained(cfg, params, None, load_tokenizer("byte"), cfg.train.num_steps, {}))
 
 
 def replace(cfg, group, **changes):
@@ -124,7 +125,7 @@ def test_text_alone(model, tmp_path, capsys):
     prepared.write_source(tmp_path / "more/heldout", [], tokenizer.encode_batch, None)
     prepared.write_meta(tmp_path, tokenizer, "", cfg.model.latent_shape)
     cfg = replace(cfg, "data", prepared=str(tmp_path), mixture={"words": 1.0, "more": 1.0, "never": 0.0})
-    figures, tables = losses.report(cfg, params, tokenizer)
+    figures, tables = losses.report(cfg, Trained(cfg, params, None, tokenizer, cfg.train.num_steps, {}))
     assert list(tables["held_out"]) == ["words"] and "linear_baseline" not in tables
     assert figures.keys() == {f"words_{x}" for x in ("lm_loss", "bits_per_byte", "vs_unigram", "vs_bigram")}
     assert figures["words_lm_loss"]["n"] == 7 and figures["words_bits_per_byte"]["n"] == 5

@@ -32,7 +32,7 @@ def with_data(cfg, **changes):
 
 
 CASES = {  # has a codec, changes of cfg.data: what is measured, what is said of the rest
-    "all": (True, {}, ["scenes", "check", "losses", "mask", "documents"], []),
+    "all": (True, {}, ["check", "scenes", "losses", "mask", "documents"], []),
     "text": (False, {"mixture": {"glosses": 1.0}}, ["check", "losses", "mask"],
              ["left out: drawing and describing (the run has no codec", "left out: whole documents"]),
     "photos": (True, {"mixture": {"photos": 1.0}}, ["check", "losses", "mask", "documents"],
@@ -48,7 +48,7 @@ CASES = {  # has a codec, changes of cfg.data: what is measured, what is said of
 def test_what_is_there_is_measured(parts, case, prepared_root, tmp_path, capsys):
     codec, changes, measured, said = case
     cfg = with_data(tiny_config(prepared_root), **changes)
-    run = Trained(cfg, None, "codec" if codec else None, None)
+    run = Trained(cfg, None, "codec" if codec else None, None, 1, {})
     result = evaluate.measure(run, cfg, tmp_path, 16, 0, needs_data=False)
     assert parts == measured
     lines = capsys.readouterr().out.splitlines()
@@ -64,4 +64,4 @@ def test_a_folder_that_is_asked_for_must_be_there(prepared_root, tmp_path, monke
     monkeypatch.setattr(evaluate, "both_ways", lambda *args: ({}, {}))
     cfg = with_data(tiny_config(prepared_root), prepared="/nowhere/data")
     with pytest.raises(UserError, match=r"/nowhere/data/meta\.json not found"):
-        evaluate.measure(Trained(cfg, None, "codec", None), cfg, tmp_path, 16, 0, needs_data=True)
+        evaluate.measure(Trained(cfg, None, "codec", None, 1, {}), cfg, tmp_path, 16, 0, needs_data=True)

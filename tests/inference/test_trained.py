@@ -140,6 +140,37 @@ def test_data_of_another_codec_are_refused(copied, prepared_root):
         trained.check_data(trained.load(copied), prepared_root)
 
 
+def test_data_of_another_foreign_encoder_are_refused(copied, prepared_root, tmp_path):
+    """There is no codec to look at: what the checkpoint says of its data is compared."""
+    identity = {"tokenizer": ByteTokenizer.fingerprint, "codec": "mine"}
+    run = trained.load(copied)._replace(codec=None, identity=identity)
+    root = shutil.copytree(prepared_root, tmp_path / "data")
+    prepared.write_meta(root, ByteTokenizer(), "mine", run.cfg.model.latent_shape)
+    trained.check_data(run, root)
+    prepared.write_meta(root, ByteTokenizer(), "another", run.cfg.model.latent_shape)
+    with pytest.raises(UserError, match=r"\(changed: codec\)"):
+        trained.check_data(run, root)
+
+
+def test_a_run_of_an_older_format_names_what_reads_it(copied):
+    """Though its config has other keys, which would be the first to be missed."""
+    path = copied / "checkpoints" / str(STEPS) / "meta" / "metadata"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 1}))
+    tree = json.loads((copied / "config.json").read_text())
+    tree["data"]["max_images"] = 5
+    (copied / "config.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"format version 1, .*: revision feb2e22 of tfusion reads it"):
+        trained.load(copied)
+
+
+def test_a_codec_that_another_start_left_is_not_the_runs(copied):
+    path = copied / "checkpoints" / str(STEPS) / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    meta["identity"]["codec"] = ""  # text alone
+    path.write_text(json.dumps(meta))
+    assert trained.load(copied).codec is None
+
+
 def test_nothing_there_is_one_line(copied, tmp_path):
     with pytest.raises(UserError, match=r"config\.json not found"):
         trained.load(tmp_path)

@@ -39,6 +39,9 @@ class Documents:
 
     def _check(self, lengths) -> None:
         data, source, slots = self.cfg.data, self.source, self.cfg.image_slots
+        if source.latent_shape not in (None, self.cfg.model.latent_shape):
+            raise UserError(f"{source.folder} holds latents of shape {source.latent_shape}, the model expects "
+                            f"{self.cfg.model.latent_shape}: write that source again")
         if source.meta["max_token_id"] >= self.cfg.model.text_vocab_size:
             raise UserError(f"{source.folder}: token id {source.meta['max_token_id']} is not below "
                             f"model.text_vocab_size = {self.cfg.model.text_vocab_size}; was it prepared with "

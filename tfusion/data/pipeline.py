@@ -24,8 +24,13 @@ WINDOWS_KEPT = 4
 
 
 def read_meta(cfg: Config) -> dict:
-    """The meta of the config's prepared data. Raises UserError where their latents are not the model's."""
+    """The meta of the config's prepared data. Raises UserError where their latents or their vocabulary are not
+    the model's.
+    """
     meta = prepared.read_meta(cfg.data.prepared)
+    if meta["vocab_size"] != cfg.model.text_vocab_size:
+        raise UserError(f"{cfg.data.prepared} was tokenised with {meta['vocab_size']} pieces, "
+                        f"model.text_vocab_size = {cfg.model.text_vocab_size}: change it or prepare again")
     if tuple(meta["latent_shape"]) != cfg.model.latent_shape:
         raise UserError(f"{cfg.data.prepared} holds latents of shape {tuple(meta['latent_shape'])}, the model "
                         f"expects {cfg.model.latent_shape}: change model.latent_* or prepare again")

@@ -25,9 +25,9 @@ import numpy as np
 from tfusion.data.tokenizers import SAVED, Tokenizer
 from tfusion.errors import UserError
 from tfusion.types import FORMAT_VERSION
-from tfusion.workdir import CODEC, hold
+from tfusion.workdir import CODEC, LOCK, hold
 
-MARK = ".made_by_prepare"  # stands in every folder that `replacing` made, and may therefore replace
+MARK = ".made_by_prepare"  # stands in every folder that `replacing` made: the names of all files it left there
 UNIT_STD = (0.5, 2.0)  # of a channel of the latents: within, nothing is said
 
 
@@ -38,10 +38,10 @@ def write_source(folder: Path, records, encode_text, encode_images) -> dict:
     encode_text: list[str] -> list of id lists. encode_images: uint8 (n, H, W, 3) -> float32 (n, h, w, c).
     Raises UserError, naming the record, where a part or a latent is something else.
     """
-    records = [list(record) for record in records]
+    records = [[record] if isinstance(record, str) else list(record) for record in records]
     texts = [part for record in records for part in record if isinstance(part, str)]
     images, owners = _pictures(folder, records)
-    ids = encode_text(texts)
+    ids = _ids(folder, encode_text(texts), len(texts))
     ends = np.cumsum([0] + [len(x) for x in ids])
     parts, rows, text, image = [], [], 0, 0
     for record in records:
@@ -71,6 +71,18 @@ def write_source(folder: Path, records, encode_text, encode_images) -> dict:
     np.save(folder / "records.npy", rows)
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     return meta
+
+
+def _ids(folder: Path, ids: list, number: int) -> list:
+    """One array of token ids per text, int64 (n,), checked."""
+    ids = [np.asarray(x) for x in ids]
+    if len(ids) != number:
+        raise UserError(f"{folder}: the tokenizer made ids of {len(ids)} texts, there are {number}")
+    for text, x in enumerate(ids):
+        if x.size and (x.ndim != 1 or x.dtype.kind not in "iu" or x.min() < 0):
+            raise UserError(f"{folder}: the tokenizer made {x.ravel()[:4]} of text {text}: ids are whole "
+                            "numbers from 0")
+    return ids
 
 
 def _pictures(folder: Path, records: list) -> tuple[list, list[int]]:
@@ -118,7 +130,7 @@ def write_meta(root: Path, tokenizer: Tokenizer, codec: str, latent_shape) -> No
     """
     tokenizer.save(root)
     meta = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer.fingerprint, "codec": codec,
-            "latent_shape": list(latent_shape)}
+            "vocab_size": tokenizer.vocab_size, "latent_shape": list(latent_shape)}
     (root / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
@@ -130,22 +142,46 @@ def replacing(root):
     """
     root = Path(root).resolve()  # of a symlink, what it points to
     beside, old = (root.with_name(root.name + end) for end in (".unfinished", ".old"))
-    for folder in (root, beside, old):
-        ours = (folder / MARK).exists() or (folder.is_dir() and not any(folder.iterdir()))
-        if folder.exists() and not ours:
-            raise UserError(f"{folder} holds what `python -m tfusion.prepare` did not make, and would be "
-                            "deleted: name another folder in data.prepared, or move that one away")
-    if (beside / MARK).exists():  # left by one that was killed, or still being written
-        hold(beside / MARK).close()
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    with hold(beside / MARK):
+    if not root.exists() and (old / MARK).exists():  # one was killed between its two last moves
+        os.replace(old, root)
+    for folder in (root, old):
+        _check_ours(folder)
+    if beside.exists() and any(beside.iterdir()) and not (beside / LOCK).exists():
+        raise _not_ours(beside, "a file")
+    beside.mkdir(parents=True, exist_ok=True)
+    with hold(beside / LOCK):  # left by one that was killed, unless still being written
+        for left in beside.iterdir():
+            if left.name != LOCK:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield beside
-        shutil.rmtree(old, ignore_errors=True)
+        (beside / MARK).write_text("".join(f"{name}\n" for name in sorted(_files(beside))))
+        _check_ours(root)  # again: writing may have taken hours
         if root.exists():
+            shutil.rmtree(old, ignore_errors=True)
             os.replace(root, old)
         os.replace(beside, root)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _files(folder: Path) -> set[str]:
+    """What stands in a folder, but for the lock and the mark themselves."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")
+            if not path.is_dir() and path.relative_to(folder) not in (Path(MARK), Path(LOCK))}
+
+
+def _not_ours(folder: Path, what: str) -> UserError:
+    return UserError(f"{folder} holds {what} that `python -m tfusion.prepare` did not make, and that would be "
+                     "deleted: name another folder in data.prepared, or move it away")
+
+
+def _check_ours(folder: Path) -> None:
+    """Raises UserError where a folder holds a file that its mark does not name."""
+    if folder.exists() and not folder.is_dir():
+        raise _not_ours(folder, "a file")
+    mark = folder / MARK
+    foreign = sorted(_files(folder) - set(mark.read_text().splitlines() if mark.exists() else ()))
+    if foreign:
+        raise _not_ours(folder, foreign[0])
 
 
 def _read_json(path: Path) -> dict:
@@ -208,6 +244,11 @@ class PreparedSource:
         for first in range(0, len(self), 2**20):
             digest.update(np.ascontiguousarray(self._records[first : first + 2**20, 1:], "<i8").tobytes())
         return digest.hexdigest()[:16]
+
+    @property
+    def latent_shape(self) -> tuple | None:
+        """(h, w, c); None without images."""
+        return None if self._latents is None else self._latents.shape[1:]
 
     @property
     def text_tokens(self):

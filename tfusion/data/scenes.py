@@ -69,10 +69,10 @@ CANVASES = {
     "mint": (170, 230, 200),
 }
 RELATIONS = ("", "two", "left of", "above")
-MIX = (30, 15)  # percent of scenes with one sprite, and with two of a kind; the rest show two different ones
 UNKNOWN = "?"  # stands for a word outside the world in a parsed caption
 
 _MIN_SPRITES = 8  # fewer, and some kind of scene might have no held-out combination
+_PERCENT_SINGLE, _PERCENT_TWO = 30, 15  # the rest are pairs of different sprites
 _GRAMMAR = frozenset(("a", "an", "on", "canvas", "two", "left", "of", "above"))
 
 
@@ -167,11 +167,11 @@ def _held_out(relation: str, nouns: tuple[str, ...], canvas: str) -> bool:
     return int(hashlib.md5(key.encode(), usedforsecurity=False).hexdigest(), 16) % 10 == 0
 
 
-def make_scene(world: World, seed: int, index: int, held_out: bool, mix: tuple = MIX) -> Scene:
+def make_scene(world: World, seed: int, index: int, held_out: bool) -> Scene:
     """Scene `index` of the endless stream `seed`: training scenes, or held-out ones.
 
-    mix: shares of the kinds, as MIX. Two of a kind stand side by side. Within its kind, a scene is
-    redrawn until its combination lies on the wanted side of the split.
+    30 % show one sprite, 15 % two of a kind side by side, 55 % two different ones. Within its
+    kind, a scene is redrawn until its combination lies on the wanted side of the split.
 
     Raises:
       ValueError: seed or index is negative.
@@ -180,13 +180,13 @@ def make_scene(world: World, seed: int, index: int, held_out: bool, mix: tuple =
         raise ValueError(f"make_scene: seed={seed} and index={index} must be 0 or more")
     bits = np.random.Philox(key=np.array([seed, index], np.uint64))
     names = world.nouns
-    percent, (single, two) = bits.random_raw() % 100, mix
+    percent = bits.random_raw() % 100
     while True:
         a, b, c, r, *jitters = bits.random_raw(8).tolist()
         canvas, noun = list(CANVASES)[c % len(CANVASES)], names[a % len(names)]
-        if percent < single:
+        if percent < _PERCENT_SINGLE:
             relation, nouns = "", (noun,)
-        elif percent < single + two:
+        elif percent < _PERCENT_SINGLE + _PERCENT_TWO:
             relation, nouns = "two", (noun, noun)
         else:
             other = names[(a + 1 + b % (len(names) - 1)) % len(names)]

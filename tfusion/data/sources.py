@@ -12,12 +12,11 @@ import numpy as np
 
 from tfusion.config import DataConfig
 from tfusion.data import packs
-from tfusion.data.scenes import MIX, Scene, World, make_scene, render
+from tfusion.data.scenes import Scene, World, make_scene, render
 from tfusion.errors import UserError
 
 SCENES_SEED, STORIES_SEED = 0, 1
 HELDOUT_SCENES = 1024
-TRAIN_MIX = (20, 30)  # scenes.MIX of training; "two X" about as often as "X left of Y" (docs/recipe.md, 5)
 STORIES_PER_SCENE = 0.25  # a quarter as many stories as scenes: each has two or three pictures
 
 
@@ -42,9 +41,7 @@ class Scenes:
     def scenes(self, record: int) -> list[Scene]:
         """The record's scenes with their labels. Held-out combinations are never in 'train'."""
         first = self._ends[record - 1] if record else 0
-        heldout = self.split == "heldout"
-        mix = MIX if heldout else TRAIN_MIX
-        return [make_scene(self.world, self.seed, int(i), heldout, mix)
+        return [make_scene(self.world, self.seed, int(i), self.split == "heldout")
                 for i in range(first, self._ends[record])]
 
     def __getitem__(self, record: int) -> list:

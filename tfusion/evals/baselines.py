@@ -85,12 +85,13 @@ class Ngrams:
         return float(-np.log(unigram).mean()), float(min(mixed))
 
 
-def documents_read(cfg: Config, rows) -> dict:
-    """{source: (its training documents, how many of them the run was given, each counted once)}.
+def documents_read(cfg: Config, rows, step: int) -> dict:
+    """{source: (its training documents, how many of them the run was given up to a step, each
+    counted once)}.
 
     rows: the training rows (data/pipeline.PackedRows).
     """
-    windows = cfg.train.num_steps * cfg.train.batch_size / cfg.data.window_rows
+    windows = step * cfg.train.batch_size / cfg.data.window_rows
     return {source.name: (source, min(len(source), max(1, round(windows * count))))
             for source, count in zip(rows.sources, rows.per_window)}
 

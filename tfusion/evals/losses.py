@@ -25,6 +25,7 @@ from tfusion.evals.baselines import (
     linear_losses,
     scored_pairs,
 )
+from tfusion.inference.trained import Trained
 from tfusion.objectives import make_objective
 from tfusion.objectives.transfusion import NUM_BINS
 from tfusion.training.step import make_eval_step
@@ -107,21 +108,21 @@ def diffusion_figures(sums: Sums) -> tuple[dict, dict]:
     }, dict(zip(("bins", "model"), by_bin))
 
 
-def report(cfg: Config, params, tokenizer) -> tuple[dict, dict]:
+def report(cfg: Config, run: Trained) -> tuple[dict, dict]:
     """(figures, {'held_out': losses by source, 'ngrams': table by source, 'linear_baseline': by noise level})
     on all held-out documents. Sources without any are named and left out (data/heldout.py).
     """
     objective, figures, total = make_objective(cfg), {}, Sums({}, {}, 0)
     eval_step, gaussian = jax.jit(make_eval_step(objective)), fit_gaussian(cfg)
     held_out, ngrams = {}, {}
-    training = documents_read(cfg, pipeline.open_rows(cfg, objective, "train"))
+    training = documents_read(cfg, pipeline.open_rows(cfg, objective, "train"), run.step)
     for name, held in open_heldout(cfg, objective).items():
-        sums, pairs = measure(cfg, params, held, eval_step, gaussian, name)
+        sums, pairs = measure(cfg, run.params, held, eval_step, gaussian, name)
         total += sums
         held_out[name] = {key: mean(sums.model, key) for key in objective.weights if sums.model[key][1]}
         counts = count_ngrams(cfg, *training[name]) if len(pairs[0]) else None
         if counts:
-            nats, size = float(sums.model["lm_loss"][0]), text_bytes(held, tokenizer)
+            nats, size = float(sums.model["lm_loss"][0]), text_bytes(held, run.tokenizer)
             row = dict(zip(("unigram", "bigram"), counts.losses(*pairs)), model=held_out[name]["lm_loss"])
             ngrams[name] = row
             per_byte = {"bits_per_byte": nats / math.log(2) / max(size, 1), "bytes": size}

@@ -24,7 +24,7 @@ def write_pictures(folder: Path, name: str, records: list, **arrays) -> None:
 
 def both_ways(run: Trained, cfg: Config, folder: Path, num_scenes: int, seed: int) -> tuple[dict, dict]:
     """Draws the held-out captions, describes the held-out pictures: (figures, figures by class of scene)."""
-    _, params, codec, tokenizer = run
+    _, params, codec, tokenizer, *_ = run
     world, held, real = scenes.held_out(cfg, num_scenes)
     level = scenes.chance(held)
     drawn = scenes.draw(cfg, params, codec, tokenizer, held, seed)
@@ -51,7 +51,7 @@ def both_ways(run: Trained, cfg: Config, folder: Path, num_scenes: int, seed: in
 
 def write_documents(run: Trained, cfg: Config, folder: Path, seed: int) -> None:
     """Whole documents from nothing at temperature 1: text, pictures, text."""
-    _, params, codec, tokenizer = run
+    _, params, codec, tokenizer, *_ = run
     rows = decode.generate(cfg, params, [[]] * DOCUMENTS, seed=seed, temperature=1.0)
     rows = sorted(rows, key=lambda parts: -sum(p.ndim == 3 for p in parts))[:4]
     latents = [part for parts in rows for part in parts if part.ndim == 3]
@@ -86,18 +86,19 @@ def measure(run: Trained, cfg: Config, folder: Path, num_scenes: int, seed: int,
 
     cfg: the run's, with data.prepared where the data are now. needs_data: they must be there (UserError).
     """
-    result = {"metrics": {}}
+    result, gone = {"metrics": {}}, not needs_data and not Path(cfg.data.prepared).exists()
+    if not gone:
+        trained.check_data(run, cfg.data.prepared)
     if run.codec is None:
         leave_out("drawing and describing", "the run has no codec of pictures")
     elif not cfg.data.mixture.get("scenes"):
         leave_out("drawing and describing", "data.mixture has no 'scenes', whose captions can be scored")
     else:
         result["metrics"], result["classes"] = both_ways(run, cfg, folder, num_scenes, seed)
-    if not needs_data and not Path(cfg.data.prepared).exists():
+    if gone:
         leave_out("held-out losses", f"{cfg.data.prepared} is gone: --config.data.prepared=DIR names the data")
     else:
-        trained.check_data(run, cfg.data.prepared)
-        figures, tables = losses.report(cfg, run.params, run.tokenizer)
+        figures, tables = losses.report(cfg, run)
         result["metrics"] |= figures
         result |= tables
         write_mask(cfg, run.tokenizer, folder)

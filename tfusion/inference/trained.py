@@ -22,6 +22,8 @@ class Trained(NamedTuple):
     params: Any  # float32: the moving average where the run kept one
     codec: LatentCodec | None  # None where the run saw no pictures, or latents of a foreign encoder
     tokenizer: Tokenizer | None  # None where the run saw no text (an autoencoder)
+    step: int  # of the checkpoint
+    identity: dict  # {what: fingerprint} of the data it was trained on
 
 
 def load(path, step: int | None = None, mesh: Mesh | None = None) -> Trained:
@@ -30,34 +32,35 @@ def load(path, step: int | None = None, mesh: Mesh | None = None) -> Trained:
     Reads the parameters to sample with and nothing else of the checkpoint. Raises UserError where there is
     none, or where tokenizer or codec are not those that the run was trained with.
     """
-    cfg, workdir, mesh = config.load(path), Path(path), mesh or sharding.parse_mesh(None)
+    workdir, mesh = Path(path), mesh or sharding.parse_mesh(None)
     checkpoints = Checkpoints(workdir) if (workdir / "checkpoints").is_dir() else None
     found = checkpoints.steps() if checkpoints else []
-    if not found or step not in (None, *found):
+    there = bool(found) and step in (None, *found)
+    step = max(found) if there and step is None else step
+    identity = checkpoints.meta(step)["identity"] if there else {}
+    cfg = config.load(path)  # after the checkpoint's format, which an older config would hide
+    if not there:
         what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         have = f"there are {', '.join(map(str, found))}" if found else (
             f"run `python -m tfusion.train --workdir={workdir}` first")
         raise UserError(f"{what} in {workdir / 'checkpoints'}: {have}")
-    step = max(found) if step is None else step
-    identity = checkpoints.meta(step)["identity"]
-    tokenizer = load_saved(workdir) if "tokenizer" in identity else None
-    codec = LatentCodec.load(workdir / CODEC) if (workdir / CODEC).exists() else None
+    tokenizer = load_saved(workdir) if identity.get("tokenizer") else None
+    codec = LatentCodec.load(workdir / CODEC) if identity.get("codec") and (workdir / CODEC).exists() else None
     for name, part in (("tokenizer", tokenizer), ("codec", codec)):
-        if part and part.fingerprint != identity.get(name):
+        if part and part.fingerprint != identity[name]:
             raise UserError(f"{workdir} holds another {name} than the one it was trained with: copy it anew "
                             "from the run, or resume the run with its data to have it copied")
     item = "ema" if cfg.optimizer.ema_decay > 0 else "params"
     with jax.set_mesh(mesh):
         params = checkpoints.restore(step, {item: _target(cfg, mesh)})[item]
     checkpoints.close()
-    return Trained(cfg, params, codec, tokenizer)
+    return Trained(cfg, params, codec, tokenizer, step, identity)
 
 
 def check_data(run: Trained, root) -> None:
     """Raises UserError where prepared data are of another tokenizer or codec than the run's."""
     now = prepared.identity(prepared.read_meta(root))
-    mine = {name: getattr(run, name).fingerprint for name in now if getattr(run, name)}
-    check_identity(mine, {name: now[name] for name in mine}, "the run", root)
+    check_identity({name: run.identity.get(name) for name in now}, now, "the run", root)
 
 
 def _target(cfg: config.Config, mesh: Mesh):

@@ -98,7 +98,7 @@ class WeightsAndBiases:
     """A run of Weights & Biases with the config in it; WANDB_MODE=offline keeps it in `<workdir>/wandb`.
 
     A resumed run goes on under the id kept in `<workdir>/wandb_run_id`. Steps that the service has already it
-    keeps as they are: they come out the same.
+    keeps as they are: they come out the same, unless the config was changed in between.
     """
 
     def __init__(self, project: str, workdir: Path, cfg: Config):
