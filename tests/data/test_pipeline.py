@@ -232,7 +232,7 @@ ERRORS = {  # changes, what the message must name
     "more images than slots": (
         {"data": {"image_share": 0.04}}, ("3 images", "2 image slots", "raise data.image_share to 0.08")),
     "another vocabulary": (
-        {"model": {"text_vocab_size": 100}}, ("with 260 pieces", "model.text_vocab_size = 100", "prepare again")),
+        {"model": {"text_vocab_size": 100}}, ("260 pieces", "model.text_vocab_size = 100", "prepare again")),
     "other latents": ({"model": {"latent_channels": 8}}, ("(4, 4, 4)", "(4, 4, 8)", "model.latent_*")),
     "source that was not prepared": (
         {"data": {"mixture": {"scenes": 0.5, "photos": 0.5}}}, ("photos", "data.mixture")),

@@ -169,7 +169,8 @@ def test_a_latent_that_is_no_number_is_named(tmp_path, value):
 
 
 @pytest.mark.parametrize("ids, text", [([[1], [2]], "ids of 2 texts, there are 3"),
-                                       ([[5.5]] * 3, "whole numbers"), ([[1], [-5], [2]], "of text 1: ids are whole numbers from 0")])
+                                       ([[5.5]] * 3, "whole numbers"),
+                                       ([[1], [-5], [2]], "of text 1: ids are whole numbers from 0")])
 def test_a_tokenizer_that_makes_no_ids_is_named(tmp_path, ids, text):
     with pytest.raises(UserError, match=text):
         write_source(tmp_path / "s", [["a"], ["b"], "c"], lambda texts: ids, None)
