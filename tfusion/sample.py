@@ -6,8 +6,8 @@
   python -m tfusion.sample --workdir=... --image=photo.png          describes a picture
   python -m tfusion.sample --workdir=... --num_documents=4 --temperature=1   whole documents from nothing
 
-Each row starts in LM mode, draws whenever the model writes BOI and goes on until EOS. Pictures and
-documents.jsonl go to --out.
+A model invents where a prompt is not in the words it was trained on, capitals included. Each row starts in
+LM mode, draws whenever the model writes BOI and goes on until EOS. Pictures and documents.jsonl go to --out.
 """
 
 import json
