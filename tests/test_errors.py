@@ -49,7 +49,8 @@ for name, verb, args in json.load(sys.stdin):
 """
 
 TRAIN = ["--config=experiments/quickstart.py", "--workdir=TMP/run"]
-SMALL = [*TRAIN, "--config.data.tokenizer=byte", "--config.data.prepared=PREPARED"]
+SMALL = [*TRAIN, "--config.data.tokenizer=byte", "--config.model.text_vocab_size=260",
+         "--config.data.prepared=PREPARED"]
 PREPARE = ["--config=experiments/quickstart.py", "--config.data.prepared=TMP/data"]
 FEW = ["--config.data.num_scenes=64"]
 CASES = {  # name: (verb, arguments, what the line says)
@@ -114,7 +115,7 @@ CASES = {  # name: (verb, arguments, what the line says)
     "autoencoder_not_given": ("prepare", [*PREPARE, *FEW], ["names a source with pictures", "--autoencoder"]),
     "prepare_over_what_is_yours": ("prepare", ["--config=experiments/quickstart.py", "--autoencoder=TMP/none",
                                                "--config.data.prepared=TMP"],
-                                   ["TMP holds what `python -m tfusion.prepare` did not make"]),
+                                   ["TMP holds ", " that `python -m tfusion.prepare` did not make"]),
     "two_writers": ("train", ["--config=TMP/tiny.py", "--workdir=TMP/held"],
                     ["TMP/held is being written by another process (process"]),
     "evaluate_elsewhere": ("evaluate", ["--workdir=BROKEN", "--config.data.prepard=x"], ["prepard"]),
