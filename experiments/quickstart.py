@@ -22,7 +22,7 @@ def get_config(arg=None):
     config.autoencoder.update(width=64, num_blocks=1, downsample=4, kl_weight=1e-5)
     config.data.update(
         prepared="runs/quickstart/data", tokenizer="default", seq_len=128, image_share=0.55, window_rows=256,
-        image_first_fraction=0.4, image_first_max_t=0.25, num_scenes=32_000)
+        image_first_fraction=0.45, image_first_max_t=0.25, num_scenes=32_000)
     config.data.mixture = dict(scenes=0.66, stories=0.22, glosses=0.12)
     config.optimizer.update(learning_rate=3e-3, warmup_steps=60, b2=0.98, weight_decay=0.02, ema_decay=0.995)
     config.train.update(

@@ -164,3 +164,14 @@ def test_long_text_needs_a_row_of_two(cfg, tmp_path):
     assert [len(open_rows(cfg, seq_len=n).sources[0]) for n in (2, 3, 4, 5)] == [4, 2, 2, 1]
     with pytest.raises(UserError, match=r"data.seq_len = 1 must be at least 2"):
         config.from_dict({**cfg.to_dict(), "data": {**cfg.to_dict()["data"], "seq_len": 1}})
+
+
+@pytest.mark.parametrize("channels", [1, 8])
+def test_latents_of_another_shape_are_refused(cfg, tmp_path, channels):
+    """Few channels would be broadcast into the batch without a word."""
+    there = write(tmp_path / "data", cfg, some=[["a", picture(np.random.default_rng(0))]])
+    for split in SPLITS:
+        path = tmp_path / "data" / "some" / split / "latents.npy"
+        np.save(path, np.repeat(np.load(path)[..., :1], channels, axis=-1))
+    with pytest.raises(UserError, match=rf"holds latents of shape \(4, 4, {channels}\), the model expects"):
+        open_rows(there)
