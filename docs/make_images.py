@@ -93,6 +93,7 @@ def figures(run: Path) -> None:
               for part in ("autoencoder", "data", "transfusion", "transfusion/evaluation")}
     summary = {name: json.loads((folder / name).read_text())
                for name in ("summary.json", "evaluation/metrics.json")}
+    summary["evaluation/metrics.json"]["data"].pop("prepared")  # a path of the machine that ran it
     text = json.dumps(summary | {"timing": timing}, indent=1)
     (ROOT / "quickstart_metrics.json").write_text(text + "\n")
 
