@@ -23,7 +23,7 @@ def get_config(arg=None):
     ablation = chosen.pop("ablation")
     config = base(**chosen)
     if ablation == "text_only":
-        config.data.mixture = dict(glosses=1.0)
+        del config.data.sources.scenes
         config.data.image_share = 0.0
         config.train.batch_size //= 2
     elif ablation == "causal_images":
@@ -31,5 +31,5 @@ def get_config(arg=None):
     elif ablation == "linear_noise_limit":
         config.data.image_first_max_t = 0.5
     elif ablation:
-        config.model.patch_size = int(ablation.removeprefix("patch"))
+        config.model.adapter.patch_size = int(ablation.removeprefix("patch"))
     return config

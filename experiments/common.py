@@ -1,5 +1,7 @@
-"""The base configuration: the Transfusion paper's, and two additions of ours. Experiments start from it and
-change values.
+"""What experiments are put together from: groups of keys with the Transfusion paper's values, and variants.
+
+`base` is the paper's run with two additions of ours; experiments start from it, or from the groups that their
+kind of training has, and change values.
 """
 
 from ml_collections import ConfigDict
@@ -12,40 +14,53 @@ MODEL_SIZES = {
     "1.4b": dict(num_layers=24, d_model=2048, num_heads=16, d_ff=5632),
     "7b": dict(num_layers=32, d_model=4096, num_heads=32, d_ff=11008),
 }
-
-
 STRICT = ("strict",)
 
 
+def run() -> dict:
+    """What every kind of training has."""
+    return dict(
+        seed=0,
+        optimizer=dict(learning_rate=3e-4, warmup_steps=4000, b2=0.95, weight_decay=0.1, ema_decay=0.9999),
+        train=dict(
+            num_steps=250_000, batch_size=512, num_microbatches=1, log_every=50, eval_every=5000,
+            eval_documents=8192, diagnostics_every=1000, checkpoint_every=5000),
+        mesh=dict(data=1, fsdp=-1, sequence=1, tensor=1))
+
+
+def transformer(size: str) -> dict:
+    size = MODEL_SIZES[size]
+    return dict(**size, num_kv_heads=size["num_heads"], remat="full", compute_dtype="bfloat16")
+
+
+def linear_adapter() -> dict:
+    return dict(kind="linear", latent_size=32, latent_channels=8, patch_size=2, patch_positions="none")
+
+
+def packed_data(**sources) -> dict:
+    return dict(
+        prepared="data/prepared", tokenizer="data/tokenizer.model", seq_len=4096, image_share=0.5,
+        window_rows=512, caption_dropout=0.1, image_first_fraction=0.2, image_first_max_t=1.0, sources=sources)
+
+
+def scenes(share: float, num_records: int) -> dict:
+    return dict(kind="scenes", share=share, num_records=num_records, num_sprites=24, jitter=1)
+
+
 def base(size: str | None = None, preset: str | None = None) -> ConfigDict:
-    """Every knob there is. Values are the paper's; docs/recipe.md says where it is silent.
+    """Transfusion as in the paper; docs/recipe.md says where it is silent.
 
     Of what the paper does not mention, two things change what is learnt: a moving average of the weights
     (ema_decay 0.9999) and captions dropped for guidance (caption_dropout 0.1). preset 'strict' has neither:
     guidance then compares with what the image-first pairs teach (docs/recipe.md, 1). size: 0.76b if None.
     """
-    size = MODEL_SIZES[size or "0.76b"]
     config = ConfigDict(dict(
-        objective="transfusion",
-        seed=0,
-        model=dict(
-            **size, num_kv_heads=size["num_heads"], text_vocab_size=32_000, latent_size=32,
-            latent_channels=8, patch_size=2, adapter="linear", patch_positions="none",
-            image_attention="bidirectional", remat="full", compute_dtype="bfloat16"),
-        diffusion=dict(prediction="eps", num_timesteps=1000, loss_weight=5.0),
-        autoencoder=dict(width=256, num_blocks=8, downsample=8, kl_weight=1e-6),
-        data=dict(
-            prepared="data/prepared", tokenizer="data/tokenizer.model",
-            mixture=dict(scenes=0.5, glosses=0.5), seq_len=4096, image_share=0.5, window_rows=512,
-            caption_dropout=0.1, image_first_fraction=0.2, image_first_max_t=1.0,
-            num_scenes=100_000, num_sprites=24, jitter=1),
-        optimizer=dict(learning_rate=3e-4, warmup_steps=4000, b2=0.95, weight_decay=0.1, ema_decay=0.9999),
-        train=dict(
-            num_steps=250_000, batch_size=512, num_microbatches=1, log_every=50, eval_every=5000,
-            eval_documents=8192, diagnostics_every=1000, checkpoint_every=5000),
-        mesh=dict(data=1, fsdp=-1, sequence=1, tensor=1),
-        sampling=dict(sampler="ddpm", variance="fixed_small", num_inference_steps=250, guidance_scale=3.0),
-    ))
+        objective="transfusion", **run(),
+        model=dict(**transformer(size or "0.76b"), text_vocab_size=32_000, image_attention="bidirectional",
+                   adapter=linear_adapter()),
+        process=dict(kind="ddpm", prediction="eps", num_timesteps=1000), loss_weight=5.0,
+        data=packed_data(scenes=scenes(0.5, 100_000), glosses=dict(kind="glosses", share=0.5)),
+        sampling=dict(sampler="ddpm", variance="fixed_small", num_inference_steps=250, guidance_scale=3.0)))
     if preset == "strict":
         config.optimizer.ema_decay = 0.0
         config.data.caption_dropout = 0.0

@@ -13,9 +13,8 @@ import pytest
 from absl import flags
 
 from experiments import quickstart
-from tfusion import config, sharding
+from tfusion import config, objectives, sharding  # noqa: F401 (registers the kinds)
 from tfusion.data import prepared
-from tfusion.data.sources import make_source
 from tfusion.data.tokenizers import load_tokenizer
 
 
@@ -60,9 +59,9 @@ def prepared_root(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "prepared"
     tokenizer = load_tokenizer("byte")
     cfg = tiny_config(root)
-    for name in cfg.data.mixture:
+    for name, spec in cfg.data.sources.items():
         for split in ("train", "heldout"):
-            records = make_source(name, cfg.data, split)
+            records = spec.open(split, 32)
             records = [records[i] for i in range(min(len(records), 200))]
             if name == "glosses":
                 records = [[text[:60]] for (text,) in records]
@@ -74,10 +73,10 @@ def prepared_root(tmp_path_factory):
 def tiny_dict(root):
     """A ConfigDict of a model that compiles in seconds: 2 layers, width 32, 4 patches per image."""
     tree = quickstart.get_config("smoke")
-    tree.model.update(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=64, text_vocab_size=260,
-                      latent_size=4, latent_channels=4)
-    tree.data.update(prepared=str(root), tokenizer="byte", seq_len=192, image_share=0.12, window_rows=32,
-                     num_scenes=200)
+    tree.model.update(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=64, text_vocab_size=260)
+    tree.model.adapter.update(latent_size=4, latent_channels=4)
+    tree.data.update(prepared=str(root), tokenizer="byte", seq_len=192, image_share=0.12, window_rows=32)
+    tree.data.sources.scenes.num_records, tree.data.sources.stories.num_records = 200, 50
     tree.train.update(num_steps=6, batch_size=8, log_every=2, eval_every=3, eval_documents=16,
                       diagnostics_every=3, checkpoint_every=2)
     tree.optimizer.update(warmup_steps=2)

@@ -12,7 +12,6 @@ tests/testdata/golden_losses.json holds the same losses with a tolerance, for an
 
 import argparse
 import contextlib
-import inspect
 import json
 import os
 import runpy
@@ -29,17 +28,18 @@ COMPARED = ("lm_loss", "diffusion_loss", "grad_norm", "param_norm")
 
 
 def tiny_tree(root):
-    """The ConfigDict of the tiny training, by the tree's own experiment file."""
+    """The ConfigDict of the tiny training, by the tree's own experiment file and its own keys."""
     from experiments import quickstart
 
     tree = quickstart.get_config("smoke")
-    tree.model.update(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=64, text_vocab_size=260,
-                      latent_size=4, latent_channels=4)
-    tree.data.update(prepared=str(root), tokenizer="byte", seq_len=192, window_rows=32, num_scenes=200)
-    if "image_share" in tree.data:
-        tree.data.image_share = 0.12  # 5 image slots, as where BASE is older
-    if "max_scored" in tree.data:
-        tree.data.max_scored = tree.data.seq_len
+    tree.model.update(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=64, text_vocab_size=260)
+    latents = tree.model.adapter if "sources" in tree.data else tree.model  # BASE may be older
+    latents.update(latent_size=4, latent_channels=4)
+    tree.data.update(prepared=str(root), tokenizer="byte", seq_len=192, window_rows=32, image_share=0.12)
+    if "sources" in tree.data:
+        tree.data.sources.scenes.num_records, tree.data.sources.stories.num_records = 200, 50
+    else:
+        tree.data.num_scenes = 200
     tree.train.update(num_steps=STEPS, batch_size=8, num_microbatches=2, log_every=1, eval_every=0,
                       diagnostics_every=0, checkpoint_every=STEPS)
     tree.optimizer.update(warmup_steps=2)
@@ -54,25 +54,30 @@ def encode(images):
     return np.concatenate([x.mean((2, 4)), x.std((2, 4, 5))[..., None]], axis=-1)
 
 
+def open_source(cfg, name: str, split: str):
+    if hasattr(cfg.data, "sources"):
+        return cfg.data.sources[name].open(split, 32)
+    from tfusion.data.sources import make_source  # BASE may be older
+
+    return make_source(name, cfg.data, split)
+
+
 def write_data(root: Path) -> None:
     """The prepared data of the tiny training: byte tokenizer, 200 records of each source."""
-    from tfusion import config
+    from tfusion import config, objectives  # noqa: F401 (registers the kinds)
     from tfusion.data import prepared
-    from tfusion.data.sources import make_source
     from tfusion.data.tokenizers import load_tokenizer
 
-    tokenizer, cfg = load_tokenizer("byte"), config.from_dict(tiny_tree(root))
-    for name in cfg.data.mixture:
+    tree, tokenizer = tiny_tree(root), load_tokenizer("byte")
+    cfg = config.from_dict(tree)
+    for name in tree.data.get("sources", tree.data.get("mixture")):
         for split in ("train", "heldout"):
-            source = make_source(name, cfg.data, split)
+            source = open_source(cfg, name, split)
             records = [source[i] for i in range(min(len(source), 200))]
             if name == "glosses":
                 records = [[text[:60]] for (text,) in records]
             prepared.write_source(root / name / split, records, tokenizer.encode_batch, encode)
-    if "fingerprint" in inspect.signature(prepared.write_meta).parameters:  # BASE may be older
-        prepared.write_meta(root, "byte", tokenizer.fingerprint, "none", cfg.model.latent_shape)
-    else:
-        prepared.write_meta(root, tokenizer, "none", cfg.model.latent_shape)
+    prepared.write_meta(root, tokenizer, "none", cfg.model.latent_shape)
 
 
 def read_metrics(workdir: Path) -> list[dict]:
@@ -102,7 +107,6 @@ def train_here(folder: Path) -> list[dict]:
     import jax
 
     from tfusion import config, sharding
-    from tfusion.objectives import make_objective
     from tfusion.training.loop import train
 
     write_data(folder / "data")
@@ -110,7 +114,7 @@ def train_here(folder: Path) -> list[dict]:
     (folder / "run").mkdir()
     mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1, 1), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        train(cfg, make_objective(cfg), folder / "run", mesh)
+        train(cfg, folder / "run", mesh)
     return read_metrics(folder / "run")
 
 

@@ -1,8 +1,9 @@
 """What is saved of a run, and how it is read back, by training and by inference alike.
 
-`<workdir>/checkpoints/<step>/{params,ema,optimizer,meta}`: each an Orbax item of its own, so that who needs
-the parameters reads nothing else. `meta` is JSON: the position in the data, totals, what the data were made
-with, the resolved config. Saving is asynchronous and atomic: a checkpoint is listed only when it is whole.
+`<workdir>/checkpoints/<step>/{params,ema,optimizer,buffers,meta}`: each an Orbax item of its own, so that who
+needs the parameters reads nothing else; `<workdir>/frozen`: trees that never change, saved once. `meta` is JSON
+(the position in the data, totals, what the data were made with, the resolved config). Saving is asynchronous
+and atomic: a checkpoint is listed only when it is whole.
 """
 
 import contextlib
@@ -20,12 +21,8 @@ from tfusion.types import FORMAT_VERSION
 
 KEPT = 2
 UNFINISHED = "[0-9]*.orbax-checkpoint-tmp*"  # Orbax's name for a folder until it is whole
-READ_BY = {1: "feb2e22"}  # older format version -> the last revision that reads it
-SAME_ON_RESUME = (  # what the parameters mean, and which document stands in which row
-    "objective", "seed", "model.", "diffusion.", "autoencoder.", "data.")
-MAY_CHANGE = (  # of those; the tokenizer and the data themselves are compared by what they hold
-    "model.remat", "model.compute_dtype", "diffusion.loss_weight", "autoencoder.kl_weight", "data.prepared",
-    "data.tokenizer", "data.image_first_fraction", "data.image_first_max_t")
+READ_BY = {1: "feb2e22", 2: "4cbf5a4"}  # older format version -> the last revision that reads it
+FROZEN = "frozen"  # folder of the trees that training reads and never changes
 
 
 class Checkpoints:
@@ -129,19 +126,39 @@ def _insane(tree) -> list[str]:
     return [jax.tree_util.keystr(path) for (path, _), norm in zip(named, norms) if not jnp.isfinite(norm)]
 
 
-def changes(saved: dict, cfg: config.Config) -> dict:
+def save_frozen(workdir, tree) -> None:
+    """Saves the frozen trees of a run; nothing where there are none."""
+    if jax.tree.leaves(tree):
+        folder = Path(workdir).absolute() / FROZEN
+        with _one_line(folder), ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder, tree, force=True)
+
+
+def load_frozen(workdir, place):
+    """The frozen trees of a run, each array with the sharding `place`; {} where there are none."""
+    folder = Path(workdir).absolute() / FROZEN
+    if not folder.is_dir():
+        return {}
+    with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(folder).item_metadata.tree
+        return checkpointer.restore(folder, jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), saved))
+
+
+def changes(saved: dict, cfg: config.RunConfig) -> dict:
     """{key: [old, new]} of a run's config since its checkpoint, keys as 'optimizer.learning_rate'."""
     old, new = (flatten_dict(tree, sep=".") for tree in (saved, cfg.to_dict()))
     return {key: [old.get(key), new.get(key)] for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
 
 
-def check_same(saved: dict, cfg: config.Config, where) -> None:
-    """Raises UserError where a run is resumed with another model or order of data than it was saved with."""
-    changed = changes(saved, cfg)
+def check_same(saved: dict, cfg: config.RunConfig, where) -> None:
+    """Raises UserError where a run is resumed with another model or order of data than it was saved with: what
+    each component says of its keys (config.py)."""
+    changed, free = changes(saved, cfg), config.may_change(cfg)
     a, b = saved["optimizer"]["ema_decay"], cfg.optimizer.ema_decay
     for key, (old, new) in changed.items():
-        fixed = key.startswith(SAME_ON_RESUME) and key not in MAY_CHANGE
-        if fixed or (key == "optimizer.ema_decay" and (a > 0) != (b > 0)):  # one state has an average, one none
+        other_state = key == "optimizer.ema_decay" and (a > 0) != (b > 0)  # one has an average, one none
+        if key not in free or other_state:
             raise UserError(f"{where} was saved with {key} = {old}, the config has {new}: set it back, or "
                             "start in another --workdir")
 

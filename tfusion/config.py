@@ -1,7 +1,18 @@
 """The configuration of a run: frozen dataclasses, built once from the experiment's ConfigDict.
 
-Every knob has its value in the experiment file; nothing here supplies a default. Derived numbers are
-properties. `from_dict` raises UserError with one line naming the key and the choices.
+This file knows no component. Each declares a dataclass beside its code and says by each field what may stand
+there (`choice`, `number`, `fraction`, `path`; a plain int or float is positive and finite). Where one of
+several may stand, the group's classes are registered by kind:
+
+    @register("process", "ddpm")                       class TransfusionConfig(RunConfig):
+    @dataclasses.dataclass(frozen=True)                    process: Any = component("process")
+    class DDPM:                                            ...
+        kind: str
+        prediction: str = choice("eps", "v", "x0")     process=dict(kind="ddpm", prediction="eps", ...)
+
+The class of a whole config is its kind of training's own, registered under "objective" (objectives/). Every
+knob has its value in the experiment file: nothing here supplies a default. Derived numbers are properties.
+`from_dict` raises UserError with one line naming the key and the choices.
 """
 
 import dataclasses
@@ -12,117 +23,82 @@ import math
 import os
 import secrets
 import typing
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from tfusion import paths
 from tfusion.errors import UserError
 
-SLOTS_PER_IMAGE = 1.25  # rows differ in how many images they hold
-CHOICES = {
-    "objective": ("transfusion", "autoencoder"),
-    "model.adapter": ("linear",),
-    "model.patch_positions": ("none", "learned"),
-    "model.image_attention": ("bidirectional", "causal"),
-    "model.remat": ("none", "attention", "dots", "full"),
-    "model.compute_dtype": ("float32", "bfloat16"),
-    "diffusion.prediction": ("eps", "v"),
-    "sampling.sampler": ("ddpm", "ddim"),
-    "sampling.variance": ("fixed_small", "fixed_large"),
-}
-PATHS = ("data.prepared", "data.tokenizer")
+INT32, UINT32, FLOAT32 = 2**31 - 1, 2**32 - 1, (2.0**-126, 2.0**128)  # what the devices count and compute in
+REGISTRY: dict[str, dict[str, type]] = {}  # group -> kind -> dataclass
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    num_layers: int
-    d_model: int
-    num_heads: int
-    num_kv_heads: int
-    d_ff: int
-    text_vocab_size: int  # V; BOI and EOI come on top
-    latent_size: int  # h = w of an image's latent
-    latent_channels: int
-    patch_size: int  # k: a k x k window of latent pixels is one patch
-    adapter: str
-    patch_positions: str  # learnt position of a patch within its image
-    image_attention: str
-    remat: str
-    compute_dtype: str
+def register(group: str, kind: str) -> Callable[[type], type]:
+    """Class decorator: a frozen dataclass, with a field `kind`, that may stand in fields of the group."""
 
-    @property
-    def head_dim(self) -> int:
-        return self.d_model // self.num_heads
+    def add(cls: type) -> type:
+        REGISTRY.setdefault(group, {})[kind] = cls
+        return cls
 
-    @property
-    def boi(self) -> int:
-        return self.text_vocab_size
-
-    @property
-    def eoi(self) -> int:
-        return self.text_vocab_size + 1
-
-    @property
-    def vocab_size(self) -> int:
-        return self.text_vocab_size + 2
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rounded up to 128 so that the vocabulary shards; the added ids get no probability."""
-        return math.ceil(self.vocab_size / 128) * 128
-
-    @property
-    def num_patches(self) -> int:
-        """N: patches per image."""
-        return (self.latent_size // self.patch_size) ** 2
-
-    @property
-    def patch_values(self) -> int:
-        """P: numbers in one patch."""
-        return self.patch_size**2 * self.latent_channels
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        return (self.latent_size, self.latent_size, self.latent_channels)
+    return add
 
 
-@dataclasses.dataclass(frozen=True)
-class DiffusionConfig:
-    prediction: str
-    num_timesteps: int
-    loss_weight: float  # lambda in L = L_LM + lambda * L_DDPM
+# ---------------------------------------------------------------- what a field may hold
+
+def group(may_change: bool = False):
+    """A field of a dataclass's type. may_change, here and below: it may differ where a run is resumed."""
+    return dataclasses.field(metadata={"may_change": may_change})
 
 
-@dataclasses.dataclass(frozen=True)
-class AutoencoderConfig:
-    width: int
-    num_blocks: int
-    downsample: int  # pixels per latent pixel, each way
-    kl_weight: float  # of the KL summed over an image, beside errors that are means over its pixels
+def component(name: str):
+    """A field that holds one of a registered group's dataclasses."""
+    return dataclasses.field(metadata={"component": name})
 
 
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    prepared: str  # folder written by `prepare`
-    tokenizer: str  # 'byte', 'default' or the path of a SentencePiece model
-    mixture: dict[str, float] = dataclasses.field(hash=False)  # source -> share of the tokens
-    seq_len: int
-    image_share: float  # expected of a row's positions in images, BOI and EOI included; 0 without images
-    window_rows: int  # R: rows planned at once
-    caption_dropout: float
-    image_first_fraction: float
-    image_first_max_t: float  # noise limit where the image precedes its caption
-    num_scenes: int
-    num_sprites: int
-    jitter: int  # sprites are moved by up to this many pixels
+def components(name: str, fixed: tuple[str, ...]):
+    """A field that holds {name: one of the group's dataclasses}; at resume the keys in `fixed` must be as they
+    were, and no more of them."""
+    return dataclasses.field(hash=False, metadata={"components": name, "fixed": fixed})
 
+
+def choice(*names: str, may_change: bool = False):
+    return dataclasses.field(metadata={"choices": names, "may_change": may_change})
+
+
+def number(zero: bool = False, most: float = INT32, may_change: bool = False):
+    """Positive and finite, or 0 where that means off; at most `most`, in whole numbers."""
+    return dataclasses.field(metadata={"zero": zero, "most": most, "may_change": may_change})
+
+
+def fraction(zero: bool = True, may_change: bool = False):
+    """At most 1."""
+    return dataclasses.field(metadata={"zero": zero, "fraction": True, "may_change": may_change})
+
+
+def path(*names: str):
+    """A file or folder, or one of `names`, which are not paths; where it lies may change."""
+    return dataclasses.field(metadata={"path": True, "names": names, "may_change": True})
+
+
+def choices(cls: type, key: str) -> tuple[str, ...]:
+    """What may stand in a dataclass's field."""
+    return next(field.metadata["choices"] for field in dataclasses.fields(cls) if field.name == key)
+
+
+# ---------------------------------------------------------------- what every run has
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     learning_rate: float
-    warmup_steps: int
+    warmup_steps: int = number(zero=True)
     b2: float
-    weight_decay: float
-    ema_decay: float
+    weight_decay: float = number(zero=True)
+    ema_decay: float = fraction()
+
+    def check(self, name: str) -> None:
+        if self.b2 >= 1 - 2**-25:  # 1 in float32, and a division by 1 - b2^n
+            raise UserError(f"{name}.b2 = {self.b2} must be below 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,66 +107,52 @@ class TrainConfig:
     batch_size: int  # rows in the global batch
     num_microbatches: int
     log_every: int
-    eval_every: int
+    eval_every: int = number(zero=True)
     eval_documents: int  # held-out records of each source that are looked at
-    diagnostics_every: int
+    diagnostics_every: int = number(zero=True)
     checkpoint_every: int
+
+    def check(self, name: str) -> None:
+        if self.num_steps * self.batch_size > INT32:  # rows are numbered in int32
+            raise UserError(f"{name}.num_steps = {self.num_steps} x {name}.batch_size = {self.batch_size} "
+                            f"must be at most {INT32} rows")
+        check_divides(name, self, "num_microbatches", "batch_size")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     data: int
-    fsdp: int  # -1: the devices left over
+    fsdp: int = dataclasses.field(metadata={"also": -1})  # -1: the devices left over
     tensor: int
     sequence: int  # context parallelism: positions of a row over devices
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-    sampler: str
-    variance: str  # DDPM's, named as in diffusers: the posterior's, or beta
-    num_inference_steps: int
-    guidance_scale: float
+class RunConfig:
+    """What every kind of training has; each kind adds its own groups."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    objective: str
-    seed: int
-    model: ModelConfig
-    diffusion: DiffusionConfig
-    autoencoder: AutoencoderConfig
-    data: DataConfig
-    optimizer: OptimizerConfig
-    train: TrainConfig
-    mesh: MeshConfig
-    sampling: SamplingConfig
-
-    @property
-    def image_slots(self) -> int:
-        """I: image slots of a row, a quarter more than data.image_share asks for, at most as many as fit."""
-        T, N = self.data.seq_len, self.model.num_patches
-        wanted = math.ceil(SLOTS_PER_IMAGE * self.data.image_share * T / (N + 2))
-        return max(1, min(wanted, T // (N + 2))) if wanted else 0
-
-    @property
-    def image_size(self) -> int:
-        return self.model.latent_size * self.autoencoder.downsample
+    objective: str  # the kind of training
+    seed: int = number(zero=True, most=UINT32)
+    optimizer: OptimizerConfig = group(may_change=True)
+    train: TrainConfig = group(may_change=True)
+    mesh: MeshConfig = group(may_change=True)
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 
 
-def from_dict(tree) -> Config:
-    """Builds and validates a Config from nested mappings (a ConfigDict or parsed JSON)."""
-    cfg = _build(Config, tree, "")
-    _check_choices(cfg)
-    _check_numbers(cfg)
-    _check_together(cfg)
-    return cfg
+# ---------------------------------------------------------------- building and checking
+
+def from_dict(tree) -> RunConfig:
+    """Builds and validates a config from nested mappings (a ConfigDict or parsed JSON)."""
+    kinds = REGISTRY.get("objective", {})
+    name = tree["objective"] if hasattr(tree, "keys") and "objective" in tree else None
+    if name not in kinds:
+        raise UserError(f"objective = {name!r}; choices: {', '.join(kinds)}")
+    return _build(kinds[name], tree, "")
 
 
-def load(workdir) -> Config:
+def load(workdir) -> RunConfig:
     """Reads the resolved configuration that `train` left in a workdir."""
     path = Path(workdir) / "config.json"
     if not path.exists():
@@ -202,20 +164,48 @@ def load(workdir) -> Config:
     return from_dict(tree)
 
 
-def changed(cfg: Config, values: dict) -> Config:
+def changed(cfg: RunConfig, values: dict) -> RunConfig:
     """cfg with {"group.key": value} put in, None where it stays: for flags of verbs that stand for config keys.
 
-    Raises UserError where the whole is not a valid config.
+    Raises UserError where there is no such key, or the whole is not a valid config.
     """
     tree = cfg.to_dict()
     for name, value in values.items():
-        *groups, key = name.split(".")
-        group = functools.reduce(dict.__getitem__, groups, tree)
-        group[key] = group[key] if value is None else value
+        if value is not None:
+            *groups, key = name.split(".")
+            node = functools.reduce(lambda node, group: node.get(group, {}), groups, tree)
+            if key not in node:
+                raise UserError(f"a run with objective = '{cfg.objective}' has no {name}")
+            node[key] = value
     return from_dict(tree)
 
 
-def save(cfg: Config, workdir) -> None:
+def _leaves(cfg, prefix: str = "", free: bool = False) -> Iterator[tuple[str, Any, Any, bool]]:
+    """(dotted key, value, its field's rule, whether it may change at resume) of every leaf."""
+    for field in dataclasses.fields(cfg):
+        name, value, rule = prefix + field.name, getattr(cfg, field.name), field.metadata
+        if "components" in rule:
+            for key, one in value.items():
+                yield from ((n, v, r, n.rsplit(".", 1)[1] not in rule["fixed"])
+                            for n, v, r, _ in _leaves(one, f"{name}.{key}."))
+        elif dataclasses.is_dataclass(value):
+            yield from _leaves(value, name + ".", free or rule.get("may_change", False))
+        else:
+            yield name, value, rule, free or rule.get("may_change", False)
+
+
+def may_change(cfg: RunConfig) -> set[str]:
+    """Dotted keys that may differ where a run is resumed."""
+    return {name for name, _, _, free in _leaves(cfg) if free}
+
+
+def absolute(cfg: RunConfig) -> RunConfig:
+    """cfg with its paths made absolute: what a run keeps is read from other folders too."""
+    return changed(cfg, {name: str(Path(value).absolute()) for name, value, rule, _ in _leaves(cfg)
+                         if rule.get("path") and value not in rule["names"]})
+
+
+def save(cfg: RunConfig, workdir) -> None:
     replace_text(Path(workdir) / "config.json", json.dumps(cfg.to_dict(), indent=2) + "\n")
 
 
@@ -233,10 +223,14 @@ def replace_text(path: Path, text: str) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _build(cls, tree, prefix: str):
+def _group(tree, prefix: str) -> None:
     if not hasattr(tree, "keys"):
         raise UserError(f"config key '{prefix[:-1]}' must be a group of keys, got {tree!r}")
-    fields = typing.get_type_hints(cls)
+
+
+def _build(cls: type, tree, prefix: str):
+    _group(tree, prefix)
+    fields, hints = {field.name: field for field in dataclasses.fields(cls)}, typing.get_type_hints(cls)
     for key in tree:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
@@ -245,21 +239,46 @@ def _build(cls, tree, prefix: str):
     missing = [key for key in fields if key not in tree]
     if missing:
         raise UserError(f"config key '{prefix}{missing[0]}' is missing; set it in the experiment file")
-    return cls(**{key: _value(kind, tree[key], prefix + key) for key, kind in fields.items()})
+    built = cls(**{key: _value(hints[key], field.metadata, tree[key], prefix + key)
+                   for key, field in fields.items()})
+    if hasattr(built, "check"):
+        built.check(prefix.rstrip("."))
+    return built
 
 
-def _value(kind, value, name: str):
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, name + ".")
-    if typing.get_origin(kind) is dict:
+def _value(hint, rule, value, name: str):
+    if "component" in rule:
+        return _component(rule["component"], value, name)
+    if "components" in rule:
         if not hasattr(value, "keys"):
-            raise UserError(f"config key '{name}' must map names to numbers, got {value!r}")
-        return {k: _value(float, value[k], f"{name}.{k}") for k in value}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            raise UserError(f"config key '{name}' must map names to groups of keys, got {value!r}")
+        return {key: _component(rule["components"], value[key], f"{name}.{key}") for key in value}
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, name + ".")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if type(value) is not kind:
-        raise UserError(f"config key '{name}' must be {kind.__name__}, got {value!r}")
-    if name in PATHS:
+    if hint is not Any and type(value) is not hint:
+        raise UserError(f"config key '{name}' must be {hint.__name__}, got {value!r}")
+    return _leaf(rule, value, name)
+
+
+def _component(group: str, tree, name: str):
+    _group(tree, name + ".")
+    kinds = REGISTRY[group]
+    if "kind" not in tree or tree["kind"] not in kinds:
+        raise UserError(f"{name}.kind = {tree.get('kind')!r}; choices: {', '.join(kinds)}")
+    return _build(kinds[tree["kind"]], tree, name + ".")
+
+
+def _leaf(rule, value, name: str):
+    """The value, held to what its field may hold."""
+    if "choices" in rule and value not in rule["choices"]:
+        raise UserError(f"{name} = {value!r}; choices: {', '.join(rule['choices'])}")
+    if isinstance(value, int | float) and value != rule.get("also"):
+        check_number(name, value, rule.get("zero", False), rule.get("most", INT32))
+        if rule.get("fraction") and value > 1:
+            raise UserError(f"{name} = {value} must be at most 1")
+    if rule.get("path"):
         try:
             return paths.local(value)
         except UserError as e:
@@ -267,25 +286,10 @@ def _value(kind, value, name: str):
     return value
 
 
-def _get(cfg, dotted: str):
-    for part in dotted.split("."):
-        cfg = getattr(cfg, part)
-    return cfg
-
-
-def _check_choices(cfg: Config) -> None:
-    for name, choices in CHOICES.items():
-        if _get(cfg, name) not in choices:
-            raise UserError(f"{name} = {_get(cfg, name)!r}; choices: {', '.join(choices)}")
-
-
-def _divides(cfg: Config, small: str, large: str) -> None:
-    a, b = _get(cfg, small), _get(cfg, large)
+def check_divides(name: str, cfg, small: str, large: str) -> None:
+    a, b = getattr(cfg, small), getattr(cfg, large)
     if b % a:
-        raise UserError(f"{small} = {a} must divide {large} = {b}")
-
-
-INT32, UINT32, FLOAT32 = 2**31 - 1, 2**32 - 1, (2.0**-126, 2.0**128)  # what the devices count and compute in
+        raise UserError(f"{name}.{small} = {a} must divide {name}.{large} = {b}")
 
 
 def check_number(name: str, value: float, may_be_zero: bool = False, most: int = INT32) -> None:
@@ -298,46 +302,3 @@ def check_number(name: str, value: float, may_be_zero: bool = False, most: int =
         raise UserError(f"{name} = {value} must be at most {most}")
     if isinstance(value, float) and value and not FLOAT32[0] <= value < FLOAT32[1]:
         raise UserError(f"{name} = {value} must be between 1.2e-38 and 3.4e+38, as float32 is")
-
-
-def _check_numbers(cfg: Config) -> None:
-    may_be_zero = {"seed", "data.jitter", "optimizer.warmup_steps", "optimizer.weight_decay",
-                   "optimizer.ema_decay", "train.eval_every", "train.diagnostics_every",
-                   "autoencoder.kl_weight", "data.caption_dropout", "data.image_first_fraction",
-                   "data.image_share", "diffusion.loss_weight", "sampling.guidance_scale",
-                   "autoencoder.num_blocks"}
-    for group in dataclasses.fields(cfg):
-        value = getattr(cfg, group.name)
-        leaves = vars(value).items() if dataclasses.is_dataclass(value) else [("", value)]
-        for key, leaf in leaves:
-            name = f"{group.name}.{key}".rstrip(".")
-            if name == "mesh.fsdp" and leaf == -1:
-                continue
-            if isinstance(leaf, int | float):
-                check_number(name, leaf, name in may_be_zero, UINT32 if name == "seed" else INT32)
-
-
-def _check_together(cfg: Config) -> None:
-    if cfg.train.num_steps * cfg.train.batch_size > INT32:  # rows are numbered in int32
-        raise UserError(f"train.num_steps = {cfg.train.num_steps} x train.batch_size = {cfg.train.batch_size} "
-                        f"must be at most {INT32} rows")
-    _divides(cfg, "model.num_heads", "model.d_model")
-    _divides(cfg, "model.num_kv_heads", "model.num_heads")
-    _divides(cfg, "model.patch_size", "model.latent_size")
-    _divides(cfg, "train.num_microbatches", "train.batch_size")
-    if cfg.data.seq_len < 2:
-        raise UserError(f"data.seq_len = {cfg.data.seq_len} must be at least 2: <bos> and a token")
-    if cfg.model.head_dim % 2:
-        raise UserError(f"model.d_model / model.num_heads = {cfg.model.head_dim} must be even for RoPE")
-    for name in ("data.image_share", "data.caption_dropout", "data.image_first_fraction",
-                 "data.image_first_max_t", "optimizer.ema_decay"):
-        if _get(cfg, name) > 1:
-            raise UserError(f"{name} = {_get(cfg, name)} must be at most 1")
-    if cfg.optimizer.b2 >= 1 - 2**-25:  # 1 in float32, and a division by 1 - b2^n
-        raise UserError(f"optimizer.b2 = {cfg.optimizer.b2} must be below 1")
-    if cfg.sampling.num_inference_steps > cfg.diffusion.num_timesteps:
-        raise UserError(f"sampling.num_inference_steps = {cfg.sampling.num_inference_steps} must be at "
-                         f"most diffusion.num_timesteps = {cfg.diffusion.num_timesteps}")
-    if not cfg.data.mixture or min(cfg.data.mixture.values()) < 0 or not (
-            0 < sum(cfg.data.mixture.values()) < math.inf):
-        raise UserError("data.mixture must give at least one source a positive share, and none a negative one")

@@ -6,7 +6,6 @@
 
 import json
 import time
-import typing
 from pathlib import Path
 
 import jax
@@ -26,11 +25,9 @@ NUM_SCENES = flags.DEFINE_integer("num_scenes", 256, "held-out scenes to draw an
 SEED = flags.DEFINE_integer("seed", 0, "of the sampling", lower_bound=0, upper_bound=2**32 - 1)
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the latest")
 MESH = flags.DEFINE_string("mesh", None, "devices to spread the model over, such as fsdp=4; default: one")
-KINDS = typing.get_type_hints(config.DataConfig)
 with parsing():
     DATA = config_flags.DEFINE_config_dict(
-        "config", ConfigDict({"data": {name: config_dict.placeholder(kind) for name, kind in KINDS.items()
-                                       if kind in (str, int, float)}}),
+        "config", ConfigDict({"data": {"prepared": config_dict.placeholder(str)}}),
         help_string="--config.data.KEY=VALUE: other than in the run's config.json")
 
 
@@ -42,7 +39,7 @@ def main() -> None:
     mesh = sharding.parse_mesh(MESH.value)
     jax.set_mesh(mesh)
     run_ = trained.load(workdir, STEP.value, mesh)
-    cfg = config.changed(run_.cfg, {f"data.{key}": value for key, value in DATA.value.data.to_dict().items()})
+    cfg = config.changed(run_.cfg, {"data.prepared": DATA.value.data.prepared})
     if cfg.objective != "transfusion":
         raise UserError(f"{workdir} holds a run with objective = '{cfg.objective}', not 'transfusion'")
     folder = workdir / "evaluation"

@@ -11,30 +11,22 @@ Compiles the real training step ahead of time (1-3 minutes at 7B), with no TPU a
 """
 
 import json
-import sys
 
 from absl import flags
-from ml_collections import config_flags
 
-from tfusion import config, distributed
+from tfusion import config, distributed, experiment
 from tfusion.accelerators import parse_accelerator
 from tfusion.errors import UserError, run
 from tfusion.planning import text, topology
 from tfusion.planning.plan import make_plan
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "experiments/FILE.py[:variant]")
+CONFIG = experiment.define()
 TOPOLOGY = flags.DEFINE_string("topology", None, "v5p-256, v5litepod-16, 2xv6e-256, h100-64, ...")
 NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "TPU slices over the data-centre network", lower_bound=1)
 TOKENS = flags.DEFINE_float("tokens", None, "tokens and patches to train on; default: the config's num_steps")
 FLOPS = flags.DEFINE_float("flops", None, "or a budget by the paper's 6 N D")
 SEARCH = flags.DEFINE_bool("search", False, "look for the fastest configuration that fits")
 JSON = flags.DEFINE_bool("json", False, "print one JSON object")
-
-
-def experiment() -> str:
-    """What was given as --config, overrides aside."""
-    given = [arg.split("=", 1)[1] for arg in sys.argv if arg.startswith(("--config=", "-config="))]
-    return given[-1] if given else "config"
 
 
 def main() -> None:
@@ -46,10 +38,10 @@ def main() -> None:
         if value is not None:
             config.check_number(f"--{name}", value)
     accelerator = parse_accelerator(TOPOLOGY.value, NUM_SLICES.value)
-    cfg = config.from_dict(CONFIG.value)
+    cfg = experiment.read(CONFIG)
     topology.use_host_only()
     distributed.limit_heaps()
-    plan = make_plan(cfg, accelerator, experiment(), TOKENS.value, FLOPS.value, SEARCH.value)
+    plan = make_plan(cfg, accelerator, experiment.given(), TOKENS.value, FLOPS.value, SEARCH.value)
     print(json.dumps(plan) if JSON.value else text.render(plan))
 
 

@@ -15,17 +15,15 @@ import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import flags
 from PIL import Image
 
 from tfusion import config, distributed, paths, sharding
-from tfusion.config import CHOICES
 from tfusion.data.pictures import read_picture
 from tfusion.errors import UserError, run
-from tfusion.inference import decode, trained
+from tfusion.inference import decoder, trained
 
-WORKDIR = paths.define("workdir", None, "workdir of a trained Transfusion")
+WORKDIR = paths.define("workdir", None, "workdir of a trained run")
 PROMPTS = flags.DEFINE_multi_string("prompt", [], "text to go on from; repeat for several rows")
 IMAGES = paths.define_multi("image", [], "picture file to go on from; repeat for several rows")
 NUM_DOCUMENTS = flags.DEFINE_integer("num_documents", 0, "rows that start from nothing", lower_bound=0)
@@ -37,54 +35,51 @@ SEED = flags.DEFINE_integer("seed", 0, "of the sampling", lower_bound=0, upper_b
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "of the text; 0 = greedy", lower_bound=0.0)
 MAX_IMAGES = flags.DEFINE_integer("max_images", None, "pictures per row; default: as many as fit",
                                   lower_bound=0)
-SAMPLER = flags.DEFINE_enum("sampler", None, CHOICES["sampling.sampler"], "default: the run's config")
-VARIANCE = flags.DEFINE_enum("variance", None, CHOICES["sampling.variance"],
-                             "of DDPM's steps; default: the run's config")
+SAMPLER = flags.DEFINE_string("sampler", None, "ddpm or ddim; default: the run's config")
+VARIANCE = flags.DEFINE_string("variance", None, "of DDPM's steps, fixed_small or fixed_large; default: the "
+                               "run's config")
 STEPS = flags.DEFINE_integer("num_inference_steps", None, "default: the run's config", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance_scale", None, "1 = off; default: the run's config", lower_bound=0.0)
 
 
-def with_flags(cfg: config.Config) -> config.Config:
+def with_flags(cfg: config.RunConfig) -> config.RunConfig:
     """The run's config with the flags that were given put in, held to the config's own rules."""
     config.check_number("--temperature", TEMPERATURE.value, may_be_zero=True)
     return config.changed(cfg, {
-        "seed": SEED.value, "sampling.sampler": SAMPLER.value, "sampling.variance": VARIANCE.value,
+        "sampling.sampler": SAMPLER.value, "sampling.variance": VARIANCE.value,
         "sampling.num_inference_steps": STEPS.value, "sampling.guidance_scale": GUIDANCE.value})
 
 
-def make_prompts(cfg: config.Config, codec, tokenizer) -> tuple[list[list], list[str]]:
-    """(prompts as decode.start_rows wants them, their names). White space around a text is taken off: it would
-    be tokens that no training text ends in."""
+def make_documents(codec) -> tuple[list[list], list[str]]:
+    """(beginnings of documents, their names). White space around a text is taken off: it would be tokens that
+    no training text ends in."""
     texts = [text.strip() for text in PROMPTS.value]
     pictures = [read_picture(path, codec.image_size) for path in IMAGES.value]
-    prompts = [[np.array(tokenizer.encode(text), np.int32)] for text in texts]
-    prompts += [[latent] for latent in (codec.encode(np.stack(pictures)) if pictures else [])]
-    prompts += [[] for _ in range(NUM_DOCUMENTS.value)]
-    begin = [np.array([cfg.model.boi], np.int32)] if DRAW.value else []
-    return [prompt + begin for prompt in prompts], [*texts, *IMAGES.value, *[""] * NUM_DOCUMENTS.value]
+    documents = [[part] for part in (*texts, *pictures)] + [[] for _ in range(NUM_DOCUMENTS.value)]
+    return documents, [*texts, *IMAGES.value, *[""] * NUM_DOCUMENTS.value]
 
 
 def note_undrawn(rows: list, drawing: bool) -> None:
     """Says on stderr that prompts got no picture, where one was to be had."""
     number = len(PROMPTS.value)
-    undrawn = sum(all(part.ndim == 1 for part in parts) for parts in rows[:number])
+    undrawn = sum(all(isinstance(part, str) for part in parts) for parts in rows[:number])
     if undrawn and drawing:
         print(f"no picture for {undrawn} of {number} prompts, the model wrote text: --draw starts one right "
               "after the prompt", file=sys.stderr)
 
 
-def write(rows: list, names: list[str], codec, tokenizer, out: Path) -> None:
+def write(rows: list, names: list[str], out: Path) -> None:
     """One line of documents.jsonl per row: its prompt and parts; pictures as <row>_<number>.png."""
     out.mkdir(parents=True, exist_ok=True)
     documents = []
     for number, (name, parts) in enumerate(zip(names, rows)):
         drawn, line = 0, []
         for part in parts:
-            if part.ndim == 1:
-                line.append({"text": tokenizer.decode(part.tolist())})
+            if isinstance(part, str):
+                line.append({"text": part})
                 continue
             path = out / f"{number:03d}_{drawn}.png"
-            Image.fromarray(codec.decode(part[None])[0]).save(path)
+            Image.fromarray(part).save(path)
             line.append({"image": path.name})
             drawn += 1
         documents.append({"prompt": name, "parts": line})
@@ -103,19 +98,21 @@ def main() -> None:
         raise UserError("--draw and --max_images=0 exclude each other")
     distributed.start_process()
     mesh = sharding.parse_mesh(MESH.value)
-    cfg, params, codec, tokenizer, *_ = trained.load(WORKDIR.value, STEP.value, mesh)
-    if cfg.objective != "transfusion":
-        raise UserError(f"{WORKDIR.value} holds a run with objective = '{cfg.objective}', not 'transfusion'")
-    if codec is None and (IMAGES.value or DRAW.value):
+    run_ = trained.load(WORKDIR.value, STEP.value, mesh)
+    go_on = decoder(run_).go_on
+    if go_on is None:
+        raise UserError(f"{WORKDIR.value} holds a run with objective = '{run_.cfg.objective}', which writes no "
+                        "documents")
+    if run_.codec is None and (IMAGES.value or DRAW.value):
         raise UserError(f"{WORKDIR.value} has no codec.npz to decode pictures with: it saw none, or latents "
                         "made elsewhere; text alone can be sampled")
-    cfg = with_flags(cfg)
-    prompts, names = make_prompts(cfg, codec, tokenizer)
+    run_ = run_._replace(cfg=with_flags(run_.cfg))
+    documents, names = make_documents(run_.codec)
     with jax.set_mesh(mesh):
-        rows = decode.generate(cfg, params, prompts, seed=cfg.seed, temperature=TEMPERATURE.value,
-                               max_images=MAX_IMAGES.value if codec else 0)
-    write(rows, names, codec, tokenizer, Path(OUT.value or f"{WORKDIR.value}/samples"))
-    note_undrawn(rows, drawing=bool(codec) and MAX_IMAGES.value != 0)
+        rows = go_on(run_, documents, seed=SEED.value, temperature=TEMPERATURE.value,
+                     max_images=MAX_IMAGES.value, draw_first=DRAW.value)
+    write(rows, names, Path(OUT.value or f"{WORKDIR.value}/samples"))
+    note_undrawn(rows, drawing=bool(run_.codec) and MAX_IMAGES.value != 0)
 
 
 if __name__ == "__main__":

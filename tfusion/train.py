@@ -11,14 +11,12 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
-from tfusion import config, distributed, paths, sharding
+from tfusion import config, distributed, experiment, objectives, paths, sharding
 from tfusion import workdir as workdirs
 from tfusion.errors import UserError, run
-from tfusion.objectives import make_objective
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "experiments/FILE.py[:variant]")
+CONFIG = experiment.define()
 WORKDIR = paths.define("workdir", None, "where checkpoints, metrics and the config go")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "build and compile, print parameters and one batch, exit")
 WANDB = flags.DEFINE_string("wandb", None, "project of Weights & Biases to log to as well")
@@ -52,24 +50,19 @@ def main() -> None:
     if CONFIG.value is None or WORKDIR.value is None:
         raise UserError("--config=experiments/FILE.py and --workdir=DIR are both needed; see --help")
     distributed.start_process()
-    cfg = config.from_dict(CONFIG.value)
-    data = str(Path(cfg.data.prepared).absolute())  # config.json is read from other folders too
-    cfg = config.changed(cfg, {"data.prepared": data})
+    cfg = config.absolute(experiment.read(CONFIG))
     workdir = writable_folder(WORKDIR.value)
     mesh = sharding.make_mesh(cfg.mesh)
     sharding.check_batch_size(cfg.train.batch_size // cfg.train.num_microbatches, mesh)
-    sharding.check_length(cfg.data.seq_len, mesh)
-    sharding.check_heads(cfg.model.num_kv_heads, mesh)
-    objective = make_objective(cfg)
+    objectives.check_mesh(cfg, mesh)
     with jax.set_mesh(mesh):
         if DRY_RUN.value:
             from tfusion.training.dry_run import dry_run
-            dry_run(cfg, objective, mesh)
+            dry_run(cfg, mesh)
             return
         from tfusion.training.loop import train
         with workdirs.hold(workdir / workdirs.LOCK):
-            train(cfg, objective, workdir, mesh, profiled_steps(PROFILE.value, cfg.train.num_steps),
-                  WANDB.value)
+            train(cfg, workdir, mesh, profiled_steps(PROFILE.value, cfg.train.num_steps), WANDB.value)
 
 
 if __name__ == "__main__":

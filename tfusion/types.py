@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-FORMAT_VERSION = 2  # of batches, prepared data and checkpoints
+FORMAT_VERSION = 3  # of batches, prepared data and checkpoints
 
 PAD, BOS, EOS = 0, 1, 2
 
@@ -38,16 +38,23 @@ class ImageBatch(NamedTuple):
     images_BHWC: np.ndarray  # uint8
 
 
-class Document(NamedTuple):
-    """One document before it is laid out as tokens: text parts and image parts in order."""
+class Part(NamedTuple):
+    """A piece of a document."""
 
-    parts: tuple  # of int32 (n,) text ids or float32 (h, w, c) latents
-    max_t: float  # noise limit of its images, in (0, 1]
-    score_text: bool  # False where the caption was dropped for guidance: no LM loss
+    kind: str  # "text" or "image"
+    values: np.ndarray  # int32 (n,) text ids; an image as its codec makes it, such as float32 (h, w, c) latents
+    max_t: float = 1.0  # of an image: its noise limit, in [0, 1]
+
+
+class Document(NamedTuple):
+    """One document before it is laid out as tokens."""
+
+    parts: tuple[Part, ...]  # in order
+    score_text: bool = True  # False where the caption was dropped for guidance: no LM loss on text
 
 
 class Example(NamedTuple):
-    """One document laid out as L positions; what `Objective.layout` returns."""
+    """One document laid out as L positions; what `Layout.lay` returns (data/layout.py)."""
 
     tokens_L: np.ndarray  # int32
     image_ids_L: np.ndarray  # int32: 0 = not a patch, k = a patch of the document's k-th image

@@ -12,8 +12,9 @@ import zlib
 
 import numpy as np
 
-from tfusion.config import SLOTS_PER_IMAGE, Config
 from tfusion.data import transforms
+from tfusion.data.config import SLOTS_PER_IMAGE, RowFormat
+from tfusion.data.layout import text
 from tfusion.data.prepared import PreparedSource
 from tfusion.errors import UserError
 from tfusion.types import Document, Example
@@ -27,39 +28,42 @@ class Documents:
     Raises UserError where a record does not fit the config.
     """
 
-    def __init__(self, cfg: Config, objective, name: str, split: str):
-        self.cfg, self.objective, self.name = cfg, objective, name
-        self.source = PreparedSource(cfg.data.prepared, name, split)
+    def __init__(self, format: RowFormat, name: str, split: str):
+        self.format, self.seq_len, self.name = format, format.data.seq_len, name
+        self.source = PreparedSource(format.data.prepared, name, split)
         self.key = zlib.crc32(name.encode())  # the source's own, whatever stands beside it
-        lengths = objective.length(self.source.text_tokens, self.source.images)
+        lengths = self._positions(self.source.text_tokens, self.source.images)
         self._check(lengths)
         pieces = self._pieces(lengths)
         self._number = int(pieces.sum())
         self._firsts = np.cumsum(pieces) - pieces if self._number > len(pieces) else None  # per record
 
+    def _positions(self, text_tokens, images):
+        return self.format.layout.sizes(text_tokens, images).positions
+
     def _check(self, lengths) -> None:
-        data, source, slots = self.cfg.data, self.source, self.cfg.image_slots
-        if source.latent_shape not in (None, self.cfg.model.latent_shape):
+        source, T, slots = self.source, self.seq_len, self.format.image_slots
+        V = self.format.vocabulary.text_vocab_size
+        if source.latent_shape not in (None, self.format.image_shape):
             raise UserError(f"{source.folder} holds latents of shape {source.latent_shape}, the model expects "
-                            f"{self.cfg.model.latent_shape}: write that source again")
-        if source.meta["max_token_id"] >= self.cfg.model.text_vocab_size:
+                            f"{self.format.image_shape}: write that source again")
+        if source.meta["max_token_id"] >= V:
             raise UserError(f"{source.folder}: token id {source.meta['max_token_id']} is not below "
-                            f"model.text_vocab_size = {self.cfg.model.text_vocab_size}; was it prepared with "
-                            "another tokenizer?")
-        bad = (source.images > 0) & ((lengths > data.seq_len) | (source.images > slots))
+                            f"model.text_vocab_size = {V}; was it prepared with another tokenizer?")
+        bad = (source.images > 0) & ((lengths > T) | (source.images > slots))
         if bad.any():
             record = int(np.argmax(bad))
             number, needs = int(source.images[record]), int(lengths[record])
-            one = self.cfg.model.num_patches + 2
-            share = min(1.0, math.ceil(100 * number * one / data.seq_len / SLOTS_PER_IMAGE) / 100)
+            one = self._positions(0, 1) - self._positions(0, 0)
+            share = min(1.0, math.ceil(100 * number * one / T / SLOTS_PER_IMAGE) / 100)
             raise UserError(
                 f"{source.folder}: record {record} has {number} images and needs {needs} positions; a row has "
-                f"{data.seq_len}, and {slots} image slots, and a document with images is never cut: raise "
-                + (f"data.seq_len to {needs}" if needs > data.seq_len else f"data.image_share to {share}"))
+                f"{T}, and {slots} image slots, and a document with images is never cut: raise "
+                + (f"data.seq_len to {needs}" if needs > T else f"data.image_share to {share}"))
 
     def _pieces(self, lengths):
         """How many documents records of so many positions become: each but the first costs one more BOS."""
-        return np.maximum(1, -(-(lengths - 1) // (self.cfg.data.seq_len - 1)))
+        return np.maximum(1, -(-(lengths - 1) // (self.seq_len - 1)))
 
     def __len__(self) -> int:
         return self._number
@@ -78,32 +82,32 @@ class Documents:
     def lengths(self, records, pieces, dropped=False):
         """Positions of documents as `read` lays them out. dropped: bool, which lost their captions."""
         images = self.images(records)
-        text = np.where(dropped & (images > 0), 0, self.source.text_tokens[records])
-        T = self.cfg.data.seq_len
-        return np.minimum(self.objective.length(text, images) - pieces * (T - 1), T)
+        tokens = np.where(dropped & (images > 0), 0, self.source.text_tokens[records])
+        T = self.seq_len
+        return np.minimum(self._positions(tokens, images) - pieces * (T - 1), T)
 
     def means(self, dropout: float) -> tuple[float, float]:
         """Mean positions of a document, and those in images, where `dropout` of the documents with images lose
         their captions; over a sample.
         """
         some = slice(None, None, max(1, len(self.source) // MEAN_SAMPLE))
-        text, images = self.source.text_tokens[some], self.source.images[some]
-        whole = self.objective.length(text, images)
+        tokens, images = self.source.text_tokens[some], self.source.images[some]
+        whole = self._positions(tokens, images)
         pieces = self._pieces(whole)
-        kept = self.objective.length((1 - dropout) * text, images)
+        kept = self._positions((1 - dropout) * tokens, images)
         positions = np.where(images > 0, kept, whole + pieces - 1)
-        in_images = self.objective.length(0, images) - self.objective.length(0, 0)
+        in_images = self._positions(0, images) - self._positions(0, 0)
         return float(positions.sum() / pieces.sum()), float(in_images.sum() / pieces.sum())
 
     def read(self, record: int, piece: int, drop_caption: bool = False, image_first: bool = False,
              image_first_max_t: float = 1.0) -> Example:
         """One document, arranged (transforms.arrange) and laid out."""
         if self.source.images[record]:
-            return self.objective.layout(transforms.arrange(
+            return self.format.layout.lay(transforms.arrange(
                 self.source.read(record), drop_caption, image_first, image_first_max_t))
-        T = self.cfg.data.seq_len
-        text = self.source.read_text(record, piece * (T - 1), (piece + 1) * (T - 1))
-        example = self.objective.layout(Document((text,), 1.0, True))
+        T = self.seq_len
+        tokens = self.source.read_text(record, piece * (T - 1), (piece + 1) * (T - 1))
+        example = self.format.layout.lay(Document((text(tokens),)))
         return example if len(example.tokens_L) <= T else without_end(example)
 
 

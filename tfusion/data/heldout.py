@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tfusion.config import Config
 from tfusion.data import packing, pipeline, transforms
+from tfusion.data.config import RowFormat
 from tfusion.data.documents import Documents
 from tfusion.data.sources import pictures
 from tfusion.types import Batch, ImageBatch
@@ -22,19 +22,18 @@ NONE = transforms.picture_names(0, 0, 0)  # no pictures' names
 class HeldOut:
     """The held-out documents of one source: row k as a Batch without the batch axis, padding from `len` on."""
 
-    def __init__(self, cfg: Config, objective, source: str, documents: int | None = None,
-                 image_first: bool = False):
+    def __init__(self, format: RowFormat, source: str, documents: int | None = None, image_first: bool = False):
         """documents: of the first so many records alone. image_first: each picture before its caption."""
-        self.cfg, self.image_first = cfg, image_first
-        pipeline.read_meta(cfg)
-        self.source = Documents(cfg, objective, source, "heldout")
+        self.format, self.image_first = format, image_first
+        pipeline.read_meta(format)
+        self.source = Documents(format, source, "heldout")
         records, pieces = self.source.locate(np.arange(len(self.source)))
         if documents is not None:
             chosen = records < documents
             records, pieces = records[chosen], pieces[chosen]
         self.num_documents = len(records)
         rows = packing.first_fit(self.source.lengths(records, pieces), self.source.images(records),
-                                 len(records), cfg.data.seq_len, cfg.image_slots)
+                                 len(records), format.data.seq_len, format.image_slots)
         self._rows = [[] for _ in range(max(rows, default=-1) + 1)]
         for row, record, piece in zip(rows, records.tolist(), pieces.tolist()):
             self._rows[row].append((record, piece))
@@ -45,8 +44,7 @@ class HeldOut:
     def __getitem__(self, row: int) -> Batch:
         documents = self._rows[row] if row < len(self) else []
         examples = [self.source.read(*document, image_first=self.image_first) for document in documents]
-        packed = packing.pack_row(row, examples, self.cfg.data.seq_len, self.cfg.image_slots,
-                                  self.cfg.model.latent_shape)
+        packed = packing.pack_row(row, examples, self.format)
         names = [transforms.picture_names(self.source.key, record, len(example.max_t_I))
                  for (record, _), example in zip(documents, examples)]
         used = sum(map(len, names))
@@ -54,7 +52,7 @@ class HeldOut:
         return packed
 
     def check(self, batch) -> None:
-        packing.check_batch(batch, self.cfg.model.vocab_size, self.cfg.model.num_patches)
+        packing.check_batch(batch, self.format.vocabulary)
 
     def batches(self, batch_size: int, process: int = 0, num_processes: int = 1):
         """Iterator over all rows, this process's share of each batch; the last batch is filled with padding."""
@@ -64,8 +62,8 @@ class HeldOut:
 class HeldOutPictures:
     """Held-out pictures, equally many of each source, for the autoencoder: row k is one of them."""
 
-    def __init__(self, cfg: Config, documents: int | None = None):
-        self.images = pictures(cfg.data, "heldout", documents)
+    def __init__(self, sources: dict, image_size: int, documents: int | None = None):
+        self.images = pictures(sources, "heldout", image_size, documents)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -81,24 +79,16 @@ class HeldOutPictures:
         return pipeline.batches(self, 0, max(1, len(self) // batch_size), batch_size, process, num_processes)
 
 
-def open_sources(cfg: Config, objective, documents: int | None) -> dict:
+def open_heldout(format: RowFormat, documents: int | None = None) -> dict[str, HeldOut]:
+    """{source: its held-out rows}, of the first `documents` records where that is given.
+
+    A source without held-out records is named and left out.
+    """
     found = {}
-    for name in (name for name, share in cfg.data.mixture.items() if share > 0):
-        folder = Path(cfg.data.prepared) / name / "heldout"
-        if folder.is_dir() and len(held := HeldOut(cfg, objective, name, documents)):
+    for name in (name for name, source in format.data.sources.items() if source.share > 0):
+        folder = Path(format.data.prepared) / name / "heldout"
+        if folder.is_dir() and len(held := HeldOut(format, name, documents)):
             found[name] = held
         else:
             print(f"{folder} holds no records: '{name}' is not evaluated")
     return found
-
-
-OPEN = {"transfusion": open_sources,
-        "autoencoder": lambda cfg, objective, documents: {"pictures": HeldOutPictures(cfg, documents)}}
-
-
-def open_heldout(cfg: Config, objective, documents: int | None = None) -> dict:
-    """{source: its held-out rows}, of the first `documents` records where that is given.
-
-    A source of the mixture without held-out records is named and left out.
-    """
-    return OPEN[cfg.objective](cfg, objective, documents)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tfusion.data.config import RowFormat
+from tfusion.data.layout import Vocabulary
 from tfusion.errors import UserError
 from tfusion.types import PAD, Batch, Example
 
@@ -21,6 +23,7 @@ class Plan(NamedTuple):
     rows: list
     num_documents: int
     num_dropped: int
+    num_positions: int  # filled
 
 
 class Candidate(NamedTuple):
@@ -47,13 +50,14 @@ def plan_window(seed: int, window: int, candidates: list[Candidate], num_rows: i
                  for document in zip(c.epochs.tolist(), c.records.tolist(), c.pieces.tolist())]
     lengths, images = (np.concatenate([getattr(c, x) for c in candidates]) for x in ("lengths", "images"))
     order = rng.permutation(len(documents))
-    rows, dropped = [[] for _ in range(num_rows)], 0
+    rows, dropped, filled = [[] for _ in range(num_rows)], 0, 0
     for index, row in zip(order, first_fit(lengths[order], images[order], num_rows, seq_len, num_slots)):
         if row < 0:
             dropped += 1
         else:
             rows[row].append(documents[index])
-    return Plan([rows[i] for i in rng.permutation(num_rows)], len(documents), dropped)
+            filled += int(lengths[index])
+    return Plan([rows[i] for i in rng.permutation(num_rows)], len(documents), dropped, filled)
 
 
 def first_fit(lengths, images, num_rows: int, seq_len: int, num_slots: int) -> list[int]:
@@ -71,13 +75,19 @@ def first_fit(lengths, images, num_rows: int, seq_len: int, num_slots: int) -> l
     return placed
 
 
-def pack_row(row_id: int, examples: list[Example], seq_len: int, num_slots: int, latent_shape) -> Batch:
+def empty_row(row_id: int, format: RowFormat) -> Batch:
+    """A row of padding (arrays without the batch axis)."""
+    T, I = format.data.seq_len, format.image_slots
+    return Batch(
+        row_ids_B=np.int32(row_id), tokens_BT=np.full(T, PAD, np.int32), segment_ids_BT=np.zeros(T, np.int32),
+        image_ids_BT=np.zeros(T, np.int32), positions_BT=np.zeros(T, np.int32), loss_mask_BT=np.zeros(T, bool),
+        latents_BIhwc=np.zeros((I, *format.image_shape), np.float32), image_start_BI=np.full(I, T, np.int32),
+        max_t_BI=np.zeros(I, np.float32), noise_ids_BI2=noise_ids(np.int32(row_id), I))
+
+
+def pack_row(row_id: int, examples: list[Example], format: RowFormat) -> Batch:
     """Concatenates documents into one row (arrays without the batch axis), padded to seq_len."""
-    T, I = seq_len, num_slots
-    row = Batch(np.int32(row_id), np.full(T, PAD, np.int32), np.zeros(T, np.int32), np.zeros(T, np.int32),
-                np.zeros(T, np.int32), np.zeros(T, bool), np.zeros((I, *latent_shape), np.float32),
-                np.full(I, T, np.int32), np.zeros(I, np.float32),
-                noise_ids(np.int32(row_id), I))
+    row = empty_row(row_id, format)
     start = slot = 0
     for document, example in enumerate(examples, start=1):
         length, images = len(example.tokens_L), len(example.max_t_I)
@@ -107,14 +117,14 @@ def stack_rows(rows: list):
     return type(rows[0])(*(np.stack(field) for field in zip(*rows)))
 
 
-def check_batch(batch: Batch, vocab_size: int, num_patches: int) -> None:
+def check_batch(batch: Batch, vocabulary: Vocabulary) -> None:
     """Raises UserError where a batch breaks the data contract (types.Batch), naming row and position."""
 
     def fail(mask, text):
         row, position = (int(x) for x in np.argwhere(mask)[0])
         raise UserError(f"bad batch: row {int(batch.row_ids_B[row])}, position {position}: {text}")
 
-    T = batch.tokens_BT.shape[1]
+    T, vocab_size, N = batch.tokens_BT.shape[1], vocabulary.vocab_size, vocabulary.num_patches
     bad = (batch.tokens_BT < 0) | (batch.tokens_BT >= vocab_size)
     if bad.any():
         fail(bad, f"token id {batch.tokens_BT[bad][0]} is outside 0..{vocab_size - 1}; "
@@ -130,8 +140,8 @@ def check_batch(batch: Batch, vocab_size: int, num_patches: int) -> None:
     for row, starts in enumerate(batch.image_start_BI):
         for slot, start in enumerate(starts):
             if start < T:
-                expected[row, start : start + num_patches] = slot + 1
+                expected[row, start : start + N] = slot + 1
     bad = batch.image_ids_BT != expected
     if bad.any():
         fail(bad, f"image id {batch.image_ids_BT[bad][0]} does not match the image slots "
-                  f"({num_patches} patches each): an image id without its patches")
+                  f"({N} patches each): an image id without its patches")

@@ -12,8 +12,8 @@ import threading
 import grain
 import numpy as np
 
-from tfusion.config import SLOTS_PER_IMAGE, Config
 from tfusion.data import packing, prepared, transforms
+from tfusion.data.config import SLOTS_PER_IMAGE, RowFormat, shares
 from tfusion.data.documents import Documents
 from tfusion.data.sources import pictures
 from tfusion.errors import UserError
@@ -23,56 +23,52 @@ READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
 WINDOWS_KEPT = 4
 
 
-def read_meta(cfg: Config) -> dict:
-    """The meta of the config's prepared data. Raises UserError where their latents or their vocabulary are not
-    the model's.
+def read_meta(format: RowFormat) -> dict:
+    """The meta of the prepared data. Raises UserError where their latents or their vocabulary are not the
+    model's.
     """
-    meta = prepared.read_meta(cfg.data.prepared)
-    if meta["vocab_size"] != cfg.model.text_vocab_size:
-        raise UserError(f"{cfg.data.prepared} was tokenised with {meta['vocab_size']} pieces, "
-                        f"model.text_vocab_size = {cfg.model.text_vocab_size}: change it or prepare again")
-    if tuple(meta["latent_shape"]) != cfg.model.latent_shape:
-        raise UserError(f"{cfg.data.prepared} holds latents of shape {tuple(meta['latent_shape'])}, the model "
-                        f"expects {cfg.model.latent_shape}: change model.latent_* or prepare again")
+    root, V = format.data.prepared, format.vocabulary.text_vocab_size
+    meta = prepared.read_meta(root)
+    if meta["vocab_size"] != V:
+        raise UserError(f"{root} was tokenised with {meta['vocab_size']} pieces, model.text_vocab_size = {V}: "
+                        "change it or prepare again")
+    if tuple(meta["latent_shape"]) != format.image_shape:
+        raise UserError(f"{root} holds latents of shape {tuple(meta['latent_shape'])}, the model expects "
+                        f"{format.image_shape}: change model.adapter.latent_* or prepare again")
     return meta
 
 
-def check_image_share(cfg: Config, shares, means, in_images) -> None:
+def check_image_share(image_share: float, shares, means, in_images) -> None:
     """Raises UserError where rows have too few image slots for sources of these mean lengths."""
     real = sum(share * images / mean for share, images, mean in zip(shares, in_images, means)) / sum(shares)
-    if real > SLOTS_PER_IMAGE * cfg.data.image_share:
-        raise UserError(f"{real:.1%} of the positions of data.mixture lie in images, more than "
-                        f"{SLOTS_PER_IMAGE} x data.image_share = {cfg.data.image_share} gives slots for: raise "
+    if real > SLOTS_PER_IMAGE * image_share:
+        raise UserError(f"{real:.1%} of the positions of data.sources lie in images, more than "
+                        f"{SLOTS_PER_IMAGE} x data.image_share = {image_share} gives slots for: raise "
                         f"it to {math.ceil(100 * real) / 100}")
 
 
 class PackedRows:
     """Row k of the run, as a Batch without the batch axis: the mixture, planned and packed."""
 
-    def __init__(self, cfg: Config, objective, split: str):
-        data = cfg.data
-        self.cfg, self.objective = cfg, objective
-        self.seed = cfg.seed if split == "train" else cfg.seed + 1
-        self.dropout = split == "train"
-        names = sorted(name for name, share in data.mixture.items() if share > 0)  # however they are written
-        meta, self.assets = read_meta(cfg), prepared.assets(data.prepared)
-        self.sources = [Documents(cfg, objective, name, split) for name in names]
+    def __init__(self, format: RowFormat, seed: int):
+        data, by_name = format.data, shares(format.data.sources)
+        self.format, self.seed, self.where = format, seed, data.prepared
+        meta, self.assets = read_meta(format), prepared.assets(data.prepared)
+        self.sources = [Documents(format, name, "train") for name in by_name]
         self.identity = prepared.identity(meta) | {
-            f"sizes.{name}": source.source.sizes_digest() for name, source in zip(names, self.sources)}
+            f"sizes.{source.name}": source.source.sizes_digest() for source in self.sources}
         for source in self.sources:
             if not len(source):
                 raise UserError(f"{source.source.folder} holds no records: prepare some, or set "
-                                f"data.mixture.{source.name} to 0")
-        self._order = [grain.MapDataset.range(len(source)).seed(self.seed ^ source.key).shuffle().repeat()
+                                f"data.sources.{source.name}.share to 0")
+        self._order = [grain.MapDataset.range(len(source)).seed(seed ^ source.key).shuffle().repeat()
                        for source in self.sources]
-        means, in_images = zip(*(source.means(data.caption_dropout * self.dropout) for source in self.sources))
-        if split == "train":
-            check_image_share(cfg, [data.mixture[name] for name in names], means, in_images)
-        self.per_window = packing.documents_per_window(
-            [data.mixture[name] for name in names], means, data.window_rows, data.seq_len)
-        for name, count in zip(names, self.per_window):
+        means, in_images = zip(*(source.means(data.caption_dropout) for source in self.sources))
+        check_image_share(data.image_share, by_name.values(), means, in_images)
+        self.per_window = packing.documents_per_window(by_name.values(), means, data.window_rows, data.seq_len)
+        for (name, share), count in zip(by_name.items(), self.per_window):
             if count == 0:
-                raise UserError(f"data.mixture.{name} = {data.mixture[name]} is less than one document per "
+                raise UserError(f"data.sources.{name}.share = {share} is less than one document per "
                                 f"data.window_rows = {data.window_rows} rows: raise one of them")
         self._lock = threading.Lock()
         self.plan = functools.lru_cache(WINDOWS_KEPT)(self._plan)
@@ -89,53 +85,48 @@ class PackedRows:
         return candidates
 
     def _plan(self, window: int) -> packing.Plan:
-        data = self.cfg.data
+        data = self.format.data
         return packing.plan_window(self.seed, window, self.offered(window), data.window_rows, data.seq_len,
-                                   self.cfg.image_slots)
+                                   self.format.image_slots)
 
     def _drops(self, source: int, epoch, record):
-        drops = transforms.drops_caption(self.cfg.data, self.seed, self.sources[source].key, epoch, record)
-        return drops & self.dropout
+        return transforms.drops_caption(self.format.data, self.seed, self.sources[source].key, epoch, record)
 
     def example(self, source: int, epoch: int, record: int, piece: int):
         """One document, arranged and laid out."""
-        documents = self.sources[source]
-        first = transforms.puts_image_first(self.cfg.data, self.seed, documents.key, epoch, record)
+        documents, data = self.sources[source], self.format.data
+        first = transforms.puts_image_first(data, self.seed, documents.key, epoch, record)
         return documents.read(record, piece, bool(self._drops(source, epoch, record)), bool(first),
-                              self.cfg.data.image_first_max_t)
+                              data.image_first_max_t)
 
     def __getitem__(self, row: int):
-        data = self.cfg.data
-        window, index = divmod(row, data.window_rows)
+        window, index = divmod(row, self.format.data.window_rows)
         with self._lock:  # one thread plans, the others wait for it
             documents = self.plan(window).rows[index]
-        return packing.pack_row(row, [self.example(*d) for d in documents], data.seq_len,
-                                self.cfg.image_slots, self.cfg.model.latent_shape)
+        return packing.pack_row(row, [self.example(*d) for d in documents], self.format)
 
     def stats(self, row: int) -> dict:
-        """Of the documents of the row's window: how many found no room, how many go on with a longer text."""
-        plan = self.plan(row // self.cfg.data.window_rows)
+        """Of the row's window: the share of positions filled; of its documents, how many found no room and how
+        many go on with a longer text."""
+        data, plan = self.format.data, self.plan(row // self.format.data.window_rows)
         continued = sum(piece > 0 for documents in plan.rows for *_, piece in documents)
-        return {"data/dropped_documents": plan.num_dropped / plan.num_documents,
+        return {"data/fill": plan.num_positions / (data.window_rows * data.seq_len),
+                "data/dropped_documents": plan.num_dropped / plan.num_documents,
                 "data/continued_documents": continued / plan.num_documents}
 
     def check(self, batch) -> None:
-        packing.check_batch(batch, self.cfg.model.vocab_size, self.cfg.model.num_patches)
+        packing.check_batch(batch, self.format.vocabulary)
 
 
 class ImageRows:
-    """Row k of the run, as an ImageBatch without the batch axis: the pictures of the mixture, each as often."""
+    """Row k of the run, as an ImageBatch without the batch axis: the pictures of the sources, each as often."""
 
-    def __init__(self, cfg: Config, objective, split: str):
-        del objective
-        self.assets = []
-        self.images = pictures(cfg.data, split)
+    assets, where = (), "data.sources"
+
+    def __init__(self, sources: dict, image_size: int, seed: int):
+        self.images = pictures(sources, "train", image_size)
         self.identity = {"pictures": hashlib.sha256(self.images).hexdigest()[:16]}
-        size = cfg.image_size
-        if self.images.shape[1:] != (size, size, 3):
-            raise UserError(f"the pictures are {self.images.shape[1]} pixels wide, model.latent_size x "
-                             f"autoencoder.downsample = {size}; change one of them")
-        self._order = grain.MapDataset.range(len(self.images)).seed(cfg.seed).shuffle().repeat()
+        self._order = grain.MapDataset.range(len(self.images)).seed(seed).shuffle().repeat()
 
     def __getitem__(self, row: int) -> ImageBatch:
         return ImageBatch(np.int32(row), self.images[self._order[row]])
@@ -145,15 +136,7 @@ class ImageRows:
         return {}
 
     def check(self, batch) -> None:
-        del batch  # uint8 of the size checked above
-
-
-ROWS = {"transfusion": PackedRows, "autoencoder": ImageRows}
-
-
-def open_rows(cfg: Config, objective, split: str):
-    """The rows of a split: `rows[k]` for any k >= 0."""
-    return ROWS[cfg.objective](cfg, objective, split)
+        del batch  # uint8 of one size, as `pictures` reads them
 
 
 def batches(rows, first_row: int, num_batches: int, batch_size: int, process: int = 0,

@@ -22,9 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
+from tfusion.data import layout
 from tfusion.data.tokenizers import SAVED, Tokenizer
 from tfusion.errors import UserError
-from tfusion.types import FORMAT_VERSION
+from tfusion.types import FORMAT_VERSION, Part
 from tfusion.workdir import CODEC, LOCK, hold
 
 MARK = ".made_by_prepare"  # stands in every folder that `replacing` made: the names of all files it left there
@@ -123,14 +124,16 @@ def _latents(folder: Path, latents, owners: list[int]):
     return latents
 
 
-def write_meta(root: Path, tokenizer: Tokenizer, codec: str, latent_shape) -> None:
+def write_meta(root: Path, tokenizer: Tokenizer, codec: str, latent_shape,
+               codec_run: str | None = None) -> None:
     """Completes a folder of sources: the tokenizer itself, and what the latents are.
 
-    codec: the fingerprint of what encoded the pictures; '' where there are none.
+    codec: the fingerprint of what encoded the pictures; '' where there are none. codec_run: the workdir that
+    trained it, as far as it is known.
     """
     tokenizer.save(root)
     meta = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer.fingerprint, "codec": codec,
-            "vocab_size": tokenizer.vocab_size, "latent_shape": list(latent_shape)}
+            "vocab_size": tokenizer.vocab_size, "latent_shape": list(latent_shape), "codec_run": codec_run}
     (root / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
@@ -260,11 +263,12 @@ class PreparedSource:
         """int64 (records,): number of images."""
         return self._records[:, 2]
 
-    def read(self, record: int) -> list:
-        """The record's parts in order: int32 (n,) text ids or float32 (h, w, c) latents."""
+    def read(self, record: int) -> list[Part]:
+        """The record's parts in order."""
         first = self._records[record - 1, 0] if record else 0
         parts = self._parts[first : self._records[record, 0]]
-        return [np.array(self._latents[b]) if a < 0 else np.array(self._tokens[a:b]) for a, b in parts]
+        return [layout.image(np.array(self._latents[b])) if a < 0 else layout.text(self._tokens[a:b])
+                for a, b in parts]
 
     def read_text(self, record: int, start: int, stop: int):
         """int32 (n,): tokens `start` to `stop` of a record without images, whose parts lie end to end."""

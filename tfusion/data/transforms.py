@@ -6,8 +6,8 @@ its rows are planned, and again for one document when it is read, on any process
 
 import numpy as np
 
-from tfusion.config import DataConfig
-from tfusion.types import Document
+from tfusion.data.config import DataConfig
+from tfusion.types import Document, Part
 
 DROP_COIN, ORDER_COIN = 1, 2
 
@@ -44,20 +44,20 @@ def puts_image_first(cfg: DataConfig, seed: int, source: int, epoch, record):
     return keyed_uniform(seed, source, epoch, record, ORDER_COIN) < cfg.image_first_fraction
 
 
-def arrange(parts: list, drop_caption: bool, image_first: bool, image_first_max_t: float) -> Document:
+def arrange(parts: list[Part], drop_caption: bool, image_first: bool, image_first_max_t: float) -> Document:
     """Orders a record's parts. Text-only records are left as they are.
 
     A dropped caption leaves the pictures alone, unscored as text. Picture-first swaps each caption with
     the picture it precedes and limits the picture's noise to image_first_max_t.
     """
-    if all(part.ndim == 1 for part in parts):
-        return Document(tuple(parts), 1.0, True)
+    if all(part.kind == "text" for part in parts):
+        return Document(tuple(parts))
     if drop_caption:
-        return Document(tuple(part for part in parts if part.ndim > 1), 1.0, False)
+        return Document(tuple(part for part in parts if part.kind == "image"), score_text=False)
     if not image_first:
-        return Document(tuple(parts), 1.0, True)
-    parts = list(parts)
+        return Document(tuple(parts))
+    parts = [part._replace(max_t=image_first_max_t) if part.kind == "image" else part for part in parts]
     for i in range(len(parts) - 1):
-        if parts[i].ndim == 1 and parts[i + 1].ndim > 1:
+        if (parts[i].kind, parts[i + 1].kind) == ("text", "image"):
             parts[i], parts[i + 1] = parts[i + 1], parts[i]
-    return Document(tuple(parts), image_first_max_t, True)
+    return Document(tuple(parts))

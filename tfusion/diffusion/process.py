@@ -12,7 +12,19 @@ From x_t and either target both x0 and eps follow:
 Every `a` here broadcasts against x from the left: shape (...) against (..., h, w, c).
 """
 
+import dataclasses
+
 import jax.numpy as jnp
+
+from tfusion.config import choice, register
+
+
+@register("process", "ddpm")
+@dataclasses.dataclass(frozen=True)
+class DDPMConfig:
+    kind: str
+    prediction: str = choice("eps", "v")
+    num_timesteps: int
 
 
 def match(a, x):

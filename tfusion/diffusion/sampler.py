@@ -12,11 +12,23 @@ With a = alphabar(t), b = alphabar(s) for a step t -> s < t, and beta = 1 - a / 
 The sampler takes a denoiser `denoise(x, t) -> (x0, eps)` and knows no model.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
+from tfusion.config import choice, number
 from tfusion.diffusion.process import match
 from tfusion.diffusion.schedule import alpha_bar
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    sampler: str = choice("ddpm", "ddim")
+    variance: str = choice("fixed_small", "fixed_large")  # DDPM's, as in diffusers: the posterior's, or beta
+    num_inference_steps: int
+    guidance_scale: float = number(zero=True)
+
 
 FEW_STEPS = 100  # below it DDPM's variance is off by some 5 % or more (`warning`)
 

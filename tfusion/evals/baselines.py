@@ -7,11 +7,11 @@ see a sample, which is plenty for what they can learn.
 import jax
 import numpy as np
 
-from tfusion.config import Config
+from tfusion.data.config import shares
 from tfusion.data.documents import Documents
 from tfusion.data.prepared import PreparedSource
 from tfusion.diffusion import process, schedule
-from tfusion.objectives.transfusion import diffusion_losses, draw_noise
+from tfusion.objectives.transfusion import TransfusionConfig, diffusion_losses, draw_noise
 from tfusion.training.step import eval_key
 
 LAMBDAS = np.linspace(0.05, 0.95, 19)
@@ -19,10 +19,10 @@ MAX_LATENTS = 20_000  # of each source
 MAX_DOCUMENTS = 200_000  # of each source
 
 
-def fit_gaussian(cfg: Config):
+def fit_gaussian(cfg: TransfusionConfig):
     """(mean (D,), eigenvalues (D,), eigenvectors (D, D)) of the training latents, D = h w c; None of none."""
     latents = []
-    for name in (name for name, share in cfg.data.mixture.items() if share > 0):
+    for name in shares(cfg.data.sources):
         source = PreparedSource(cfg.data.prepared, name, "train")
         if source.meta["images"]:
             latents.append(np.load(source.folder / "latents.npy", mmap_mode="r")[:MAX_LATENTS])
@@ -34,7 +34,7 @@ def fit_gaussian(cfg: Config):
     return mean, np.maximum(values, 0), vectors
 
 
-def linear_prediction(cfg: Config, gaussian, x_t, a):
+def linear_prediction(cfg: TransfusionConfig, gaussian, x_t, a):
     """The linear predictor of the diffusion target with least squared error, for data of that mean and
     covariance: E[x0 | x_t] = m + sqrt(a) S (a S + (1 - a) I)^-1 (x_t - sqrt(a) m), and from it the target.
     """
@@ -44,18 +44,18 @@ def linear_prediction(cfg: Config, gaussian, x_t, a):
     x0 = mean + ((flat - root * mean) @ vectors * gain) @ vectors.T
     eps = (flat - root * x0) / np.sqrt(1 - a)[..., None]
     x0, eps = (v.reshape(x_t.shape).astype(np.float32) for v in (x0, eps))
-    return process.target(cfg.diffusion.prediction, x0, eps, a.astype(np.float32))
+    return process.target(cfg.process.prediction, x0, eps, a.astype(np.float32))
 
 
-def linear_losses(cfg: Config, gaussian, batch) -> dict:
+def linear_losses(cfg: TransfusionConfig, gaussian, batch) -> dict:
     """{name: (sum, count)} of the linear predictor, as the model's diffusion losses on held-out rows."""
     t, eps = draw_noise(eval_key(), batch.noise_ids_BI2, batch.max_t_BI, cfg.model.latent_shape,
-                        cfg.diffusion.num_timesteps)
+                        cfg.process.num_timesteps)
     a = schedule.alpha_bar(t)
     x_t = process.add_noise(batch.latents_BIhwc, eps, a)
     used = np.where(batch.max_t_BI > 0, np.asarray(a, np.float64), 0.5)  # unused slots: t = 0 divides by 0
     prediction = linear_prediction(cfg, gaussian, x_t, used)
-    target = process.target(cfg.diffusion.prediction, batch.latents_BIhwc, eps, a)
+    target = process.target(cfg.process.prediction, batch.latents_BIhwc, eps, a)
     return jax.device_get(diffusion_losses(prediction, target, t, batch.max_t_BI))
 
 
@@ -85,7 +85,7 @@ class Ngrams:
         return float(-np.log(unigram).mean()), float(min(mixed))
 
 
-def documents_read(cfg: Config, rows, step: int) -> dict:
+def documents_read(cfg: TransfusionConfig, rows, step: int) -> dict:
     """{source: (its training documents, how many of them the run was given up to a step, each
     counted once)}.
 
@@ -96,7 +96,7 @@ def documents_read(cfg: Config, rows, step: int) -> dict:
             for source, count in zip(rows.sources, rows.per_window)}
 
 
-def count_ngrams(cfg: Config, source: Documents, number: int) -> Ngrams | None:
+def count_ngrams(cfg: TransfusionConfig, source: Documents, number: int) -> Ngrams | None:
     """N-grams of `number` of a source's training documents (at most MAX_DOCUMENTS), evenly spread, captions
     first, as held-out ones are laid out; None where they hold no text. A run's order is a shuffle, so as many
     as it has read are as good as those: the bigram knows no more text than the model.
@@ -107,4 +107,4 @@ def count_ngrams(cfg: Config, source: Documents, number: int) -> Ngrams | None:
         example = source.read(*document)
         pairs.append(scored_pairs(example.tokens_L, example.loss_mask_L))
     first, second = (np.concatenate(x) for x in zip(*pairs))
-    return Ngrams(cfg.model.vocab_size, first, second) if source.source.meta["tokens"] else None
+    return Ngrams(cfg.vocabulary.vocab_size, first, second) if source.source.meta["tokens"] else None

@@ -14,9 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tfusion import sharding
-from tfusion.config import Config
-from tfusion.data import pipeline
-from tfusion.data.heldout import HeldOut, open_heldout
+from tfusion.data.heldout import HeldOut
 from tfusion.evals import statistics
 from tfusion.evals.baselines import (
     count_ngrams,
@@ -26,8 +24,8 @@ from tfusion.evals.baselines import (
     scored_pairs,
 )
 from tfusion.inference.trained import Trained
-from tfusion.objectives import make_objective
-from tfusion.objectives.transfusion import NUM_BINS
+from tfusion.objectives import kind_of, make_objective
+from tfusion.objectives.transfusion import NUM_BINS, TransfusionConfig
 from tfusion.training.step import make_eval_step
 
 POSITIONS = 8192  # looked at at once by each share of the devices: the figures do not depend on it
@@ -46,19 +44,19 @@ class Sums(NamedTuple):
                       for a, b in zip(self[:2], other[:2])), self.images + other.images)
 
 
-def rows_at_once(cfg: Config) -> int:
+def rows_at_once(cfg: TransfusionConfig) -> int:
     shards = sharding.num_shards("batch")
     return max(1, POSITIONS // cfg.data.seq_len) * shards
 
 
-def measure(cfg: Config, params, held: HeldOut, eval_step, gaussian, name: str):
+def measure(cfg: TransfusionConfig, run: Trained, held: HeldOut, eval_step, gaussian, name: str):
     """(Sums, (token, next token) at every scored position) of one source."""
     sums, pairs, rows = Sums({}, {}, 0), [], rows_at_once(cfg)
     for batch in tqdm(held.batches(rows), desc=f"held out: {name}", unit="batch", total=-(-len(held) // rows)):
         images = int((batch.max_t_BI > 0).sum())
         model, linear = (
             {key: np.array(pair, np.float64) for key, pair in losses.items()}
-            for losses in (jax.device_get(eval_step(params, batch)),
+            for losses in (jax.device_get(eval_step(run.params, run.aux, batch)),
                            linear_losses(cfg, gaussian, batch) if images else {}))
         sums += Sums(model, linear, images)
         pairs.append(scored_pairs(batch.tokens_BT, batch.loss_mask_BT))
@@ -73,7 +71,7 @@ def mean(losses: dict, name: str) -> float:
 def text_bytes(held: HeldOut, tokenizer) -> int:
     """UTF-8 bytes of a source's held-out texts, as far as they are looked at: whole records."""
     parts = (part for record in range(len(held.source.source)) for part in held.source.source.read(record))
-    return sum(len(tokenizer.decode(part.tolist()).encode()) for part in parts if part.ndim == 1)
+    return sum(len(tokenizer.decode(part.values.tolist()).encode()) for part in parts if part.kind == "text")
 
 
 def text_figures(name: str, row: dict, tokens: int) -> dict:
@@ -108,16 +106,16 @@ def diffusion_figures(sums: Sums) -> tuple[dict, dict]:
     }, dict(zip(("bins", "model"), by_bin))
 
 
-def report(cfg: Config, run: Trained) -> tuple[dict, dict]:
+def report(cfg: TransfusionConfig, run: Trained) -> tuple[dict, dict]:
     """(figures, {'held_out': losses by source, 'ngrams': table by source, 'linear_baseline': by noise level})
     on all held-out documents. Sources without any are named and left out (data/heldout.py).
     """
     objective, figures, total = make_objective(cfg), {}, Sums({}, {}, 0)
     eval_step, gaussian = jax.jit(make_eval_step(objective)), fit_gaussian(cfg)
     held_out, ngrams = {}, {}
-    training = documents_read(cfg, pipeline.open_rows(cfg, objective, "train"), run.step)
-    for name, held in open_heldout(cfg, objective).items():
-        sums, pairs = measure(cfg, run.params, held, eval_step, gaussian, name)
+    training = documents_read(cfg, kind_of(cfg).open_rows(cfg), run.step)
+    for name, held in kind_of(cfg).open_heldout(cfg).items():
+        sums, pairs = measure(cfg, run, held, eval_step, gaussian, name)
         total += sums
         held_out[name] = {key: mean(sums.model, key) for key in objective.weights if sums.model[key][1]}
         counts = count_ngrams(cfg, *training[name]) if len(pairs[0]) else None

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from tfusion.config import Config, replace_text
-from tfusion.data import pipeline
+from tfusion.config import replace_text
+from tfusion.data.config import shares
 from tfusion.evals import losses, scenes, statistics
 from tfusion.inference import decode, trained
 from tfusion.inference.trained import Trained
 from tfusion.models.masks import dense_mask
-from tfusion.objectives import make_objective
+from tfusion.objectives import kind_of
+from tfusion.objectives.transfusion import TransfusionConfig
 
 SHOWN = 48  # pictures kept for the report
 DOCUMENTS = 16  # written from nothing; those with the most pictures are shown
@@ -22,7 +23,8 @@ def write_pictures(folder: Path, name: str, records: list, **arrays) -> None:
     replace_text(folder / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in records))
 
 
-def both_ways(run: Trained, cfg: Config, folder: Path, num_scenes: int, seed: int) -> tuple[dict, dict]:
+def both_ways(run: Trained, cfg: TransfusionConfig, folder: Path, num_scenes: int,
+              seed: int) -> tuple[dict, dict]:
     """Draws the held-out captions, describes the held-out pictures: (figures, figures by class of scene)."""
     _, params, codec, tokenizer, *_ = run
     world, held, real = scenes.held_out(cfg, num_scenes)
@@ -49,26 +51,26 @@ def both_ways(run: Trained, cfg: Config, folder: Path, num_scenes: int, seed: in
     }, {name: classes[name] | by_class[name] for name in classes}
 
 
-def write_documents(run: Trained, cfg: Config, folder: Path, seed: int) -> None:
+def write_documents(run: Trained, cfg: TransfusionConfig, folder: Path, seed: int) -> None:
     """Whole documents from nothing at temperature 1: text, pictures, text."""
     _, params, codec, tokenizer, *_ = run
     rows = decode.generate(cfg, params, [[]] * DOCUMENTS, seed=seed, temperature=1.0)
-    rows = sorted(rows, key=lambda parts: -sum(p.ndim == 3 for p in parts))[:4]
-    latents = [part for parts in rows for part in parts if part.ndim == 3]
+    rows = sorted(rows, key=lambda parts: -sum(p.kind == "image" for p in parts))[:4]
+    latents = [part.values for parts in rows for part in parts if part.kind == "image"]
     number, documents = iter(range(len(latents))), []
     for parts in rows:
-        documents.append([{"image": next(number)} if p.ndim == 3 else {"text": tokenizer.decode(p.tolist())}
-                          for p in parts])
+        documents.append([{"image": next(number)} if p.kind == "image" else
+                          {"text": tokenizer.decode(p.values.tolist())} for p in parts])
     if latents:
         np.savez_compressed(folder / "interleaved.npz", images=codec.decode(np.stack(latents)))
         replace_text(folder / "interleaved.json", json.dumps(documents, indent=1))
 
 
-def write_mask(cfg: Config, tokenizer, folder: Path) -> None:
+def write_mask(cfg: TransfusionConfig, tokenizer, folder: Path) -> None:
     """The attention mask of one packed row of the training data."""
-    row = pipeline.open_rows(cfg, make_objective(cfg), "train")[0]
+    row = kind_of(cfg).open_rows(cfg)[0]
     mask = dense_mask(row.segment_ids_BT[None], row.image_ids_BT[None], cfg.model.image_attention)[0]
-    names = {cfg.model.boi: "<boi>", cfg.model.eoi: "<eoi>"}
+    names = {cfg.vocabulary.boi: "<boi>", cfg.vocabulary.eoi: "<eoi>"}
     pieces = [f"patch {n}" if n else names.get(t) or tokenizer.piece(t)
               for t, n in zip(row.tokens_BT.tolist(), row.image_ids_BT.tolist())]
     np.savez_compressed(folder / "mask.npz", mask=np.asarray(mask), segment_ids=row.segment_ids_BT,
@@ -80,7 +82,8 @@ def leave_out(what: str, why: str) -> None:
     print(f"left out: {what} ({why})")
 
 
-def measure(run: Trained, cfg: Config, folder: Path, num_scenes: int, seed: int, needs_data: bool) -> dict:
+def measure(run: Trained, cfg: TransfusionConfig, folder: Path, num_scenes: int, seed: int,
+            needs_data: bool) -> dict:
     """{'metrics': figures, ...} of all that can be measured of a run, pictures and texts written to `folder`;
     what cannot be is named in a line.
 
@@ -91,8 +94,8 @@ def measure(run: Trained, cfg: Config, folder: Path, num_scenes: int, seed: int,
         trained.check_data(run, cfg.data.prepared)
     if run.codec is None:
         leave_out("drawing and describing", "the run has no codec of pictures")
-    elif not cfg.data.mixture.get("scenes"):
-        leave_out("drawing and describing", "data.mixture has no 'scenes', whose captions can be scored")
+    elif "scenes" not in shares(cfg.data.sources):
+        leave_out("drawing and describing", "data.sources has no 'scenes', whose captions can be scored")
     else:
         result["metrics"], result["classes"] = both_ways(run, cfg, folder, num_scenes, seed)
     if gone:

@@ -8,12 +8,12 @@ valid scenes and ignores what it is given. No two scenes share a caption, so tha
 import numpy as np
 from tqdm import tqdm
 
-from tfusion.config import Config
+from tfusion.data import layout
 from tfusion.data.scenes import parse_caption, render
-from tfusion.data.sources import scenes as scenes_source
 from tfusion.evals import statistics
 from tfusion.evals.scene_matcher import judge_caption, judge_picture, see
 from tfusion.inference import decode
+from tfusion.objectives.transfusion import TransfusionConfig
 
 CHUNK = 64  # prompts decoded at once
 MAX_CAPTION_TOKENS = 24
@@ -34,7 +34,7 @@ RELATION_CHANCE = {"generation": {"two": 1 / 2, "left of": 1 / 4, "above": 1 / 4
                    "caption": {"two": 1 / 3, "left of": 1 / 4, "above": 1 / 4}}
 
 
-def in_chunks(cfg: Config, params, prompts: list, title: str, **options) -> list:
+def in_chunks(cfg: TransfusionConfig, params, prompts: list, title: str, **options) -> list:
     """`decode.generate` over CHUNK prompts at a time, with a progress bar; noise is keyed by the number among
     all prompts.
     """
@@ -46,11 +46,11 @@ def in_chunks(cfg: Config, params, prompts: list, title: str, **options) -> list
     return out
 
 
-def held_out(cfg: Config, n: int):
+def held_out(cfg: TransfusionConfig, n: int):
     """(world, n held-out scenes of different captions, their pictures uint8 (n, H, W, 3)); fewer than n
     where the source has no more.
     """
-    source = scenes_source(cfg.data, "heldout")
+    source = cfg.data.sources["scenes"].open("heldout")
     distinct = {}
     for i in range(len(source)):
         scene = source.scenes(i)[0]
@@ -59,21 +59,21 @@ def held_out(cfg: Config, n: int):
     return source.world, scenes, np.stack([render(source.world, scene) for scene in scenes])
 
 
-def draw(cfg: Config, params, codec, tokenizer, scenes: list, seed: int):
+def draw(cfg: TransfusionConfig, params, codec, tokenizer, scenes: list, seed: int):
     """Pictures for the scenes' captions, uint8 (n, H, W, 3): diffusion mode straight after the caption."""
-    prompts = [[np.array([*tokenizer.encode(scene.caption), cfg.model.boi])] for scene in scenes]
-    room = max(len(p[0]) for p in prompts) + cfg.model.num_patches + 2
+    prompts = [[layout.text([*tokenizer.encode(scene.caption), cfg.vocabulary.boi])] for scene in scenes]
+    room = max(len(p[0].values) for p in prompts) + cfg.model.num_patches + 2
     parts = in_chunks(cfg, params, prompts, "draw", seed=seed, max_new_tokens=0, max_images=1, max_len=room)
-    return codec.decode(np.stack([p[0] for p in parts]))
+    return codec.decode(np.stack([p[0].values for p in parts]))
 
 
-def describe(cfg: Config, params, codec, tokenizer, images) -> list[str]:
+def describe(cfg: TransfusionConfig, params, codec, tokenizer, images) -> list[str]:
     """Greedy captions of pictures."""
-    prompts = [[latent] for latent in codec.encode(images)]
+    prompts = [[layout.image(latent)] for latent in codec.encode(images)]
     room = cfg.model.num_patches + 3 + MAX_CAPTION_TOKENS
     parts = in_chunks(cfg, params, prompts, "describe", max_new_tokens=MAX_CAPTION_TOKENS, max_images=0,
                       max_len=room)
-    return [tokenizer.decode(p[0].tolist()) if p else "" for p in parts]
+    return [tokenizer.decode(p[0].values.tolist()) if p else "" for p in parts]
 
 
 def judge_captions(world, scenes: list, captions: list) -> list[dict]:

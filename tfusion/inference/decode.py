@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tfusion.config import Config
+from tfusion.data import layout
 from tfusion.diffusion import process, sampler, schedule
 from tfusion.errors import UserError
 from tfusion.models import lm_head
 from tfusion.models.transfusion import Transfusion
+from tfusion.objectives.transfusion import TransfusionConfig
 from tfusion.types import BOS, EOS, PAD, Batch
 
 WRITE, DRAW, DONE = 0, 1, 2  # a row's mode
@@ -49,56 +50,48 @@ def as_batch(rows: Rows) -> Batch:
                  jnp.zeros(rows.image_start_BI.shape), jnp.zeros((*rows.image_start_BI.shape, 2), jnp.uint32))
 
 
-def start_rows(cfg: Config, prompts: list, seed: int, max_len: int, first_row: int = 0) -> Rows:
-    """Lays prompts out as rows. A prompt is a list of parts, int text ids or float (h, w, c) latents; text
-    that ends with BOI starts the row in diffusion mode. Its noise is keyed by (seed, its number), counted
-    from first_row. Raises UserError where a prompt does not fit.
+def start_rows(cfg: TransfusionConfig, prompts: list, seed: int, max_len: int, first_row: int = 0) -> Rows:
+    """Lays prompts out as rows. A prompt is a list of Parts; text that ends with BOI starts the row in
+    diffusion mode. Its noise is keyed by (seed, its number), counted from first_row. Raises UserError where a
+    prompt does not fit.
     """
-    m, I = cfg.model, cfg.image_slots
-    B, T, N = len(prompts), max_len, cfg.model.num_patches
+    B, T, I = len(prompts), max_len, cfg.rows.image_slots
     tokens, image_ids = np.full((B, T), PAD, np.int32), np.zeros((B, T), np.int32)
-    latents = np.zeros((B, I, *m.latent_shape), np.float32)
+    latents = np.zeros((B, I, *cfg.model.latent_shape), np.float32)
     starts, lengths = np.full((B, I), T, np.int32), np.zeros(B, np.int32)
     for row, prompt in enumerate(prompts):
-        ids, slot = [BOS], 0
-        for part in prompt:
-            part = np.asarray(part)
-            if part.ndim == 1:
-                ids += part.tolist()
-                continue
-            if slot == I:
-                raise UserError(f"prompt {row} has more images than the {I} that a row has slots for")
-            latents[row, slot] = part
-            starts[row, slot] = len(ids) + 1
-            image_ids[row, len(ids) + 1 : len(ids) + 1 + N] = slot + 1
-            ids += [m.boi] + [PAD] * N + [m.eoi]
-            slot += 1
-        if slot == I and ids[-1] == m.boi:
+        ids, images = layout.begin(cfg.vocabulary, prompt)
+        pictures = [part.values for part in prompt if part.kind == "image"]
+        if len(pictures) > I:
+            raise UserError(f"prompt {row} has more images than the {I} that a row has slots for")
+        if len(pictures) == I and ids[-1] == cfg.vocabulary.boi:
             raise UserError(f"prompt {row} has {I} images already, as many as a row has slots for")
         if len(ids) > T:
             raise UserError(f"prompt {row} is {len(ids)} positions long, there is room for {T}: shorten it")
-        tokens[row, : len(ids)] = ids
-        lengths[row] = len(ids)
+        tokens[row, : len(ids)], image_ids[row, : len(ids)], lengths[row] = ids, images, len(ids)
+        for slot, picture in enumerate(pictures):
+            latents[row, slot] = picture
+            starts[row, slot] = np.argmax(images == slot + 1)
     last = tokens[np.arange(B), lengths - 1]
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(first_row + jnp.arange(B))
     return Rows(*map(jnp.asarray, (tokens, image_ids, lengths, latents, starts,
-                                   np.where(last == m.boi, DRAW, WRITE))), keys)
+                                   np.where(last == cfg.vocabulary.boi, DRAW, WRITE))), keys)
 
 
-def forward(cfg: Config, params, rows: Rows, x_BIhwc, t_BI):
+def forward(cfg: TransfusionConfig, params, rows: Rows, x_BIhwc, t_BI):
     return Transfusion(cfg.model).apply({"params": params}, as_batch(rows), x_BIhwc, t_BI)
 
 
-def _next_tokens(cfg: Config, params, rows: Rows, temperature):
+def _next_tokens(cfg: TransfusionConfig, params, rows: Rows, temperature):
     """One text token per row: greedy at temperature 0. Never pad, bos, eoi, nor BOI without room."""
     B, T = rows.tokens_BT.shape
     out = forward(cfg, params, rows, rows.latents_BIhwc, jnp.zeros(rows.image_start_BI.shape))
     h_BD = out.hidden_BTD[jnp.arange(B), rows.length_B - 1]
     logits = lm_head.logits(h_BD, out.lm_head_DV, cfg.model.vocab_size)
     ids = jnp.arange(logits.shape[-1])
-    never = (ids == PAD) | (ids == BOS) | (ids == cfg.model.eoi)
+    never = (ids == PAD) | (ids == BOS) | (ids == cfg.vocabulary.eoi)
     full = (rows.length_B + cfg.model.num_patches + 2 > T) | (rows.image_start_BI < T).all(axis=1)
-    logits = jnp.where(never | ((ids == cfg.model.boi) & full[:, None]), -jnp.inf, logits)
+    logits = jnp.where(never | ((ids == cfg.vocabulary.boi) & full[:, None]), -jnp.inf, logits)
     key_B = jax.vmap(lambda key, n: jax.random.fold_in(jax.random.fold_in(key, TEXT_STREAM), n))(
         rows.key_B, rows.length_B)
     drawn = jax.vmap(jax.random.categorical)(key_B, logits / jnp.maximum(temperature, 1e-6))
@@ -113,7 +106,7 @@ def _append(rows: Rows, tokens_B, where_B) -> Rows:
 
 
 @partial(jax.jit, static_argnums=0)
-def write_text(cfg: Config, params, rows: Rows, limit_B, temperature) -> Rows:
+def write_text(cfg: TransfusionConfig, params, rows: Rows, limit_B, temperature) -> Rows:
     """LM mode: every row writes until BOI (then its mode is DRAW), EOS or its limit (then DONE)."""
 
     def body(rows: Rows) -> Rows:
@@ -121,7 +114,7 @@ def write_text(cfg: Config, params, rows: Rows, limit_B, temperature) -> Rows:
         token = _next_tokens(cfg, params, rows, temperature)
         rows = _append(rows, token, writing)
         ended = (token == EOS) | (rows.length_B >= limit_B)
-        mode = jnp.where(token == cfg.model.boi, DRAW, jnp.where(ended, DONE, WRITE))
+        mode = jnp.where(token == cfg.vocabulary.boi, DRAW, jnp.where(ended, DONE, WRITE))
         return rows._replace(mode_B=jnp.where(writing, mode, rows.mode_B))
 
     rows = rows._replace(mode_B=jnp.where((rows.mode_B == WRITE) & (rows.length_B >= limit_B), DONE,
@@ -143,18 +136,17 @@ def _with_new_image(rows: Rows, num_patches: int):
         length_B=rows.length_B + num_patches * drawing), slot_B
 
 
-def _unconditional(cfg: Config, rows: Rows) -> Rows:
-    """The rows that guidance compares with: `<bos> <boi> patch x N`, as trained by caption dropout."""
+def _unconditional(cfg: TransfusionConfig, rows: Rows) -> Rows:
+    """The rows that guidance compares with: one image alone, as trained by caption dropout."""
     B, N = len(rows.mode_B), cfg.model.num_patches
-    ids = jnp.concatenate([jnp.zeros(2, jnp.int32), jnp.ones(N, jnp.int32)])
-    tokens = jnp.full(N + 2, PAD).at[0].set(BOS).at[1].set(cfg.model.boi)
-    return Rows(jnp.tile(tokens, (B, 1)), jnp.tile(ids, (B, 1)), jnp.full(B, N + 2),
+    tokens, image_ids = (x[:-1] for x in layout.begin(cfg.vocabulary, [layout.image(None)]))  # less EOI
+    return Rows(jnp.tile(tokens, (B, 1)), jnp.tile(image_ids, (B, 1)), jnp.full(B, N + 2),
                 rows.latents_BIhwc[:, :1], jnp.full((B, 1), 2), rows.mode_B, rows.key_B)
 
 
 @partial(jax.jit, static_argnums=(0, 3, 4, 5))
-def draw_images(cfg: Config, params, rows: Rows, sampler_name: str, variance: str, num_inference_steps: int,
-                guidance_scale) -> Rows:
+def draw_images(cfg: TransfusionConfig, params, rows: Rows, sampler_name: str, variance: str,
+                num_inference_steps: int, guidance_scale) -> Rows:
     """Diffusion mode: every row that draws gets one image and its EOI, and is back in LM mode."""
     drawing = rows.mode_B == DRAW
     rows, slot_B = _with_new_image(rows, cfg.model.num_patches)
@@ -166,15 +158,15 @@ def draw_images(cfg: Config, params, rows: Rows, sampler_name: str, variance: st
         cond = forward(cfg, params, rows, x_BI, t_BI).prediction_BIhwc[each, slot_B]
         uncond = forward(cfg, params, alone, x_Bhwc[:, None], t_B[:, None]).prediction_BIhwc[:, 0]
         out = sampler.guide(cond, uncond, guidance_scale)
-        return process.to_x0_eps(cfg.diffusion.prediction, out, x_Bhwc, schedule.alpha_bar(t_B))
+        return process.to_x0_eps(cfg.process.prediction, out, x_Bhwc, schedule.alpha_bar(t_B))
 
     keys = jax.vmap(lambda key, n: jax.random.fold_in(jax.random.fold_in(key, IMAGE_STREAM), n))(
         rows.key_B, slot_B)
     x0 = sampler.sample(denoise, keys, cfg.model.latent_shape, sampler_name, variance,
-                        num_inference_steps, cfg.diffusion.num_timesteps)
+                        num_inference_steps, cfg.process.num_timesteps)
     latents = rows.latents_BIhwc.at[each, slot_B].set(
         jnp.where(drawing[:, None, None, None], x0, rows.latents_BIhwc[each, slot_B]))
-    rows = _append(rows._replace(latents_BIhwc=latents), cfg.model.eoi, drawing)
+    rows = _append(rows._replace(latents_BIhwc=latents), cfg.vocabulary.eoi, drawing)
     return rows._replace(mode_B=jnp.where(drawing, WRITE, rows.mode_B))
 
 
@@ -185,12 +177,12 @@ def warn_once(text: str | None) -> None:
         print(f"warning: {text}", file=sys.stderr)
 
 
-def generate(cfg: Config, params, prompts: list, *, seed: int = 0, first_row: int = 0,
+def generate(cfg: TransfusionConfig, params, prompts: list, *, seed: int = 0, first_row: int = 0,
              max_new_tokens: int | None = None, max_images: int | None = None, temperature: float = 0.0,
              max_len: int | None = None) -> list:
     """Continues each prompt to its EOS; returns one list of new parts per prompt.
 
-    prompts: see `start_rows`. Parts returned are int32 text ids (without specials) or float32 latents.
+    prompts: see `start_rows`. Texts returned are without specials.
     max_new_tokens limits a row's new text and max_images its new images; max_len the whole row
     (data.seq_len unless given). first_row is the number of the first prompt where these are some of many:
     each has noise of its own, the same however they are split.
@@ -215,15 +207,21 @@ def generate(cfg: Config, params, prompts: list, *, seed: int = 0, first_row: in
     return [_new_parts(cfg, rows, i, int(begin[i])) for i in range(len(prompts))]
 
 
-def _new_parts(cfg: Config, rows: Rows, row: int, begin: int) -> list:
+def _new_parts(cfg: TransfusionConfig, rows: Rows, row: int, begin: int) -> list:
     """What one row holds beyond its prompt, as parts in order."""
     tokens, ids = np.asarray(rows.tokens_BT[row]), np.asarray(rows.image_ids_BT[row])
-    parts, text = [], []
+    parts, ids_here = [], []
+
+    def end_text():
+        if ids_here:
+            parts.append(layout.text(ids_here))
+            ids_here.clear()
+
     for position in range(begin, int(rows.length_B[row])):
         if ids[position] and (position == begin or ids[position] != ids[position - 1]):
-            parts += [np.asarray(text, np.int32)] * bool(text)
-            text = []
-            parts.append(np.asarray(rows.latents_BIhwc[row, ids[position] - 1]))
-        elif not ids[position] and tokens[position] not in (EOS, cfg.model.boi, cfg.model.eoi):
-            text.append(int(tokens[position]))
-    return parts + [np.asarray(text, np.int32)] * bool(text)
+            end_text()
+            parts.append(layout.image(np.asarray(rows.latents_BIhwc[row, ids[position] - 1])))
+        elif not ids[position] and tokens[position] not in (EOS, cfg.vocabulary.boi, cfg.vocabulary.eoi):
+            ids_here.append(int(tokens[position]))
+    end_text()
+    return parts

@@ -4,26 +4,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
 from tfusion import config, sharding
-from tfusion.checkpoint import Checkpoints, check_identity
+from tfusion.checkpoint import Checkpoints, check_identity, load_frozen
 from tfusion.data import prepared
 from tfusion.data.tokenizers import Tokenizer, load_saved
 from tfusion.errors import UserError
-from tfusion.inference.autoencoder import LatentCodec
+from tfusion.models import codecs
 from tfusion.objectives import make_objective
+from tfusion.objectives.base import Aux
 from tfusion.workdir import CODEC
 
 
 class Trained(NamedTuple):
-    cfg: config.Config
+    cfg: config.RunConfig
     params: Any  # float32: the moving average where the run kept one
-    codec: LatentCodec | None  # None where the run saw no pictures, or latents of a foreign encoder
+    codec: codecs.Codec | None  # None where the run saw no pictures, or latents of a foreign encoder
     tokenizer: Tokenizer | None  # None where the run saw no text (an autoencoder)
     step: int  # of the checkpoint
     identity: dict  # {what: fingerprint} of the data it was trained on
+    aux: Aux  # what the objective's loss reads beside the parameters
 
 
 def load(path, step: int | None = None, mesh: Mesh | None = None) -> Trained:
@@ -45,16 +48,21 @@ def load(path, step: int | None = None, mesh: Mesh | None = None) -> Trained:
             f"run `python -m tfusion.train --workdir={workdir}` first")
         raise UserError(f"{what} in {workdir / 'checkpoints'}: {have}")
     tokenizer = load_saved(workdir) if identity.get("tokenizer") else None
-    codec = LatentCodec.load(workdir / CODEC) if identity.get("codec") and (workdir / CODEC).exists() else None
+    codec = codecs.load(workdir / CODEC) if identity.get("codec") and (workdir / CODEC).exists() else None
     for name, part in (("tokenizer", tokenizer), ("codec", codec)):
         if part and part.fingerprint != identity[name]:
             raise UserError(f"{workdir} holds another {name} than the one it was trained with: copy it anew "
                             "from the run, or resume the run with its data to have it copied")
-    item = "ema" if cfg.optimizer.ema_decay > 0 else "params"
+    item, objective = "ema" if cfg.optimizer.ema_decay > 0 else "params", make_objective(cfg)
+    targets = {item: _target(objective.init, mesh)}
+    buffers = _target(objective.init_buffers, mesh)
+    if jax.tree.leaves(buffers):
+        targets["buffers"] = buffers
     with jax.set_mesh(mesh):
-        params = checkpoints.restore(step, {item: _target(cfg, mesh)})[item]
+        items = checkpoints.restore(step, targets)
+        aux = Aux(np.int32(step), load_frozen(workdir, sharding.replicated(mesh)), items.get("buffers", {}))
     checkpoints.close()
-    return Trained(cfg, params, codec, tokenizer, step, identity)
+    return Trained(cfg, items[item], codec, tokenizer, step, identity, aux)
 
 
 def check_data(run: Trained, root) -> None:
@@ -63,8 +71,8 @@ def check_data(run: Trained, root) -> None:
     check_identity({name: run.identity.get(name) for name in now}, now, "the run", root)
 
 
-def _target(cfg: config.Config, mesh: Mesh):
-    """Shapes and shardings of the parameters."""
-    boxed = jax.eval_shape(make_objective(cfg).init, jax.random.key(0))
+def _target(init, mesh: Mesh):
+    """Shapes and shardings of what `init` makes."""
+    boxed = jax.eval_shape(init, jax.random.key(0))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                         nn.meta.unbox(boxed), sharding.shardings(boxed, mesh))

@@ -1,17 +1,19 @@
 """Between image latents and transformer positions: `encode` (noisy latents -> one D-vector per patch)
 and `decode` (the transformer's outputs at those positions -> the estimate of the diffusion target).
 
-An adapter is a Linen module with these two methods; `make_adapter` picks it by name.
+An adapter is a Linen module with these two methods, made by its config (`make`).
 
 B batch, I image slots, h w c latent, N patches, P values per patch, D d_model.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from tfusion.config import ModelConfig
+from tfusion.config import check_divides, choice, register
 from tfusion.models.transformer import kernel, linear, linear_f32
 
 TIME_FEATURES = 256
@@ -40,6 +42,41 @@ def zeros(module: nn.Module, name: str, shape, axes):
     return module.param(name, init, shape, jnp.float32)
 
 
+@register("adapter", "linear")
+@dataclasses.dataclass(frozen=True)
+class LinearConfig:
+    kind: str
+    latent_size: int  # h = w of an image's latent
+    latent_channels: int  # c
+    patch_size: int  # k: a k x k window of latent pixels is one patch
+    patch_positions: str = choice("none", "learned")  # learnt position of a patch within its image
+
+    def check(self, name: str) -> None:
+        check_divides(name, self, "patch_size", "latent_size")
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return (self.latent_size, self.latent_size, self.latent_channels)
+
+    @property
+    def num_patches(self) -> int:
+        """N: patches per image."""
+        return (self.latent_size // self.patch_size) ** 2
+
+    @property
+    def patch_values(self) -> int:
+        """P: numbers in one patch."""
+        return self.patch_size**2 * self.latent_channels
+
+    def flops(self, d_model: int, patches, images):
+        """Of forward and backward: in (the inputs need no gradient) and out."""
+        return ((4.0 + 6.0) * self.patch_values * d_model * patches
+                + (4.0 * TIME_FEATURES * d_model + 6.0 * d_model**2) * images)
+
+    def make(self, d_model: int, name: str) -> nn.Module:
+        return LinearAdapter(self, d_model, name=name)
+
+
 class LinearAdapter(nn.Module):
     """One linear map per direction, the timestep's embedding added to every patch of the image.
 
@@ -47,10 +84,11 @@ class LinearAdapter(nn.Module):
     Transfusion's table 7 (docs/recipe.md).
     """
 
-    cfg: ModelConfig
+    cfg: LinearConfig
+    d_model: int
 
     def setup(self):
-        D, P = self.cfg.d_model, self.cfg.patch_values
+        D, P = self.d_model, self.cfg.patch_values
         self.time_in = kernel(self, "time_in_kernel", (TIME_FEATURES, D), ("time", "embed"))
         self.time_in_bias = zeros(self, "time_in_bias", (D,), ("norm",))
         self.time_out = kernel(self, "time_out_kernel", (D, D), (None, "embed"), std=0.02)
@@ -78,10 +116,3 @@ class LinearAdapter(nn.Module):
         """Outputs at the patches -> the target's estimate (B, I, h, w, c), float32."""
         out_BINP = linear_f32(h_BIND, self.patch_out) + self.patch_out_bias
         return unpatchify(out_BINP, self.cfg.patch_size, self.cfg.latent_size)
-
-
-ADAPTERS = {"linear": LinearAdapter}
-
-
-def make_adapter(cfg: ModelConfig, name: str) -> nn.Module:
-    return ADAPTERS[cfg.adapter](cfg, name=name)

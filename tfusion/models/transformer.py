@@ -3,11 +3,14 @@
 B batch, T tokens, D d_model, H heads, K kv_heads, E head_dim, F d_ff.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tfusion.config import ModelConfig
+from tfusion.config import check_divides, choice
+from tfusion.errors import UserError
 from tfusion.kernels.interval_attention import RESIDUAL_NAMES
 from tfusion.models.attention import attention
 from tfusion.models.rope import apply_rope
@@ -22,6 +25,27 @@ REMAT_POLICIES = {  # what the backward pass finds kept; the rest of a block is 
         ATTENTION, jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
     "full": None,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    num_layers: int
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    d_ff: int
+    remat: str = choice("none", *REMAT_POLICIES, may_change=True)
+    compute_dtype: str = choice("float32", "bfloat16", may_change=True)
+
+    def check(self, name: str) -> None:
+        check_divides(name, self, "num_heads", "d_model")
+        check_divides(name, self, "num_kv_heads", "num_heads")
+        if self.head_dim % 2:
+            raise UserError(f"{name}.d_model / {name}.num_heads = {self.head_dim} must be even for RoPE")
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.num_heads
 
 
 def linear(x, w):
@@ -84,7 +108,7 @@ def norm_scale(module: nn.Module, name: str, size: int):
 
 
 class Attention(nn.Module):
-    cfg: ModelConfig
+    cfg: TransformerConfig
 
     @nn.compact
     def __call__(self, x_BTD, rope, intervals):
@@ -104,7 +128,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    cfg: ModelConfig
+    cfg: TransformerConfig
 
     @nn.compact
     def __call__(self, x_BTD):
@@ -118,7 +142,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    cfg: ModelConfig
+    cfg: TransformerConfig
 
     @nn.compact
     def __call__(self, x_BTD, rope, intervals):
@@ -133,7 +157,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """num_layers blocks, scanned over stacked parameters (leading axis 'layers'), then RMSNorm."""
 
-    cfg: ModelConfig
+    cfg: TransformerConfig
 
     @nn.compact
     def __call__(self, x_BTD, rope, intervals):

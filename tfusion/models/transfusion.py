@@ -12,16 +12,45 @@ knows neither the noise nor the losses (objectives/transfusion.py).
 B batch, T tokens, D d_model, V vocabulary, I image slots, N patches per image, h w c latent.
 """
 
+import dataclasses
+import math
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tfusion.config import ModelConfig
-from tfusion.models.image_adapters import make_adapter
+from tfusion.config import choice, component
+from tfusion.models import image_adapters  # noqa: F401 (registers)
 from tfusion.models.masks import key_intervals
 from tfusion.models.rope import rope_tables
-from tfusion.models.transformer import Decoder, kernel
+from tfusion.models.transformer import Decoder, TransformerConfig, kernel
 from tfusion.sharding import constrain
 from tfusion.types import Batch, ModelOutput
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(TransformerConfig):
+    text_vocab_size: int  # V; BOI and EOI come on top
+    image_attention: str = choice("bidirectional", "causal")
+    adapter: Any = component("adapter")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text_vocab_size + 2
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rounded up to 128 so that the vocabulary shards; the added ids get no probability."""
+        return math.ceil(self.vocab_size / 128) * 128
+
+    @property
+    def num_patches(self) -> int:
+        """N: patches per image."""
+        return self.adapter.num_patches
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return self.adapter.latent_shape
 
 
 def patch_positions(image_start_BI, num_patches: int):
@@ -56,7 +85,7 @@ class Transfusion(nn.Module):
         t_BI: float32 in [0, 1], 0 = clean.
         """
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.compute_dtype)
-        adapter = make_adapter(cfg, name="image_adapter")
+        adapter = cfg.adapter.make(cfg.d_model, name="image_adapter")
         embedding_VD = kernel(self, "token_embedding", (cfg.padded_vocab_size, cfg.d_model),
                               ("vocab", "embed"), std=cfg.d_model**-0.5)
         head_DV = kernel(self, "lm_head_kernel", (cfg.d_model, cfg.padded_vocab_size), ("embed", "vocab"),

@@ -1,11 +1,28 @@
-"""One file per objective; `make_objective` picks it by the name in the config."""
+"""One file per kind of training; a config's `objective` names it. Every module here is imported, and registers
+itself: a new kind is a new file."""
 
-from tfusion.config import Config
-from tfusion.objectives import autoencoder, transfusion
-from tfusion.objectives.base import Objective
+import importlib
+import pkgutil
 
-OBJECTIVES = {"transfusion": transfusion.make, "autoencoder": autoencoder.make}
+from tfusion import sharding
+from tfusion.config import RunConfig
+from tfusion.objectives.base import KINDS, Kind, Objective
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 
-def make_objective(cfg: Config) -> Objective:
-    return OBJECTIVES[cfg.objective](cfg)
+def kind_of(cfg: RunConfig) -> Kind:
+    return KINDS[cfg.objective]
+
+
+def make_objective(cfg: RunConfig) -> Objective:
+    return kind_of(cfg).make(cfg)
+
+
+def check_mesh(cfg: RunConfig, mesh) -> None:
+    """Raises UserError where a transformer does not divide over the mesh."""
+    trunk = kind_of(cfg).trunk(cfg)
+    if trunk:
+        sharding.check_length(trunk.seq_len, mesh)
+        sharding.check_heads(trunk.model.num_kv_heads, mesh)

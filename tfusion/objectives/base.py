@@ -1,15 +1,74 @@
-"""What an objective is. The loop and the step never ask which one they run."""
+"""What a kind of training decides. The loop, the step, the planner and the verbs never ask which one they run.
+
+To add one: a config (a subclass of config.RunConfig), the functions below, and `register(name, Kind(...))`, in
+one file of this folder; and, to use what it has trained, a decoder in inference/.
+"""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from tfusion import config
+from tfusion.models.transformer import TransformerConfig
+
+
+class Aux(NamedTuple):
+    """What a loss may read beside parameters and batch. None of it has a gradient."""
+
+    step: Any  # int32 (): optimizer steps done
+    frozen: Any  # trees that training never changes, such as a perceptual network
+    buffers: Any  # what `after_update` keeps from step to step
 
 
 class Objective(NamedTuple):
     """Pure functions. Losses are (sum, count), so that they add exactly over hosts, micro-batches and rows."""
 
     init: Callable  # (key) -> params, boxed with logical axis names
-    loss: Callable  # (params, batch, key) -> {name: (sum, count)}; counts depend on the data only
+    loss: Callable  # (params, aux, batch, key) -> {name: (sum, count)}; counts depend on the data only
     counts: Callable  # (batch) -> {name: count} for the names in `weights`
     weights: dict  # {name: weight in the total}; other names are reported only
-    length: Callable  # (text_tokens, images) -> positions of a document (arrays too)
-    layout: Callable  # (Document) -> Example
+    init_buffers: Callable = lambda key: {}  # (key) -> buffers, boxed likewise: no optimizer, decay or average
+    after_update: Callable = lambda params, buffers, batch, key: buffers  # -> buffers, of the step's new params
+    frozen: Callable = lambda: {}  # () -> frozen trees, where a run begins; saved once
+
+
+class Expected(NamedTuple):
+    """What an average global batch holds, for plans."""
+
+    positions: int  # of rows: tokens and patches
+    scored: float  # positions with an LM loss
+    pairs: float  # visible (query, key) pairs
+    flops: dict[str, float]  # {part: model FLOPs of a step}
+    about: str  # what was assumed, in a few words
+
+
+class Trunk(NamedTuple):
+    """A kind's transformer, for checks and plans."""
+
+    model: TransformerConfig  # the config's group `model`
+    seq_len: int  # T
+    vocab_size: int  # columns of its LM head
+
+
+class Kind(NamedTuple):
+    config: type  # its frozen dataclass, a subclass of config.RunConfig
+    make: Callable  # (cfg) -> Objective
+    # (cfg) -> Rows of training: rows[k] for any k >= 0, check(batch), stats(k); identity (fingerprints of the
+    # data), where (their name in messages), assets (files of theirs that a run copies)
+    open_rows: Callable
+    # (cfg, documents=None) -> {source: held-out rows}: rows[k], len, check(batch), batches(size, process,
+    # processes), of the first so many records
+    open_heldout: Callable
+    abstract_batch: Callable  # (cfg) -> the global batch's shapes (jax.ShapeDtypeStruct); needs no data
+    totals: Callable  # (cfg, batch) -> {"tokens", "images", "flops", ...} of a batch, summed where it lives
+    expected: Callable  # (cfg) -> Expected
+    row_format: Callable = lambda cfg: None  # (cfg) -> data.config.RowFormat that `prepare` writes for
+    trunk: Callable = lambda cfg: None  # (cfg) -> Trunk, or None without a transformer
+
+
+KINDS: dict[str, Kind] = {}
+
+
+def register(name: str, kind: Kind) -> None:
+    """Makes a kind of training known by the name that configs have in `objective`."""
+    config.register("objective", name)(kind.config)
+    KINDS[name] = kind

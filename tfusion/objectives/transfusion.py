@@ -6,18 +6,54 @@ L_LM is the mean over scored tokens of -log p(next token); L_DDPM the mean over 
 B batch, T tokens, V vocabulary, I image slots, h w c latent, L positions of a document.
 """
 
+import dataclasses
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tfusion.config import Config
+from tfusion.config import RunConfig, component, group, number
+from tfusion.data import layout
+from tfusion.data.config import DataConfig, RowFormat
 from tfusion.diffusion import process, schedule
+from tfusion.diffusion.sampler import SamplingConfig
+from tfusion.errors import UserError
+from tfusion.models import flops
 from tfusion.models.lm_head import next_token_loss
-from tfusion.models.transfusion import Transfusion
-from tfusion.objectives.base import Objective
-from tfusion.types import BOS, EOS, PAD, Batch, Document, Example
+from tfusion.models.masks import key_intervals
+from tfusion.models.transfusion import ModelConfig, Transfusion
+from tfusion.objectives.base import Aux, Expected, Kind, Objective, Trunk, register
+from tfusion.types import Batch
 
 NUM_BINS = 5  # of t, for the diffusion loss by noise level
+
+
+@dataclasses.dataclass(frozen=True)
+class TransfusionConfig(RunConfig):
+    model: ModelConfig
+    process: Any = component("process")
+    loss_weight: float = number(zero=True, may_change=True)  # lambda in L = L_LM + lambda * L_DDPM
+    data: DataConfig
+    sampling: SamplingConfig = group(may_change=True)
+
+    def check(self, name: str) -> None:
+        del name
+        steps, most = self.sampling.num_inference_steps, self.process.num_timesteps
+        if steps > most:
+            raise UserError(f"sampling.num_inference_steps = {steps} must be at most process.num_timesteps = "
+                            f"{most}")
+
+    @property
+    def vocabulary(self) -> layout.Vocabulary:
+        return layout.Vocabulary(self.model.text_vocab_size, self.model.num_patches)
+
+    @property
+    def rows(self) -> RowFormat:
+        """What it asks of packed rows."""
+        return RowFormat(self.data, self.vocabulary, self.model.latent_shape,
+                         layout.latent_patches(self.vocabulary))
 
 
 def draw_noise(key, noise_ids_BI2, max_t_BI, latent_shape, num_timesteps: int):
@@ -47,28 +83,8 @@ def diffusion_losses(prediction_BIhwc, target_BIhwc, t_BI, max_t_BI):
     return losses
 
 
-def layout(document: Document, num_patches: int, boi: int, eoi: int) -> Example:
-    """Lays a document out as `<bos> ... <boi> patch x N <eoi> ... <eos>` (types.Batch, loss_mask)."""
-    tokens, image_ids, latents = [np.array([BOS])], [np.zeros(1)], []
-    for part in document.parts:
-        if part.ndim == 1:
-            tokens.append(part)
-            image_ids.append(np.zeros(len(part)))
-        else:
-            latents.append(part)
-            tokens.append(np.array([boi] + [PAD] * num_patches + [eoi]))
-            image_ids.append(np.array([0] + [len(latents)] * num_patches + [0]))
-    tokens = np.concatenate([*tokens, np.array([EOS])]).astype(np.int32)
-    image_ids = np.concatenate([*image_ids, np.zeros(1)]).astype(np.int32)
-    scored = (image_ids == 0) & (tokens != boi)  # BOI and patches predict no token; EOI does
-    scored[-1] = False
-    latents = np.stack(latents).astype(np.float32) if latents else np.zeros((0, 0, 0, 0), np.float32)
-    return Example(tokens, image_ids, scored & document.score_text, latents,
-                   np.full(len(latents), document.max_t, np.float32))
-
-
-def make(cfg: Config) -> Objective:
-    model_cfg, diffusion = cfg.model, cfg.diffusion
+def make(cfg: TransfusionConfig) -> Objective:
+    model_cfg = cfg.model
     model = Transfusion(model_cfg)
 
     def init(key):
@@ -78,13 +94,15 @@ def make(cfg: Config) -> Objective:
         batch = Batch(row[:, 0], row, row, row, row, row, slots, row[:, :1], row[:, :1], None)
         return model.init(key, batch, jnp.zeros(slots.shape), jnp.zeros((1, 1)))["params"]
 
-    def loss(params, batch: Batch, key):
+    def loss(params, aux: Aux, batch: Batch, key):
+        del aux
         x0 = batch.latents_BIhwc
-        t_BI, eps = draw_noise(key, batch.noise_ids_BI2, batch.max_t_BI, x0.shape[2:], diffusion.num_timesteps)
+        t_BI, eps = draw_noise(key, batch.noise_ids_BI2, batch.max_t_BI, x0.shape[2:],
+                               cfg.process.num_timesteps)
         a_BI = schedule.alpha_bar(t_BI)
         x_t = process.add_noise(x0, eps, a_BI)
         out = model.apply({"params": params}, batch, x_t, t_BI)
-        target = process.target(diffusion.prediction, x0, eps, a_BI)
+        target = process.target(cfg.process.prediction, x0, eps, a_BI)
         lm_loss = next_token_loss(out.hidden_BTD, out.lm_head_DV, batch.tokens_BT, batch.loss_mask_BT,
                                   model_cfg.vocab_size)
         return {"lm_loss": lm_loss,
@@ -95,11 +113,80 @@ def make(cfg: Config) -> Objective:
         return {"lm_loss": jnp.sum(batch.loss_mask_BT),
                 "diffusion_loss": jnp.sum(batch.max_t_BI > 0) * elements}
 
-    def length(text_tokens, images):
-        return text_tokens + images * (model_cfg.num_patches + 2) + 2
+    return Objective(init=init, loss=loss, counts=counts,
+                     weights={"lm_loss": 1.0, "diffusion_loss": cfg.loss_weight})
 
-    return Objective(
-        init=init, loss=loss, counts=counts,
-        weights={"lm_loss": 1.0, "diffusion_loss": diffusion.loss_weight},
-        length=length,
-        layout=lambda document: layout(document, model_cfg.num_patches, model_cfg.boi, model_cfg.eoi))
+
+def open_rows(cfg: TransfusionConfig):
+    from tfusion.data.pipeline import PackedRows  # here, so that who only uses a trained run needs no grain
+
+    return PackedRows(cfg.rows, cfg.seed)
+
+
+def open_heldout(cfg: TransfusionConfig, documents: int | None = None) -> dict:
+    from tfusion.data.heldout import open_heldout
+
+    return open_heldout(cfg.rows, documents)
+
+
+def abstract_batch(cfg: TransfusionConfig) -> Batch:
+    B, T, I = cfg.train.batch_size, cfg.data.seq_len, cfg.rows.image_slots
+    int32, f32 = (partial(jax.ShapeDtypeStruct, dtype=dtype) for dtype in (jnp.int32, jnp.float32))
+    return Batch(
+        row_ids_B=int32((B,)), tokens_BT=int32((B, T)), segment_ids_BT=int32((B, T)),
+        image_ids_BT=int32((B, T)), positions_BT=int32((B, T)),
+        loss_mask_BT=jax.ShapeDtypeStruct((B, T), jnp.bool_),
+        latents_BIhwc=f32((B, I, *cfg.model.latent_shape)), image_start_BI=int32((B, I)), max_t_BI=f32((B, I)),
+        noise_ids_BI2=jax.ShapeDtypeStruct((B, I, 2), jnp.uint32))
+
+
+def model_flops(m: ModelConfig, n: flops.Counts) -> dict:
+    """{part: FLOPs of forward and backward}."""
+    parts = flops.transformer_flops(m, m.vocab_size, n)
+    return parts | {"image adapter": m.adapter.flops(m.d_model, n.patches, n.images)}
+
+
+def count(m: ModelConfig, batch: Batch) -> flops.Counts:
+    def total(mask):
+        return jnp.sum(mask, dtype=jnp.int32)
+
+    patches = total(batch.image_ids_BT > 0)
+    k_start_BT, k_end_BT = key_intervals(batch.segment_ids_BT, batch.image_ids_BT, m.image_attention)
+    return flops.Counts(
+        text=total(batch.segment_ids_BT > 0) - patches, patches=patches, scored=total(batch.loss_mask_BT),
+        images=total(batch.image_start_BI < batch.tokens_BT.shape[1]),
+        pairs=flops.visible_pairs(k_start_BT, k_end_BT, batch.segment_ids_BT))
+
+
+def totals(cfg: TransfusionConfig, batch: Batch) -> dict:
+    """tokens: positions that hold a token or a patch; images: those with a loss."""
+    n = count(cfg.model, batch)
+    return {"tokens": n.text + n.patches, "patches": n.patches, "images": jnp.sum(batch.max_t_BI > 0),
+            "flops": sum(model_flops(cfg.model, n).values())}
+
+
+def expected(cfg: TransfusionConfig) -> Expected:
+    """Full rows, data.image_share of them in images: documents of one image and an equal share of text."""
+    m, rows, T, N = cfg.model, cfg.train.batch_size, cfg.data.seq_len, cfg.model.num_patches
+    per_row = min(cfg.rows.image_slots, round(cfg.data.image_share * T / (N + 2)))
+    documents = max(per_row, 1)
+    length = T / documents
+    pairs = length * (length + 1) / 2
+    if per_row and m.image_attention == "bidirectional":
+        pairs += N * (N - 1) / 2
+    text = T - per_row * N
+    n = flops.Counts(text=rows * text, patches=rows * per_row * N,
+                     scored=rows * (text - per_row - documents),  # not BOI, not EOS
+                     images=rows * per_row, pairs=round(rows * documents * pairs))
+    return Expected(rows * T, n.scored, n.pairs, model_flops(m, n),
+                    "full rows, data.image_share of them in images, one image a document")
+
+
+def trunk(cfg: TransfusionConfig) -> Trunk:
+    return Trunk(cfg.model, cfg.data.seq_len, cfg.model.padded_vocab_size)
+
+
+register("transfusion", Kind(
+    config=TransfusionConfig, make=make, open_rows=open_rows, open_heldout=open_heldout,
+    abstract_batch=abstract_batch, totals=totals, expected=expected,
+    row_format=lambda cfg: cfg.rows, trunk=trunk))

@@ -20,7 +20,9 @@ from typing import NamedTuple
 import jax
 from flax import linen as nn
 
-from tfusion.config import Config
+from tfusion.config import RunConfig
+from tfusion.objectives import kind_of
+from tfusion.objectives.base import Trunk
 
 
 class Collectives(NamedTuple):
@@ -52,20 +54,26 @@ def exchanged_parameters(boxed_params, shape: dict[str, int]) -> float:
     return total
 
 
-def collectives(cfg: Config, boxed_params, shape: dict[str, int]) -> Collectives:
+def collectives(cfg: RunConfig, boxed_params, shape: dict[str, int]) -> Collectives:
     """shape: {'data', 'fsdp', 'sequence', 'tensor'} -> number of chips."""
-    m, micros = cfg.model, cfg.train.num_microbatches
-    width = 2 if m.compute_dtype == "bfloat16" else 4
+    trunk, micros = kind_of(cfg).trunk(cfg), cfg.train.num_microbatches
+    width = 2 if trunk and trunk.model.compute_dtype == "bfloat16" else 4
     weights = exchanged_parameters(boxed_params, shape) * width
-    recomputed = m.remat != "none"
-    positions = cfg.train.batch_size * cfg.data.seq_len / (shape["data"] * shape["fsdp"])  # of whole rows
-    activations = positions / shape["sequence"] * m.d_model * width
-    reduces = m.num_layers * (4 + recomputed) + 2  # + embedding, LM head
-    keys = 2 * positions * m.num_kv_heads * m.head_dim / shape["tensor"] * width  # and values, of a layer
+    tensor, keys = activations(cfg, trunk, shape, width) if trunk else (0.0, 0.0)
     return Collectives(
         fsdp_gather=2 * micros * weights * ring(shape["fsdp"]),
         fsdp_scatter=micros * weights * ring(shape["fsdp"]),
         data_reduce=2 * micros * weights / shape["fsdp"] * ring(shape["data"]),
-        tensor_reduce=2 * reduces * activations * ring(shape["tensor"]),
-        sequence_keys=m.num_layers * (1 + recomputed + 2) * keys * ring(shape["sequence"]),
+        tensor_reduce=2 * tensor * ring(shape["tensor"]),
+        sequence_keys=keys * ring(shape["sequence"]),
         sequence_reduce=2 * micros * weights / shape["fsdp"] * ring(shape["sequence"]))
+
+
+def activations(cfg: RunConfig, trunk: Trunk, shape: dict[str, int], width: int) -> tuple[float, float]:
+    """Bytes per chip and step that 'tensor' reduces, and that 'sequence' exchanges of keys and values."""
+    m, recomputed = trunk.model, trunk.model.remat != "none"
+    positions = cfg.train.batch_size * trunk.seq_len / (shape["data"] * shape["fsdp"])  # of whole rows
+    reduces = m.num_layers * (4 + recomputed) + 2  # + embedding, LM head
+    keys = 2 * positions * m.num_kv_heads * m.head_dim / shape["tensor"] * width  # and values, of a layer
+    return (reduces * positions / shape["sequence"] * m.d_model * width,
+            m.num_layers * (1 + recomputed + 2) * keys)

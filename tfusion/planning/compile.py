@@ -16,19 +16,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-from flax import linen as nn
 from jax.sharding import AbstractMesh, Mesh
 
 from tfusion import sharding
-from tfusion.config import Config, MeshConfig
+from tfusion.config import MeshConfig, RunConfig
 from tfusion.errors import UserError
-from tfusion.objectives import make_objective
+from tfusion.objectives import kind_of, make_objective
 from tfusion.training import state as states
 from tfusion.training import step as steps
 from tfusion.training.optimizer import make_optimizer
 from tfusion.training.state import TrainState
-from tfusion.types import Batch
 
 GIB = 2**30
 
@@ -47,21 +44,11 @@ class Compiled(NamedTuple):
     seconds: float
 
 
-def abstract_batch(cfg: Config, mesh: Mesh | AbstractMesh) -> Batch:
+def abstract_batch(cfg: RunConfig, mesh: Mesh | AbstractMesh):
     """The shapes of one global batch, sharded over rows."""
-    if cfg.objective == "autoencoder":
-        raise UserError("plan is for the transformer's training step; the autoencoder trains on one chip")
     place = sharding.batch_sharding(mesh)
-    B, T, I = cfg.train.batch_size, cfg.data.seq_len, cfg.image_slots
-
-    def s(shape, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-    return Batch(
-        row_ids_B=s((B,)), tokens_BT=s((B, T)), segment_ids_BT=s((B, T)), image_ids_BT=s((B, T)),
-        positions_BT=s((B, T)), loss_mask_BT=s((B, T), jnp.bool_),
-        latents_BIhwc=s((B, I, *cfg.model.latent_shape), jnp.float32), image_start_BI=s((B, I)),
-        max_t_BI=s((B, I), jnp.float32), noise_ids_BI2=s((B, I, 2), jnp.uint32))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+                        kind_of(cfg).abstract_batch(cfg))
 
 
 def host_mesh() -> Mesh:
@@ -69,7 +56,7 @@ def host_mesh() -> Mesh:
     return sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices("cpu")[:1])
 
 
-def abstract_state(cfg: Config) -> TrainState:
+def abstract_state(cfg: RunConfig) -> TrainState:
     """The training state's shapes, boxed with logical axes."""
     tx = make_optimizer(cfg.optimizer, cfg.train.num_steps)
     with jax.set_mesh(host_mesh()):  # it makes a key, which needs a device that exists
@@ -87,21 +74,15 @@ def entered(mesh: Mesh | AbstractMesh):
             yield
 
 
-def place(boxed, mesh: Mesh | AbstractMesh):
-    """Boxed shapes -> shapes with their shardings on the mesh."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                        nn.meta.unbox(boxed), sharding.shardings(boxed, mesh))
-
-
-def trace(cfg: Config, boxed_state: TrainState, mesh: Mesh | AbstractMesh):
+def trace(cfg: RunConfig, boxed_state: TrainState, mesh: Mesh | AbstractMesh):
     """Traces training's own step on the mesh (about a second): jax.stages.Traced, with .jaxpr and .lower()."""
     objective, tx = make_objective(cfg), make_optimizer(cfg.optimizer, cfg.train.num_steps)
-    state = place(boxed_state, mesh)
+    state, frozen = states.place(boxed_state, mesh), states.place(jax.eval_shape(objective.frozen), mesh)
     with entered(mesh):
-        return steps.jit_train_step(objective, tx, cfg, state).trace(state, abstract_batch(cfg, mesh))
+        return steps.jit_train_step(objective, tx, cfg, state).trace(state, frozen, abstract_batch(cfg, mesh))
 
 
-def compile_step(cfg: Config, boxed_state: TrainState, mesh: Mesh, label: str,
+def compile_step(cfg: RunConfig, boxed_state: TrainState, mesh: Mesh, label: str,
                  left: Callable[[float], float | None] | None = None) -> Compiled:
     """Compiles for the mesh's devices. Does not raise where the program is too large: `fits` is False."""
     began = time.perf_counter()

@@ -6,11 +6,12 @@ from typing import NamedTuple
 import jax
 from jax.sharding import AbstractMesh
 
-from tfusion.config import Config
+from tfusion.config import RunConfig
+from tfusion.objectives import kind_of
 from tfusion.planning.collectives import exchanged_parameters
-from tfusion.planning.compile import abstract_batch, place
+from tfusion.planning.compile import abstract_batch
 from tfusion.planning.walk import Work
-from tfusion.training.state import TrainState
+from tfusion.training.state import TrainState, place
 
 
 class Memory(NamedTuple):
@@ -40,24 +41,30 @@ def bytes_per_chip(tree) -> int:
                for leaf in jax.tree.leaves(tree))
 
 
-def estimate(cfg: Config, boxed_state: TrainState, mesh: AbstractMesh, work: Work) -> Memory:
+def estimate(cfg: RunConfig, boxed_state: TrainState, mesh: AbstractMesh, work: Work) -> Memory:
     """The working set: two copies of the largest matrix product (logits and their gradient), one layer's
     activations, two layers' gathered weights."""
-    shape = mesh.shape
+    shape, micros = mesh.shape, cfg.train.num_microbatches
     state = place(boxed_state, mesh)
-    m, micros = cfg.model, cfg.train.num_microbatches
-    width = 2 if m.compute_dtype == "bfloat16" else 4
-    rows = cfg.train.batch_size / (shape["data"] * shape["fsdp"] * micros)
-    length = cfg.data.seq_len / shape["sequence"]
-    layer = rows * length * (8 * m.d_model + 4 * m.d_ff / shape["tensor"]) * width
-    weights = 2 * exchanged_parameters(boxed_state.params, shape) / m.num_layers * width * (shape["fsdp"] > 1)
     largest = work.largest_bytes / math.prod(shape.values())
     parameters = bytes_per_chip(state.params)
     return Memory(
         parameters=parameters,
         optimizer=bytes_per_chip(state.opt_state),
         ema=bytes_per_chip(state.ema_params),
-        batch=bytes_per_chip(abstract_batch(cfg, mesh)),
+        batch=bytes_per_chip(abstract_batch(cfg, mesh)) + bytes_per_chip(state.buffers),
         gradients=parameters * (1 if micros == 1 else 2),  # the running sum, and one micro-batch's
         residuals=work.residual_bytes / (shape["data"] * shape["fsdp"] * shape["sequence"]),
-        working=2 * largest + layer + weights)
+        working=2 * largest + layers(cfg, boxed_state, shape))
+
+
+def layers(cfg: RunConfig, boxed_state: TrainState, shape: dict[str, int]) -> float:
+    """Bytes of one layer's activations and of two layers' gathered weights; 0 without a transformer."""
+    trunk = kind_of(cfg).trunk(cfg)
+    if trunk is None:
+        return 0.0
+    m, width = trunk.model, 2 if trunk.model.compute_dtype == "bfloat16" else 4
+    rows = cfg.train.batch_size / (shape["data"] * shape["fsdp"] * cfg.train.num_microbatches)
+    length = trunk.seq_len / shape["sequence"]
+    weights = 2 * exchanged_parameters(boxed_state.params, shape) / m.num_layers * width * (shape["fsdp"] > 1)
+    return rows * length * (8 * m.d_model + 4 * m.d_ff / shape["tensor"]) * width + weights

@@ -6,15 +6,16 @@ from typing import NamedTuple
 import jax
 
 from tfusion.accelerators import GIB, PRICES_AS_OF, Accelerator
-from tfusion.config import Config
+from tfusion.config import RunConfig
+from tfusion.models import flops
+from tfusion.objectives import kind_of
 from tfusion.planning import roofline, topology
 from tfusion.planning.compile import Compiled, host_memory_bytes
 from tfusion.planning.memory import Memory
 from tfusion.planning.search import Candidate, Planner, nearest_that_fits, search
-from tfusion.training import flops
 
 
-def make_plan(cfg: Config, accelerator: Accelerator, experiment: str, tokens: float | None = None,
+def make_plan(cfg: RunConfig, accelerator: Accelerator, experiment: str, tokens: float | None = None,
               total_flops: float | None = None, search_too: bool = False) -> dict:
     """Compiles where the accelerator is a TPU; else by formula only. Raises UserError on what cannot be."""
     if accelerator.chip.is_tpu and not topology.have_libtpu():
@@ -26,10 +27,11 @@ def make_plan(cfg: Config, accelerator: Accelerator, experiment: str, tokens: fl
     found = None if fits else nearest_that_fits(planner, candidate)
     params = flops.num_params(planner.state.params)
     run = roofline.run(cfg, accelerator, candidate.step, params, tokens, total_flops)
-    counts = roofline.assumed_counts(cfg)
+    expected, trunk = kind_of(cfg).expected(cfg), kind_of(cfg).trunk(cfg)
     return {
         "experiment": experiment, "accelerator": _accelerator(accelerator), "mesh": dict(candidate.mesh.shape),
-        "remat": cfg.model.remat, "batch_size": cfg.train.batch_size, "seq_len": cfg.data.seq_len,
+        "remat": trunk and trunk.model.remat, "seq_len": trunk and trunk.seq_len,
+        "batch_size": cfg.train.batch_size,
         "num_microbatches": cfg.train.num_microbatches, "parameters": params,
         "notes": notes(candidate, accelerator), "fits": fits,
         "memory": {**candidate.memory._asdict(), "total": candidate.memory.total},
@@ -38,9 +40,9 @@ def make_plan(cfg: Config, accelerator: Accelerator, experiment: str, tokens: fl
         "verdict": verdict(candidate, compiled, accelerator),
         "suggestion": "" if fits else suggestion(found),
         "exchange": candidate.exchange._asdict(), "step": candidate.step._asdict(),
-        "flops": {"parts": flops.model_flops(cfg, counts), "counts": counts._asdict(),
-                  "six_n_d": flops.six_n_d(params, cfg.train.batch_size * cfg.data.seq_len)},
-        "assumptions": roofline.ASSUMPTIONS, "run": run._asdict(), "prices_as_of": PRICES_AS_OF,
+        "flops": {"parts": expected.flops, "six_n_d": flops.six_n_d(params, expected.positions)},
+        "assumptions": f"{roofline.ASSUMPTIONS}; {expected.about}".rstrip("; "),
+        "run": run._asdict(), "prices_as_of": PRICES_AS_OF,
         "search": _search(planner) if search_too else None,
         "host": {"machine": f"{platform.machine()}, {platform.system()}", "python": platform.python_version(),
                  "jax": jax.__version__, "libtpu": topology.libtpu_version(),

@@ -8,12 +8,12 @@ to reach on TPUs; they are printed with every estimate.
 from typing import NamedTuple
 
 from tfusion.accelerators import Accelerator
-from tfusion.config import Config
-from tfusion.models import lm_head
+from tfusion.config import RunConfig
+from tfusion.models import flops, lm_head
+from tfusion.objectives import kind_of
 from tfusion.planning.collectives import Collectives
 from tfusion.planning.memory import Memory
 from tfusion.planning.walk import Work
-from tfusion.training import flops
 
 MATMUL_EFFICIENCY = 0.65  # of the bf16 peak
 HBM_EFFICIENCY = 0.80
@@ -24,8 +24,7 @@ KERNEL_MATMULS = {2: 7, 3: 9, 4: 11}  # Pallas calls of attention -> T x T produ
 ASSUMPTIONS = (
     f"matmuls at {MATMUL_EFFICIENCY:.0%} of peak, HBM at {HBM_EFFICIENCY:.0%}, ICI at {ICI_EFFICIENCY:.0%}, "
     f"DCN at {DCN_EFFICIENCY:.0%} of the data sheet; weights are exchanged behind the matmuls, tensor- and "
-    f"context-parallel exchange is not; full rows, data.image_share of them in images, one image a "
-    "document; nothing lost to data, checkpoints or restarts")
+    "context-parallel exchange is not; nothing lost to data, checkpoints or restarts")
 
 
 class Step(NamedTuple):
@@ -44,47 +43,36 @@ class Step(NamedTuple):
     mfu: float
 
 
-def assumed_counts(cfg: Config) -> flops.Counts:
-    """What a global batch holds under data.image_share, documents of one image and an equal share of text."""
-    rows, T, N = cfg.train.batch_size, cfg.data.seq_len, cfg.model.num_patches
-    per_row = min(cfg.image_slots, round(cfg.data.image_share * T / (N + 2)))
-    documents = max(per_row, 1)
-    length = T / documents
-    pairs = length * (length + 1) / 2
-    if per_row and cfg.model.image_attention == "bidirectional":
-        pairs += N * (N - 1) / 2
-    text = T - per_row * N
-    return flops.Counts(text=rows * text, patches=rows * per_row * N,
-                        scored=rows * (text - per_row - documents),  # not BOI, not EOS
-                        images=rows * per_row, pairs=round(rows * documents * pairs))
-
-
-def expected_chunks(cfg: Config, shape: dict[str, int]) -> float:
+def expected_chunks(cfg: RunConfig, shape: dict[str, int]) -> float:
     """How many chunks of scored positions the LM head runs on a chip and micro-batch, as if the last were only
     as long as it has to be."""
+    trunk = kind_of(cfg).trunk(cfg)
+    if trunk is None:
+        return 1.0
     parts = shape["data"] * shape["fsdp"] * shape["sequence"] * cfg.train.num_microbatches
-    positions = cfg.train.batch_size * cfg.data.seq_len // parts
-    chunk = lm_head.chunk_size(positions, cfg.model.padded_vocab_size // shape["tensor"])
-    return assumed_counts(cfg).scored / parts / chunk
+    positions = cfg.train.batch_size * trunk.seq_len // parts
+    chunk = lm_head.chunk_size(positions, trunk.vocab_size // shape["tensor"])
+    return kind_of(cfg).expected(cfg).scored / parts / chunk
 
 
-def kernel_work(cfg: Config, work: Work, counts: flops.Counts) -> Work:
+def kernel_work(cfg: RunConfig, work: Work, pairs: float) -> Work:
     """Adds what attention kernels do, counted by visible pairs; their bytes are q, k, v, out and back."""
-    if not work.kernels:
+    trunk = kind_of(cfg).trunk(cfg)
+    if not work.kernels or trunk is None:
         return work
-    m = cfg.model
+    m = trunk.model
     products = KERNEL_MATMULS.get(work.kernels, 9)
-    values = (2 * m.num_heads + 2 * m.num_kv_heads) * m.head_dim * cfg.train.batch_size * cfg.data.seq_len
+    values = (2 * m.num_heads + 2 * m.num_kv_heads) * m.head_dim * cfg.train.batch_size * trunk.seq_len
     return work._replace(
-        flops=work.flops + 2.0 * products * m.num_layers * m.num_heads * m.head_dim * counts.pairs,
+        flops=work.flops + 2.0 * products * m.num_layers * m.num_heads * m.head_dim * pairs,
         activation_bytes=work.activation_bytes + work.kernels * m.num_layers * values * 2)
 
 
-def estimate(cfg: Config, accelerator: Accelerator, shape: dict[str, int], work: Work, memory: Memory,
+def estimate(cfg: RunConfig, accelerator: Accelerator, shape: dict[str, int], work: Work, memory: Memory,
              exchange: Collectives) -> Step:
     chip, chips = accelerator.chip, accelerator.num_chips
-    counts = assumed_counts(cfg)
-    work = kernel_work(cfg, work, counts)
+    expected = kind_of(cfg).expected(cfg)
+    work = kernel_work(cfg, work, expected.pairs)
     matmul = work.flops / chips / (chip.peak_flops * MATMUL_EFFICIENCY)
     state = 2 * (memory.parameters + memory.optimizer + memory.ema) + memory.gradients
     moved = work.activation_bytes / chips + work.weight_bytes / shape["tensor"] + state
@@ -99,9 +87,9 @@ def estimate(cfg: Config, accelerator: Accelerator, shape: dict[str, int], work:
     tensor, sequence = exchange.tensor_reduce / axis_ici, exchange.sequence_keys / axis_ici
     dcn = over_dcn / (chip.dcn_bandwidth * DCN_EFFICIENCY)
     seconds = max(matmul, hbm, weights, dcn) + tensor + sequence
-    useful = sum(flops.model_flops(cfg, counts).values())
-    positions = cfg.train.batch_size * cfg.data.seq_len
-    return Step(matmul, hbm, weights, tensor, sequence, dcn, work.flops, useful, seconds, positions / seconds,
+    useful = sum(expected.flops.values())
+    return Step(matmul, hbm, weights, tensor, sequence, dcn, work.flops, useful, seconds,
+                expected.positions / seconds,
                 useful / seconds / (chips * chip.peak_flops))
 
 
@@ -132,13 +120,13 @@ class Run(NamedTuple):
     dollars: float | None
 
 
-def run(cfg: Config, accelerator: Accelerator, step: Step, params: int, tokens: float | None = None,
+def run(cfg: RunConfig, accelerator: Accelerator, step: Step, params: int, tokens: float | None = None,
         total_flops: float | None = None) -> Run:
     """Time and price of `tokens` positions, or of a budget by the paper's 6 N D; else of train.num_steps."""
-    per_step = cfg.train.batch_size * cfg.data.seq_len
+    per_step = kind_of(cfg).expected(cfg).positions
     if total_flops:
         tokens = total_flops / flops.six_n_d(params, 1)
-    steps = max(1, round(tokens / per_step)) if tokens else cfg.train.num_steps
+    steps = max(1, round(tokens / per_step)) if tokens and per_step else cfg.train.num_steps
     hours = steps * step.seconds / 3600
     price = accelerator.chip.dollars_per_hour
     chip_hours = hours * accelerator.num_chips

@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 from jax.sharding import AbstractMesh
 
-from tfusion import sharding
 from tfusion.accelerators import Accelerator
-from tfusion.config import CHOICES, Config
+from tfusion.config import RunConfig, choices
 from tfusion.errors import UserError
+from tfusion.models.transformer import TransformerConfig
+from tfusion.objectives import check_mesh, kind_of
 from tfusion.planning import memory, roofline, topology
 from tfusion.planning.collectives import Collectives, collectives
 from tfusion.planning.compile import Compiled, abstract_state, compile_step, progress, trace
@@ -17,6 +18,7 @@ from tfusion.planning.memory import Memory
 from tfusion.planning.roofline import Step
 from tfusion.planning.walk import Work, work
 
+REMATS = choices(TransformerConfig, "remat")
 TENSOR_SIZES = (1, 2, 4, 8)
 MICROBATCHES = (1, 2, 4, 8, 16)
 # Our estimate is within 5 % at 7B (benchmarks/results/plan_7b.json), but was made with those figures in view.
@@ -26,7 +28,7 @@ SLACK = 1.2
 class Candidate(NamedTuple):
     """A configuration, and what we work out about it without compiling."""
 
-    cfg: Config
+    cfg: RunConfig
     mesh: AbstractMesh
     work: Work
     memory: Memory
@@ -36,36 +38,43 @@ class Candidate(NamedTuple):
     @property
     def settings(self) -> dict:
         """The flags that make it."""
-        return {**{f"mesh.{axis}": n for axis, n in self.mesh.shape.items()},
-                "model.remat": self.cfg.model.remat,
+        remat = {"model.remat": remat_of(self.cfg)} if remat_of(self.cfg) else {}
+        return {**{f"mesh.{axis}": n for axis, n in self.mesh.shape.items()}, **remat,
                 "train.num_microbatches": self.cfg.train.num_microbatches}
+
+
+def remat_of(cfg: RunConfig) -> str | None:
+    """None without a transformer."""
+    trunk = kind_of(cfg).trunk(cfg)
+    return trunk and trunk.model.remat
 
 
 class Planner:
     """Works out candidates for one config and slice; keeps what they share."""
 
-    def __init__(self, cfg: Config, accelerator: Accelerator):
+    def __init__(self, cfg: RunConfig, accelerator: Accelerator):
         self.cfg, self.accelerator = cfg, accelerator
         self.state = abstract_state(cfg)
         self._works: dict[tuple, Work] = {}
         self._compiled: dict[tuple, Compiled] = {}
 
-    def work(self, cfg: Config, mesh: AbstractMesh) -> Work:
+    def work(self, cfg: RunConfig, mesh: AbstractMesh) -> Work:
         """Global FLOPs and bytes: the same on every mesh, but that kept keys and values are whole on each
         part of a row's length (and the size of the LM head's chunks, of which bytes depend a little)."""
-        key = cfg.model.remat, cfg.train.num_microbatches, mesh.shape["sequence"]
+        trunk = kind_of(cfg).trunk(cfg)
+        key = remat_of(cfg), cfg.train.num_microbatches, mesh.shape["sequence"]
         if key not in self._works:
             platform = "tpu" if self.accelerator.chip.is_tpu else "cuda"
             self._works[key] = work(trace(cfg, self.state, mesh).jaxpr.jaxpr, self.state.params,
-                                    cfg.model.num_layers, platform, roofline.expected_chunks(cfg, mesh.shape))
+                                    trunk.model.num_layers if trunk else 0, platform,
+                                    roofline.expected_chunks(cfg, mesh.shape))
         return self._works[key]
 
-    def candidate(self, cfg: Config) -> Candidate:
+    def candidate(self, cfg: RunConfig) -> Candidate:
         """Raises UserError where the mesh does not fit the chips, the batch or the model."""
         mesh = topology.abstract_mesh(cfg.mesh, self.accelerator)
         topology.check_batch(cfg.train.batch_size, cfg.train.num_microbatches, mesh.shape)
-        sharding.check_length(cfg.data.seq_len, mesh)
-        sharding.check_heads(cfg.model.num_kv_heads, mesh)
+        check_mesh(cfg, mesh)
         done = self.work(cfg, mesh)
         held = memory.estimate(cfg, self.state, mesh, done)
         exchange = collectives(cfg, self.state.params, mesh.shape)
@@ -95,22 +104,22 @@ class Planner:
 
     def label(self, candidate: Candidate) -> str:
         shape = " x ".join(f"{axis} {n}" for axis, n in candidate.mesh.shape.items())
-        return (f"compiling for {self.accelerator.name}, {shape}, remat {candidate.cfg.model.remat}, "
+        return (f"compiling for {self.accelerator.name}, {shape}, remat {remat_of(candidate.cfg)}, "
                 f"{candidate.cfg.train.num_microbatches} micro-batch(es)")
 
     def may_fit(self, candidate: Candidate) -> bool:
         return candidate.memory.total <= SLACK * self.accelerator.chip.hbm_bytes
 
 
-def change(cfg: Config, **groups) -> Config:
+def change(cfg: RunConfig, **groups) -> RunConfig:
     """change(cfg, mesh={'fsdp': 8}) replaces single values."""
     return dataclasses.replace(
         cfg, **{name: dataclasses.replace(getattr(cfg, name), **values) for name, values in groups.items()})
 
 
-def smaller(cfg: Config, shape: dict[str, int]) -> Iterator[Config]:
+def smaller(cfg: RunConfig, shape: dict[str, int]) -> Iterator[RunConfig]:
     """Changes that need less HBM, the nearest first: full remat, more micro-batches, more fsdp, more tensor."""
-    if cfg.model.remat != "full":
+    if remat_of(cfg) not in ("full", None):
         cfg = change(cfg, model={"remat": "full"})
         yield cfg
     rows = cfg.train.batch_size // (shape["data"] * shape["fsdp"])
@@ -150,7 +159,7 @@ def nearest_that_fits(planner: Planner, candidate: Candidate, max_compiles: int 
     return (untested, None) if untested else None
 
 
-def settings(cfg: Config, accelerator: Accelerator) -> Iterator[list[Config]]:
+def settings(cfg: RunConfig, accelerator: Accelerator) -> Iterator[list[RunConfig]]:
     """Every mesh and remat policy that the search looks at, each with ever more micro-batches.
 
     mesh.sequence stays as given: it is for rows too long for one chip, which only the user knows to want.
@@ -161,13 +170,13 @@ def settings(cfg: Config, accelerator: Accelerator) -> Iterator[list[Config]]:
             continue
         rest = chips // tensor
         for fsdp in (n for n in range(1, rest + 1) if rest % n == 0):
-            for remat in CHOICES["model.remat"]:
+            for remat in REMATS if remat_of(cfg) else (None,):
                 base = change(cfg, mesh={"data": rest // fsdp, "fsdp": fsdp, "tensor": tensor},
-                              model={"remat": remat})
+                              **({"model": {"remat": remat}} if remat else {}))
                 yield [change(base, train={"num_microbatches": n}) for n in MICROBATCHES]
 
 
-def first_that_may_fit(planner: Planner, configs: list[Config]) -> list:
+def first_that_may_fit(planner: Planner, configs: list[RunConfig]) -> list:
     """[the first candidate that may fit, the configs after it]; [] where none may or the mesh suits nothing."""
     for i, cfg in enumerate(configs):
         try:
@@ -179,11 +188,11 @@ def first_that_may_fit(planner: Planner, configs: list[Config]) -> list:
     return []
 
 
-def ranked(planner: Planner, groups: list[list[Config]]) -> list[list]:
+def ranked(planner: Planner, groups: list[list[RunConfig]]) -> list[list]:
     """The groups that may fit, as first_that_may_fit gives them: the fastest by estimate first, then those that
     need least. One of each remat policy and 'tensor': other splits between 'data' and 'fsdp' are left out, so
     that the few compiles go to what differs more."""
-    before, traces = planner.traces, len(CHOICES["model.remat"]) * len(MICROBATCHES)
+    before, traces = planner.traces, len(REMATS) * len(MICROBATCHES)
 
     def left(elapsed: float) -> float | None:  # all but the traces takes next to no time
         done = planner.traces - before
@@ -194,7 +203,7 @@ def ranked(planner: Planner, groups: list[list[Config]]) -> list[list]:
     found.sort(key=lambda group: (float(f"{group[0].step.seconds:.3g}"), group[0].memory.total))
     first = {}
     for group in found:
-        first.setdefault((group[0].cfg.model.remat, group[0].mesh.shape["tensor"]), group)
+        first.setdefault((remat_of(group[0].cfg), group[0].mesh.shape["tensor"]), group)
     return list(first.values())
 
 

@@ -23,7 +23,7 @@ def _title(plan: dict) -> list[str]:
     slices = f"{a['num_slices']} slices of " if a["num_slices"] > 1 else ""
     lines = [f"{plan['experiment']} on {a['name']}: {a['chips']} {a['chip']} chips ({slices}{a['topology']})",
              f"mesh {' x '.join(f'{axis} {n}' for axis, n in mesh.items())}, "
-             f"remat {plan['remat']}, batch {plan['batch_size']} x {plan['seq_len']} in "
+             f"remat {plan['remat']}, batch {plan['batch_size']} x {plan['seq_len'] or 1} in "
              f"{plan['num_microbatches']} micro-batch(es), {plan['parameters'] / 1e9:.2f} B parameters"]
     return lines + [f"note: {note}" for note in plan["notes"]]
 
@@ -89,5 +89,6 @@ def _search(plan: dict) -> list[str]:
     for c in found["best"]:
         s = c["settings"]
         lines.append(f"  {s['mesh.data']:5d}{s['mesh.fsdp']:6d}{s['mesh.sequence']:9d}{s['mesh.tensor']:7d}  "
-                     f"{s['model.remat']:12s}{s['train.num_microbatches']:6d}{c['seconds']:9.3f}{c['mfu']:7.1%}{gib(c['hbm_bytes']):>8s}")
+                     f"{s.get('model.remat', '-'):12s}{s['train.num_microbatches']:6d}"
+                     f"{c['seconds']:9.3f}{c['mfu']:7.1%}{gib(c['hbm_bytes']):>8s}")
     return lines if found["best"] else [*lines, "  none fits"]

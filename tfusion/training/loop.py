@@ -1,4 +1,4 @@
-"""The loop: evaluate if due, save if due, next batch, step, log. It never asks which objective it runs."""
+"""The loop: next batch, step, log; evaluate if due, save if due. It never asks which kind it runs."""
 
 import contextlib
 import json
@@ -11,9 +11,9 @@ from tqdm import tqdm
 from tfusion import config, distributed, sharding
 from tfusion.checkpoint import Checkpoints
 from tfusion.data import pipeline
-from tfusion.data.heldout import open_heldout
 from tfusion.errors import Stopped
-from tfusion.objectives.base import Objective
+from tfusion.objectives import kind_of
+from tfusion.objectives.base import Aux, Objective
 from tfusion.training import metrics, resume, writers
 from tfusion.training import state as states
 from tfusion.training import step as steps
@@ -24,28 +24,30 @@ class Held:
     """Held-out documents and the functions that look at them: the same documents and noise at every
     evaluation, and in every run on the same data. Gradients are looked at on the run's first rows."""
 
-    def __init__(self, cfg: config.Config, objective: Objective, mesh, rows):
+    def __init__(self, cfg: config.RunConfig, objective: Objective, mesh, rows):
         self.objective, self.mesh, self.rows = objective, mesh, rows
         self.size = cfg.train.batch_size // cfg.train.num_microbatches  # what a training step holds at once
-        self.sources = open_heldout(cfg, objective, cfg.train.eval_documents)
+        self.sources = kind_of(cfg).open_heldout(cfg, cfg.train.eval_documents)
         self.eval_step = jax.jit(steps.make_eval_step(objective))
         self.diagnostics_step = jax.jit(steps.make_diagnostics(objective))
 
-    def evaluate(self, state) -> dict:
+    def evaluate(self, state, frozen) -> dict:
         """{eval/name: mean over all documents}, and eval/source/name of the losses that are trained on."""
         params, total, values = states.sampling_params(state), metrics.Losses(), {}
+        aux = Aux(state.step, frozen, state.buffers)
         for source, held in self.sources.items():
             alone = metrics.Losses()
             for batch in held.batches(self.size, jax.process_index(), jax.process_count()):
-                losses = self.eval_step(params, sharding.put_batch(batch, self.mesh))
+                losses = self.eval_step(params, aux, sharding.put_batch(batch, self.mesh))
                 total.add(int(state.step), losses)
                 alone.add(int(state.step), {name: losses[name] for name in self.objective.weights})
             values |= {k: v for k, v in alone.means(f"eval/{source}/").items() if v is not None}
         return total.means("eval/") | values
 
-    def diagnose(self, state) -> dict:
+    def diagnose(self, state, frozen) -> dict:
         batch = next(pipeline.batches(self.rows, 0, 1, self.size, jax.process_index(), jax.process_count()))
-        norms = self.diagnostics_step(state.params, sharding.put_batch(batch, self.mesh))
+        norms = self.diagnostics_step(state.params, Aux(state.step, frozen, state.buffers),
+                                      sharding.put_batch(batch, self.mesh))
         return {f"grad_norm/{name}": float(norm) for name, norm in norms.items()}
 
 
@@ -62,19 +64,19 @@ class Log:
     written, in the next.
     """
 
-    def __init__(self, cfg: config.Config, objective: Objective, rows, workdir: Path, first: int, totals,
+    def __init__(self, cfg: config.RunConfig, objective: Objective, rows, workdir: Path, first: int, totals,
                  wandb: str | None):
         self.cfg, self.objective, self.rows = cfg, objective, rows
         self.writer, self.losses = writers.open_writers(workdir, first, cfg, wandb), metrics.Losses()
-        self.speed, self.paused, self.late = metrics.Throughput(cfg, totals), {}, None
+        self.speed, self.paused, self.late = metrics.Throughput(totals), {}, None
         self.learning_rate = learning_rate_schedule(cfg.optimizer, cfg.train.num_steps)
         self.bar = tqdm(total=cfg.train.num_steps, initial=first, desc=workdir.name, unit="step",
                         mininterval=1.0, dynamic_ncols=True)
 
-    def add(self, step: int, losses, batch, waited: float) -> None:
+    def add(self, step: int, losses, totals, waited: float) -> None:
         """Counts a step that is under way; waits for nothing."""
         self.losses.add(step, losses)
-        self.speed.add(batch, waited)
+        self.speed.add(totals, waited)
         self.bar.update()
 
     @contextlib.contextmanager
@@ -137,15 +139,15 @@ def fetch(batches):
     return next(batches), time.perf_counter() - began
 
 
-def look(held: Held, log: Log, state, evaluating: bool, diagnosing: bool) -> dict:
+def look(held: Held, log: Log, state, frozen, evaluating: bool, diagnosing: bool) -> dict:
     """What held-out rows say of a state; the log has how long it took."""
     values = {}
     if evaluating:
         with log.pause("time/eval_s"):
-            values |= held.evaluate(state)
+            values |= held.evaluate(state, frozen)
     if diagnosing:
         with log.pause("time/diagnostics_s"):
-            values |= held.diagnose(state)
+            values |= held.diagnose(state, frozen)
     return values
 
 
@@ -164,7 +166,7 @@ def stopped(done: int, saved: int) -> Stopped:
     return Stopped(f"stopped by SIGTERM at step {done}: {lost}; the same command goes on from there")
 
 
-def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile=None,
+def train(cfg: config.RunConfig, workdir: Path, mesh, profile=None,
           wandb: str | None = None) -> states.TrainState:
     """Trains to cfg.train.num_steps, from the workdir's latest checkpoint where there is one.
 
@@ -173,12 +175,12 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile
     """
     if wandb:
         writers.import_wandb()  # raises where it is missing, before any work
-    began, t = time.perf_counter(), cfg.train
-    tx = make_optimizer(cfg.optimizer, t.num_steps)
-    rows = pipeline.open_rows(cfg, objective, "train")
-    held = Held(cfg, objective, mesh, rows)
+    began, t, kind = time.perf_counter(), cfg.train, kind_of(cfg)
+    objective, tx = kind.make(cfg), make_optimizer(cfg.optimizer, t.num_steps)
+    rows = kind.open_rows(cfg)
+    held, count = Held(cfg, objective, mesh, rows), jax.jit(lambda batch: kind.totals(cfg, batch))
     checkpoints = Checkpoints(workdir, writing=True)
-    state, next_row, totals = resume.start(cfg, objective, tx, mesh, checkpoints, rows, workdir)
+    state, frozen, next_row, totals = resume.start(cfg, objective, tx, mesh, checkpoints, rows, workdir)
     first = saved = int(state.step)
     trace, sigterm = Trace(profile, first, workdir), distributed.Sigterm()
     log = Log(cfg, objective, rows, workdir, first, totals, wandb)
@@ -191,24 +193,22 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile
             batch, waited = fetch(batches)
             placed = sharding.put_batch(batch, mesh)
             if train_step is None:
-                train_step = steps.jit_train_step(objective, tx, cfg, state).lower(state, placed).compile()
-                distributed.return_freed_memory()
+                train_step = compile_step(objective, tx, cfg, state, frozen, placed)
                 sigterm.listen()
                 waited = 0.0
                 log.speed.begin()  # no rate holds the compilation, nor the start of the readers
-            state, losses = train_step(state, placed)
+            state, losses = train_step(state, frozen, placed)
             next_row += t.batch_size
             log.write_late()
             done = step + 1
-            log.add(done, losses, batch, waited)
+            log.add(done, losses, count(placed), waited)
             trace.after(done, state)
 
-            saving = due(done, t.checkpoint_every, t.num_steps)
-            evaluating = due(done, t.eval_every, t.num_steps)
-            diagnosing = due(done, t.diagnostics_every, t.num_steps)
+            saving, evaluating, diagnosing = (due(done, every, t.num_steps) for every in (
+                t.checkpoint_every, t.eval_every, t.diagnostics_every))
             if saving or evaluating or diagnosing or done == t.num_steps:
                 values = log.values(done)  # raises on a NaN before a broken state replaces a good checkpoint
-                log.write(done, values | look(held, log, state, evaluating, diagnosing))
+                log.write(done, values | look(held, log, state, frozen, evaluating, diagnosing))
                 if saving:
                     with log.pause("time/save_s"):
                         checkpoints.save(done, states.items(state), {
@@ -225,3 +225,10 @@ def train(cfg: config.Config, objective: Objective, workdir: Path, mesh, profile
             checkpoints.close()
     finish(workdir, state, first, t.num_steps, log.speed.total, time.perf_counter() - began)
     return state
+
+
+def compile_step(objective: Objective, tx, cfg: config.RunConfig, state, frozen, placed):
+    """The training step, compiled for this state and batch."""
+    compiled = steps.jit_train_step(objective, tx, cfg, state).lower(state, frozen, placed).compile()
+    distributed.return_freed_memory()
+    return compiled

@@ -10,11 +10,9 @@ import jax
 import numpy as np
 
 from tfusion import accelerators
-from tfusion.config import Config, replace_text
+from tfusion.config import replace_text
 from tfusion.errors import UserError
-from tfusion.training.flops import training_flops
 from tfusion.training.optimizer import CLIP_NORM
-from tfusion.types import Batch
 
 
 class Losses:
@@ -51,49 +49,49 @@ class Losses:
 
 
 class Throughput:
-    """Rates over the steps since the last report, of the whole run: this process's share times processes."""
+    """Totals of the whole run, and rates over the steps since the last report."""
 
-    def __init__(self, cfg: Config, totals: dict | None = None):
-        self.cfg, self.peak = cfg, accelerators.peak_flops_per_sec(jax.devices()[0].device_kind)
-        self.total = totals or {"tokens": 0, "patches": 0, "images": 0, "flops": 0.0}
+    def __init__(self, totals: dict | None = None):
+        self.peak = accelerators.peak_flops_per_sec(jax.devices()[0].device_kind)
+        self.total, self._pending = dict(totals or {}), []
         self.begin()
 
     def begin(self) -> None:
         """Rates are measured from here on."""
-        self._since, self._steps, self._waited, self._positions = time.perf_counter(), 0, 0.0, 0
+        self._since, self._steps, self._waited = time.perf_counter(), 0, 0.0
         self._start = dict(self.total)
 
     def pause(self, seconds: float) -> None:
         """Leaves out time spent on evaluation and checkpoints."""
         self._since += seconds
 
-    def add(self, batch, waited: float) -> None:
-        """Counts one host batch; waited: seconds the step waited for it."""
-        self._steps, self._waited, n = self._steps + 1, self._waited + waited, jax.process_count()
-        if isinstance(batch, Batch):
-            self._positions += n * batch.tokens_BT.size
-            self.total["tokens"] += n * int((batch.segment_ids_BT > 0).sum())
-            self.total["patches"] += n * int((batch.image_ids_BT > 0).sum())
-            self.total["images"] += n * int((batch.max_t_BI > 0).sum())
-            self.total["flops"] += n * training_flops(self.cfg, batch)
-        else:
-            self.total["images"] += n * len(batch.row_ids_B)
+    def add(self, totals: dict, waited: float) -> None:
+        """totals: of one global batch, still on the device; not waited for here. waited: seconds that the step
+        waited for the batch."""
+        self._steps, self._waited = self._steps + 1, self._waited + waited
+        self._pending.append(totals)
+
+    def flush(self) -> None:
+        """Fetches what is pending. Whole numbers stay whole."""
+        for totals in jax.device_get(self._pending):
+            for name, value in totals.items():
+                self.total[name] = self.total.get(name, 0) + np.asarray(value).item()
+        self._pending = []
 
     def report(self) -> dict:
         """Rates since the last report, and totals since the run's first step, resumed or not."""
+        self.flush()
         seconds = max(time.perf_counter() - self._since, 1e-9)
-        did = {name: self.total[name] - self._start[name] for name in self.total}
+        rates = {name: (total - self._start.get(name, 0)) / seconds for name, total in self.total.items()}
+        flops = rates.pop("flops", None)
         out = {"perf/step_ms": 1e3 * seconds / max(self._steps, 1),
-               "perf/images_per_sec": did["images"] / seconds,
-               "data/wait_fraction": self._waited / seconds, "total/images": self.total["images"]}
-        if self._positions:
-            out |= {f"total/{name}": total for name, total in self.total.items()}
-            out |= {"perf/tokens_per_sec": did["tokens"] / seconds,
-                    "perf/patches_per_sec": did["patches"] / seconds,
-                    "perf/model_flops_per_sec": did["flops"] / seconds,
-                    "data/fill": did["tokens"] / self._positions}
+               "data/wait_fraction": self._waited / seconds,
+               **{f"total/{name}": total for name, total in self.total.items()},
+               **{f"perf/{name}_per_sec": rate for name, rate in rates.items()}}
+        if flops is not None:
+            out["perf/model_flops_per_sec"] = flops
             if self.peak:
-                out["perf/mfu"] = did["flops"] / seconds / (self.peak * jax.device_count())
+                out["perf/mfu"] = flops / (self.peak * jax.device_count())
         self.begin()
         return out
 

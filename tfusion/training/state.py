@@ -14,6 +14,7 @@ from tfusion.objectives.base import Objective
 class TrainState(NamedTuple):
     step: Any  # int32 (): optimizer steps done
     params: Any  # float32 master weights
+    buffers: Any  # what the objective keeps from step to step; no gradient, optimizer, decay or average
     opt_state: Any
     ema_params: Any  # float32 moving average; None where optimizer.ema_decay = 0
 
@@ -22,7 +23,7 @@ def _create(objective: Objective, tx, ema: bool, key) -> TrainState:
     """The state with every parameter boxed with its logical axes; the optimizer's copies inherit them."""
     params = objective.init(key)
     copy = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), copy)
+    return TrainState(jnp.zeros((), jnp.int32), params, objective.init_buffers(key), tx.init(params), copy)
 
 
 def abstract_state(objective: Objective, tx, ema: bool) -> TrainState:
@@ -30,11 +31,15 @@ def abstract_state(objective: Objective, tx, ema: bool) -> TrainState:
     return jax.eval_shape(lambda: _create(objective, tx, ema, jax.random.key(0)))
 
 
-def restore_target(objective: Objective, tx, ema: bool, mesh) -> TrainState:
-    """Shapes and shardings without boxes: what a checkpoint is restored into."""
-    boxed = abstract_state(objective, tx, ema)
+def place(boxed, mesh):
+    """Shapes, boxed with logical axis names -> shapes with their shardings on the mesh."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                         nn.meta.unbox(boxed), sharding.shardings(boxed, mesh))
+
+
+def restore_target(objective: Objective, tx, ema: bool, mesh) -> TrainState:
+    """Shapes and shardings without boxes: what a checkpoint is restored into."""
+    return place(abstract_state(objective, tx, ema), mesh)
 
 
 def init_state(objective: Objective, tx, ema: bool, seed: int, mesh) -> TrainState:
@@ -47,13 +52,14 @@ def init_state(objective: Objective, tx, ema: bool, seed: int, mesh) -> TrainSta
 def items(state: TrainState) -> dict:
     """{name: tree}: what a checkpoint holds of a state, apart from its step. Shapes as well as arrays."""
     ema = {} if state.ema_params is None else {"ema": state.ema_params}
-    return {"params": state.params, "optimizer": state.opt_state, **ema}
+    buffers = {"buffers": state.buffers} if jax.tree.leaves(state.buffers) else {}
+    return {"params": state.params, "optimizer": state.opt_state, **ema, **buffers}
 
 
 def from_items(step: int, items: dict, mesh) -> TrainState:
     """The inverse of `items`."""
     step = jax.device_put(np.int32(step), sharding.replicated(mesh))
-    return TrainState(step, items["params"], items["optimizer"], items.get("ema"))
+    return TrainState(step, items["params"], items.get("buffers", {}), items["optimizer"], items.get("ema"))
 
 
 def sampling_params(state: TrainState):

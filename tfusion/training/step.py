@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tfusion.objectives.base import Objective
+from tfusion.objectives.base import Aux, Objective
 from tfusion.training.state import TrainState
 
 EVAL_SEED, EVAL_STREAM = 0, 2**31 - 1  # of held-out noise, in place of the run's seed and of a step
@@ -24,9 +24,9 @@ def eval_key():
     return noise_key(EVAL_SEED, EVAL_STREAM)
 
 
-def weighted_total(objective: Objective, params, batch, counts, key):
+def weighted_total(objective: Objective, params, aux: Aux, batch, counts, key):
     """(sum of weight * loss sum / global count, the losses themselves)."""
-    losses = objective.loss(params, batch, key)
+    losses = objective.loss(params, aux, batch, key)
     total = sum(weight * losses[name][0] / jnp.maximum(counts[name], 1)
                 for name, weight in objective.weights.items())
     return total, losses
@@ -38,12 +38,12 @@ def split_microbatches(batch, num_microbatches: int):
         lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
-def gradients(objective: Objective, params, batch, key, num_microbatches: int):
+def gradients(objective: Objective, params, aux: Aux, batch, key, num_microbatches: int):
     """(gradients of the weighted total, {name: (sum, count)} over the whole batch)."""
     counts = objective.counts(batch)
 
     def one(micro):
-        grad = jax.grad(lambda p: weighted_total(objective, p, micro, counts, key), has_aux=True)
+        grad = jax.grad(lambda p: weighted_total(objective, p, aux, micro, counts, key), has_aux=True)
         return grad(params)
 
     if num_microbatches == 1:
@@ -57,12 +57,12 @@ def gradients(objective: Objective, params, batch, key, num_microbatches: int):
 
 
 def make_train_step(objective: Objective, tx: optax.GradientTransformation, cfg):
-    """step(state, batch) -> (state, {name: (sum, count)})."""
+    """step(state, frozen, batch) -> (state, {name: (sum, count)})."""
     decay = cfg.optimizer.ema_decay
 
-    def train_step(state: TrainState, batch):
-        key = noise_key(cfg.seed, state.step)
-        grads, losses = gradients(objective, state.params, batch, key, cfg.train.num_microbatches)
+    def train_step(state: TrainState, frozen, batch):
+        key, aux = noise_key(cfg.seed, state.step), Aux(state.step, frozen, state.buffers)
+        grads, losses = gradients(objective, state.params, aux, batch, key, cfg.train.num_microbatches)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema_params
@@ -71,7 +71,8 @@ def make_train_step(objective: Objective, tx: optax.GradientTransformation, cfg)
             ema = jax.tree.map(lambda e, p: e + (1 - warm) * (p - e), ema, params)
         metrics = {**losses, "grad_norm": (optax.global_norm(grads), 1),
                    "param_norm": (optax.global_norm(params), 1)}
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        buffers = objective.after_update(params, state.buffers, batch, key)
+        return TrainState(state.step + 1, params, buffers, opt_state, ema), metrics
 
     return train_step
 
@@ -84,20 +85,20 @@ def jit_train_step(objective: Objective, tx: optax.GradientTransformation, cfg, 
 
 
 def make_eval_step(objective: Objective):
-    """eval(params, batch) -> {name: (sum, count)} on fixed noise."""
-    return lambda params, batch: objective.loss(params, batch, eval_key())
+    """eval(params, aux, batch) -> {name: (sum, count)} on fixed noise."""
+    return lambda params, aux, batch: objective.loss(params, aux, batch, eval_key())
 
 
 def make_diagnostics(objective: Objective):
-    """diagnostics(params, batch) -> {loss name: norm of its weighted gradient}; never in the hot step."""
+    """diagnostics(params, aux, batch) -> {loss name: norm of its weighted gradient}; never in the hot step."""
 
-    def diagnostics(params, batch):
+    def diagnostics(params, aux, batch):
         counts, key = objective.counts(batch), eval_key()
 
         def norm(name):
             alone = objective._replace(weights={name: objective.weights[name]})
             return optax.global_norm(
-                jax.grad(lambda p: weighted_total(alone, p, batch, counts, key)[0])(params))
+                jax.grad(lambda p: weighted_total(alone, p, aux, batch, counts, key)[0])(params))
 
         return {name: norm(name) for name in objective.weights}
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from tensorboardX import SummaryWriter
 
-from tfusion.config import Config, replace_text
+from tfusion.config import RunConfig, replace_text
 from tfusion.errors import UserError
 
 
@@ -101,7 +101,7 @@ class WeightsAndBiases:
     keeps as they are: they come out the same, unless the config was changed in between.
     """
 
-    def __init__(self, project: str, workdir: Path, cfg: Config):
+    def __init__(self, project: str, workdir: Path, cfg: RunConfig):
         wandb, path = import_wandb(), workdir / "wandb_run_id"
         name = path.read_text(errors="replace").strip() if path.exists() else ""
         if not (name.isascii() and name.isalnum()):
@@ -137,7 +137,7 @@ class Together:
                 stack.callback(writer.close)
 
 
-def open_writers(workdir: Path, first_step: int, cfg: Config, wandb: str | None = None) -> Writer:
+def open_writers(workdir: Path, first_step: int, cfg: RunConfig, wandb: str | None = None) -> Writer:
     """metrics.jsonl and TensorBoard's events in the workdir, going on after `first_step`; and the project
     `wandb` of Weights & Biases."""
     services = [WeightsAndBiases(wandb, workdir, cfg)] if wandb else []  # first: it may refuse

@@ -1,0 +1,58 @@
+"""What a run on packed rows says of its data."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+from tfusion.config import components, fraction, path
+from tfusion.data import sources as _sources  # noqa: F401 (registers)
+from tfusion.data.layout import Layout, Vocabulary
+from tfusion.errors import UserError
+
+SLOTS_PER_IMAGE = 1.25  # rows differ in how many images they hold
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    prepared: str = path()  # folder written by `prepare`
+    tokenizer: str = path("byte", "default")  # 'byte', 'default' or the path of a SentencePiece model
+    seq_len: int  # T
+    image_share: float = fraction()  # expected of a row's positions in images, BOI and EOI included
+    window_rows: int  # R: rows planned at once
+    caption_dropout: float = fraction()
+    image_first_fraction: float = fraction(may_change=True)
+    image_first_max_t: float = fraction(zero=False, may_change=True)  # noise limit where the image comes first
+    sources: dict = components("source", fixed=("share",))  # by names of the user's
+
+    def check(self, name: str) -> None:
+        if self.seq_len < 2:
+            raise UserError(f"{name}.seq_len = {self.seq_len} must be at least 2: <bos> and a token")
+        check_sources(self.sources, name)
+
+    def image_slots(self, num_patches: int) -> int:
+        """I: image slots of a row, a quarter more than image_share asks for, at most as many as fit."""
+        wanted = math.ceil(SLOTS_PER_IMAGE * self.image_share * self.seq_len / (num_patches + 2))
+        return max(1, min(wanted, self.seq_len // (num_patches + 2))) if wanted else 0
+
+
+def check_sources(sources: dict, name: str) -> None:
+    if not shares(sources):
+        raise UserError(f"{name}.sources must give at least one source a positive share")
+
+
+def shares(sources: dict) -> dict[str, float]:
+    """{name: share} of those that take part, in the order of their names, however they are written."""
+    return {name: sources[name].share for name in sorted(sources) if sources[name].share > 0}
+
+
+class RowFormat(NamedTuple):
+    """What a kind of training asks of packed rows."""
+
+    data: DataConfig
+    vocabulary: Vocabulary
+    image_shape: tuple[int, ...]  # of one image as its codec makes it
+    layout: Layout
+
+    @property
+    def image_slots(self) -> int:
+        return self.data.image_slots(self.vocabulary.num_patches)

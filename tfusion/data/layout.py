@@ -1,0 +1,100 @@
+"""How a document becomes the positions of a row; training, prompts and unconditional rows all come by here.
+
+    <bos> text ... <boi> patch x N <eoi> ... text <eos>
+
+An image takes N positions, which hold the pad id, between BOI and EOI. Position p is scored on token p + 1:
+text yes, the token before BOI (it predicts BOI) and EOI (it predicts what follows) too; BOI and patches no, for
+they predict no token; the last position of a document no.
+
+N patches per image, V text vocabulary, L positions of a document.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tfusion.types import BOS, EOS, PAD, Document, Example, Part
+
+NO_IMAGES = np.zeros((0, 0, 0, 0), np.float32)
+
+
+class Sizes(NamedTuple):
+    """What documents take (ints, or arrays of them)."""
+
+    positions: Any
+    scored: Any  # positions with an LM loss, of documents whose text is scored
+    slots: Any  # image slots
+
+
+class Layout(NamedTuple):
+    """All that data/ needs to know of a kind of training."""
+
+    sizes: Callable  # (text tokens, images) of a record -> Sizes
+    lay: Callable  # (Document) -> Example
+
+
+class Vocabulary(NamedTuple):
+    """Ids beyond the text's own, and how many positions an image has."""
+
+    text_vocab_size: int  # V; text ids are below
+    num_patches: int  # N
+
+    @property
+    def boi(self) -> int:
+        return self.text_vocab_size
+
+    @property
+    def eoi(self) -> int:
+        return self.text_vocab_size + 1
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text_vocab_size + 2
+
+
+def text(ids) -> Part:
+    return Part("text", np.asarray(ids, np.int32))
+
+
+def image(values, max_t: float = 1.0) -> Part:
+    return Part("image", values, max_t)
+
+
+def begin(vocabulary: Vocabulary, parts) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, image ids), int32 (L,), of a document that goes on: `<bos> parts`. Image ids: 0 = not a patch,
+    k = a patch of the k-th image."""
+    tokens, image_ids, images = [[BOS]], [[0]], 0
+    for part in parts:
+        if part.kind == "text":
+            tokens.append(part.values)
+            image_ids.append(np.zeros(len(part.values), np.int32))
+        else:
+            images += 1
+            N = vocabulary.num_patches
+            tokens.append([vocabulary.boi, *[PAD] * N, vocabulary.eoi])
+            image_ids.append([0, *[images] * N, 0])
+    return tuple(np.concatenate(x).astype(np.int32) for x in (tokens, image_ids))
+
+
+def lay(vocabulary: Vocabulary, document: Document) -> Example:
+    """A whole document."""
+    tokens, image_ids = begin(vocabulary, document.parts)
+    tokens, image_ids = np.append(tokens, np.int32(EOS)), np.append(image_ids, np.int32(0))
+    scored = (image_ids == 0) & (tokens != vocabulary.boi)
+    scored[-1] = False
+    images = [part for part in document.parts if part.kind == "image"]
+    latents = np.stack([part.values for part in images]).astype(np.float32) if images else NO_IMAGES
+    return Example(tokens, image_ids, scored & document.score_text, latents,
+                   np.array([part.max_t for part in images], np.float32))
+
+
+def sizes(vocabulary: Vocabulary, text_tokens, images) -> Sizes:
+    positions = text_tokens + images * (vocabulary.num_patches + 2) + 2
+    return Sizes(positions, text_tokens + images + 1, images)
+
+
+def latent_patches(vocabulary: Vocabulary) -> Layout:
+    """Images as N patches of latents, which no token stands for."""
+    return Layout(partial(sizes, vocabulary), partial(lay, vocabulary))

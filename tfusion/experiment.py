@@ -1,0 +1,44 @@
+"""The --config flag: an experiment file, its variants, and single values changed by flags."""
+
+import importlib.util
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from tfusion import config
+from tfusion.errors import UserError
+
+flags.disclaim_key_flags()  # `--help` of a verb lists the flag among its own
+
+
+def define():
+    return config_flags.DEFINE_config_file("config", None, "experiments/FILE.py[:variant]")
+
+
+def read(holder) -> config.RunConfig:
+    """The config that the flags give. Raises UserError where it is not valid, or a flag changes a kind."""
+    flag = flags.FLAGS["config"]
+    for key in config_flags.get_override_values(flag) if isinstance(holder, flags.FlagHolder) else ():
+        if key == "objective" or key.rsplit(".", 1)[-1] == "kind":
+            raise UserError(f"--config.{key}: a kind brings keys of its own, a variant of the experiment file "
+                            f"chooses it; {_variants(config_flags.get_config_filename(flag))}")
+    return config.from_dict(holder.value)
+
+
+def _variants(path: str) -> str:
+    """What an experiment file says of its variants when it is asked for one that it does not have."""
+    spec = importlib.util.spec_from_file_location("experiment", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        module.get_config("?")
+    except ValueError as e:
+        return str(e).replace("unknown variant '?'; ", f"of {path}, ")
+    return f"{path} has no variants"
+
+
+def given() -> str:
+    """What was given as --config, overrides aside."""
+    found = [arg.split("=", 1)[1] for arg in sys.argv if arg.startswith(("--config=", "-config="))]
+    return found[-1] if found else "config"

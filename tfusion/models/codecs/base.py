@@ -1,0 +1,90 @@
+"""What a codec is: pictures <-> what a model reads and writes of them; and its file, codec.npz.
+
+To add one, write a class as `Codec` says, in a file of its own, and register it by its kind.
+"""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from tfusion.errors import UserError
+
+CHUNK = 256  # pictures per call, so that one compiled shape serves any number
+CODECS: dict[str, type] = {}  # kind -> class, as codec.npz names it
+
+
+class Codec(Protocol):
+    """image_size: side of its pictures. shape, dtype: of one encoded picture. fingerprint: sha256 (hex) of what
+    defines it; equal means interchangeable."""
+
+    image_size: int
+    shape: tuple[int, ...]
+    dtype: Any
+    fingerprint: str
+
+    def encode(self, images):
+        """uint8 (n, H, W, 3) -> (n, *shape). Raises UserError on another size."""
+
+    def decode(self, latents):
+        """(n, *shape) -> uint8 (n, H, W, 3)."""
+
+    def save(self, path: Path) -> None:
+        """Writes what `load` needs."""
+
+    @classmethod
+    def read(cls, about: dict, arrays: dict) -> "Codec":
+        """From what `save` gave to `write`."""
+
+
+def register(kind: str) -> Callable[[type], type]:
+    def add(cls: type) -> type:
+        CODECS[kind] = cls
+        return cls
+
+    return add
+
+
+def write(path: Path, about: dict, arrays: dict) -> None:
+    """about: JSON values, 'kind' among them."""
+    np.savez(path, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays)
+
+
+def load(path: Path) -> Codec:
+    """Reads what a codec's `save` wrote. Raises UserError where it is broken."""
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+        about = json.loads(bytes(arrays.pop("about")))
+        return CODECS[about["kind"]].read(about, arrays)
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path} is broken ({e}): bring it back from where it was copied") from e
+
+
+def fingerprint(arrays: dict) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(arrays.items()):
+        digest.update(name.encode() + np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
+
+
+def check_pictures(images, image_size: int) -> None:
+    """Raises UserError where they are not uint8 of that size."""
+    size, images = (image_size, image_size, 3), np.asarray(images)
+    if images.shape[1:] != size or images.dtype != np.uint8:
+        raise UserError(f"pictures are {images.dtype} {images.shape[1:]}, the codec was trained on uint8 "
+                        f"{size}: bring them to that size")
+
+
+def in_chunks(fn, x):
+    """fn over CHUNK rows at a time, the last chunk padded; numpy out."""
+    x, out = np.asarray(x), []
+    for start in range(0, len(x), CHUNK):
+        part = x[start : start + CHUNK]
+        padded = np.concatenate([part, np.repeat(part[-1:], CHUNK - len(part), axis=0)])
+        out.append(np.asarray(fn(padded))[: len(part)])
+    return np.concatenate(out)
