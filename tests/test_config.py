@@ -3,6 +3,7 @@ tests/testdata/<experiment>_<variant>.txt says (`python -m tests.update_golden` 
 """
 
 import dataclasses
+import functools
 import importlib
 import itertools
 import json
@@ -19,6 +20,7 @@ from ml_collections import config_flags
 from experiments import quickstart
 from tfusion import config
 from tfusion.errors import UserError
+from tfusion.models.transformer import TransformerConfig
 from tfusion.objectives import make_objective
 
 ROOT = Path(__file__).parents[1]
@@ -68,36 +70,77 @@ def test_missing_key():
 @pytest.mark.parametrize(("name", "value", "kind"), [
     ("seed", "x", "int"), ("seed", 1.0, "int"), ("seed", True, "int"), ("seed", None, "int"),
     ("model.num_layers", "4", "int"), ("optimizer.learning_rate", "1e-3", "float"),
-    ("optimizer.learning_rate", True, "float"), ("data.prepared", 3, "str"), ("objective", None, "str"),
-    ("data.mixture.scenes", "much", "float")])
+    ("optimizer.learning_rate", True, "float"), ("data.prepared", 3, "str"),
+    ("data.sources.scenes.share", "much", "float")])
 def test_wrong_type(name, value, kind):
     assert message(**{name.replace(".", "__"): value}) == f"config key '{name}' must be {kind}, got {value!r}"
 
 
 def test_wrong_kind_of_group():
     assert message(model=3) == "config key 'model' must be a group of keys, got 3"
-    assert message(data__mixture=3) == "config key 'data.mixture' must map names to numbers, got 3"
+    assert message(data__sources=3) == (
+        "config key 'data.sources' must map names to groups of keys, got 3")
 
 
 def test_whole_numbers_are_floats_too():
-    cfg = config.from_dict(tree(diffusion__loss_weight=5))
-    assert type(cfg.diffusion.loss_weight) is float
+    cfg = config.from_dict(tree(loss_weight=5))
+    assert type(cfg.loss_weight) is float
 
 
 # ---------------------------------------------------------------- values
 
-@pytest.mark.parametrize("name", config.CHOICES)
+def leaf_rules(made) -> dict:
+    """{dotted key: (value, its field's rule)} of every leaf of an experiment."""
+    return {name: (value, rule) for name, value, rule, _ in config._leaves(config.from_dict(made))}
+
+
+LEAVES = leaf_rules(quickstart.get_config()) | leaf_rules(quickstart.get_config("autoencoder"))
+CHOICES = {name: rule["choices"] for name, (_, rule) in LEAVES.items() if "choices" in rule}
+
+
+@pytest.mark.parametrize("name", CHOICES)
 def test_choices_are_listed(name):
-    choices = config.CHOICES[name]
     assert message(**{name.replace(".", "__"): "nonsense"}) == (
-        f"{name} = 'nonsense'; choices: {', '.join(choices)}")
-    for choice in choices:
+        f"{name} = 'nonsense'; choices: {', '.join(CHOICES[name])}")
+    for choice in CHOICES[name]:
         config.from_dict(tree(**{name.replace(".", "__"): choice}))
+
+
+def test_choices_are_found_by_class():
+    assert config.choices(TransformerConfig, "remat") == ("none", "attention", "dots", "full")
+
+
+def test_kinds_are_listed():
+    assert message(objective="nonsense") == "objective = 'nonsense'; choices: autoencoder, transfusion"
+    for name, kinds in (("model.adapter", "linear"), ("process", "ddpm")):
+        group = functools.reduce(dict.__getitem__, name.split("."), tree())
+        for wrong in ({**group, "kind": "x"}, {key: group[key] for key in group if key != "kind"}):
+            assert message(**{name.replace(".", "__"): wrong}) == (
+                f"{name}.kind = {wrong.get('kind')!r}; choices: {kinds}")
+    assert message(data__sources__scenes__kind="x").startswith("data.sources.scenes.kind = 'x'; choices: ")
+    assert message(data__sources__mine=3) == "config key 'data.sources.mine' must be a group of keys, got 3"
+
+
+def test_a_component_is_registered_from_outside(monkeypatch):
+    """One class, one registration, and a config may hold it."""
+    monkeypatch.setitem(config.REGISTRY, "process", dict(config.REGISTRY["process"]))
+
+    @config.register("process", "toy")
+    @dataclasses.dataclass(frozen=True)
+    class Toy:
+        kind: str
+        num_timesteps: int
+        sharpness: float = config.fraction()
+
+    toy = {"kind": "toy", "num_timesteps": 100, "sharpness": 0.5}
+    assert config.from_dict(tree(process=toy)).process == Toy(**toy)
+    assert message(process={**toy, "sharpness": 2.0}) == "process.sharpness = 2.0 must be at most 1"
+    assert message(process={**toy, "prediction": "v"}).startswith("unknown config key 'process.prediction'")
 
 
 @pytest.mark.parametrize(("small", "value", "large", "of"), [
     ("model.num_heads", 3, "model.d_model", 128), ("model.num_kv_heads", 3, "model.num_heads", 4),
-    ("model.patch_size", 3, "model.latent_size", 8), ("train.num_microbatches", 3, "train.batch_size", 4)])
+    ("model.adapter.patch_size", 3, "model.adapter.latent_size", 8), ("train.num_microbatches", 3, "train.batch_size", 4)])
 def test_divisibility(small, value, large, of):
     assert message(**{small.replace(".", "__"): value}) == f"{small} = {value} must divide {large} = {of}"
 
@@ -107,34 +150,25 @@ def test_head_dim_is_even():
         "model.d_model / model.num_heads = 3 must be even for RoPE")
 
 
-def numbers() -> list[str]:
-    """Every numeric leaf of the config."""
-    cfg = config.from_dict(tree())
-    out = []
-    for group in dataclasses.fields(cfg):
-        value = getattr(cfg, group.name)
-        if dataclasses.is_dataclass(value):
-            out += [f"{group.name}.{k}" for k, v in vars(value).items() if type(v) in (int, float)]
-        elif type(value) in (int, float):
-            out.append(group.name)
-    return out
+NUMBERS = {name: value for name, (value, _) in leaf_rules(quickstart.get_config()).items()
+           if type(value) in (int, float)}
 
 
-@pytest.mark.parametrize("name", numbers())
+@pytest.mark.parametrize("name", NUMBERS)
 def test_negative_numbers_are_rejected(name):
-    kind = type(config._get(config.from_dict(tree()), name))
+    kind = type(NUMBERS[name])
     for value in (kind(-2), *([float("nan"), float("inf")] if kind is float else [])):
         assert message(**{name.replace(".", "__"): value}) == f"{name} = {value} must be positive and finite"
 
 
 ZERO = ("seed", "optimizer.warmup_steps", "train.eval_every", "train.diagnostics_every",
-        "data.caption_dropout", "diffusion.loss_weight", "sampling.guidance_scale")
+        "data.caption_dropout", "loss_weight", "sampling.guidance_scale", "data.sources.scenes.share")
 
 
 @pytest.mark.parametrize("name", ZERO)
 def test_zero_where_it_means_off(name):
-    kind = type(config._get(config.from_dict(tree()), name))
-    assert config._get(config.from_dict(tree(**{name.replace(".", "__"): kind(0)})), name) == 0
+    changed = tree(**{name.replace(".", "__"): type(NUMBERS[name])(0)})
+    assert leaf_rules(changed)[name][0] == 0
 
 
 @pytest.mark.parametrize("name", ["model.num_layers", "train.num_steps", "train.batch_size", "train.log_every",
@@ -155,10 +189,10 @@ def test_b2_is_below_one():
         assert message(optimizer__b2=value) == f"optimizer.b2 = {value} must be below 1"
 
 
-@pytest.mark.parametrize("name", numbers())
+@pytest.mark.parametrize("name", NUMBERS)
 def test_integers_that_the_devices_cannot_hold(name):
     """2^32 would wrap around to 0 without a word, as a seed does in jax.random.key."""
-    kind = type(config._get(config.from_dict(tree()), name))
+    kind = type(NUMBERS[name])
     most = config.UINT32 if name == "seed" else config.INT32
     changed = {name.replace(".", "__"): 10**40 if kind is float else most + 1}
     said = "be between 1.2e-38 and 3.4e+38, as float32 is" if kind is float else f"be at most {most}"
@@ -186,14 +220,13 @@ def test_rows_are_numbered_in_int32():
 
 def test_more_sampling_steps_than_timesteps():
     assert message(sampling__num_inference_steps=1001) == (
-        "sampling.num_inference_steps = 1001 must be at most diffusion.num_timesteps = 1000")
+        "sampling.num_inference_steps = 1001 must be at most process.num_timesteps = 1000")
 
 
-@pytest.mark.parametrize("mixture", [{}, {"scenes": 0.0}, {"scenes": -1.0, "glosses": 2.0},
-                                     {"scenes": float("nan")}, {"scenes": float("inf")}])
-def test_mixture_without_a_share(mixture):
-    assert message(data__mixture=mixture) == (
-        "data.mixture must give at least one source a positive share, and none a negative one")
+@pytest.mark.parametrize("changes", [{"data__sources": {}}, {f"data__sources__{name}__share": 0.0 for name in (
+    "scenes", "stories", "glosses")}])
+def test_sources_without_a_share(changes):
+    assert message(**changes) == "data.sources must give at least one source a positive share"
 
 
 def test_fsdp_may_be_the_devices_left_over():
@@ -323,19 +356,20 @@ def test_strict_leaves_two_things_out_and_changes_no_more(experiment):
 
 
 ABLATED = {  # what each changes; image slots follow from the patch size
-    "text_only": {"data.mixture.scenes": None, "data.mixture.glosses": 1.0, "data.image_share": 0.0,
-                  "train.batch_size": 256},
+    "text_only": {"data.image_share": 0.0, "train.batch_size": 256},  # and its only source is text
     "causal_images": {"model.image_attention": "causal"}, "linear_noise_limit": {"data.image_first_max_t": 0.5},
-    "patch1": {"model.patch_size": 1}, "patch2": {}, "patch4": {"model.patch_size": 4},
-    "patch8": {"model.patch_size": 8}}
+    "patch1": {"model.adapter.patch_size": 1}, "patch2": {}, "patch4": {"model.adapter.patch_size": 4},
+    "patch8": {"model.adapter.patch_size": 8}}
 
 
 @pytest.mark.parametrize("ablation", groups("ablations")[0])
 def test_an_ablation_changes_what_it_is_named_after(ablation):
     base, ablated = (flatten_dict(get("ablations", x).to_dict(), sep=".") for x in (None, ablation))
     assert base == flatten_dict(get("transfusion", "0.76b").to_dict(), sep=".")
-    changed = {key: ablated.get(key) for key in base if ablated.get(key) != base[key]}
+    changed = {key: ablated[key] for key in base if ablated.get(key, base[key]) != base[key]}
+    gone = {key.split(".")[2] for key in base.keys() - ablated.keys()}
     assert changed == ABLATED[ablation] and ablated.keys() <= base.keys()
+    assert gone == ({"scenes"} if ablation == "text_only" else set())
 
 
 @pytest.mark.parametrize(("experiment", "variant", "share", "slots"), [
@@ -346,13 +380,13 @@ def test_image_slots_follow_from_share_and_patches(experiment, variant, share, s
     """1.25 x share x T / (N + 2), rounded up; never more than fit, never none where there are images."""
     made = get(experiment, variant)
     made.data.image_share = made.data.image_share if share is None else share
-    assert config.from_dict(made).image_slots == slots
+    assert config.from_dict(made).rows.image_slots == slots
 
 
 def test_tokens_in_a_step_of_the_ablations():
     """Table 4: 1M text tokens a step, with 1M patches beside them or alone."""
     both, alone = (config.from_dict(get("ablations", x)) for x in (None, "text_only"))
-    assert both.train.batch_size * both.data.seq_len * both.data.mixture["glosses"] == 2**20
+    assert both.train.batch_size * both.data.seq_len * both.data.sources["glosses"].share == 2**20
     assert alone.train.batch_size * alone.data.seq_len == 2**20
 
 
