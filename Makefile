@@ -33,7 +33,7 @@ $(RUN)/autoencoder/summary.json: | $(STAMP)
 
 $(RUN)/data/meta.json: $(RUN)/autoencoder/summary.json
 	@echo; echo "[2/5] prepare: tokenises the text and encodes the pictures, once"
-	$(PY) -m tfusion.prepare --config=$(TRANSFUSION) --autoencoder=$(RUN)/autoencoder
+	$(PY) -m tfusion.prepare --config=$(TRANSFUSION) --codec=$(RUN)/autoencoder
 
 $(RUN)/transfusion/summary.json: $(RUN)/data/meta.json
 	@echo; echo "[3/5] transfusion: trains one transformer on both, next-token loss and diffusion loss"

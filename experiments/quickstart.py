@@ -1,7 +1,7 @@
 """A Transfusion small enough for two CPU cores and eight minutes; `make quickstart` runs all of it.
 
   python -m tfusion.train   --config=experiments/quickstart.py:autoencoder --workdir=runs/quickstart/autoencoder
-  python -m tfusion.prepare --config=experiments/quickstart.py --autoencoder=runs/quickstart/autoencoder
+  python -m tfusion.prepare --config=experiments/quickstart.py --codec=runs/quickstart/autoencoder
   python -m tfusion.train   --config=experiments/quickstart.py --workdir=runs/quickstart/transfusion
 
 Its own settings, not the paper's: v-prediction (at this size eps, whose coarse errors at high noise are

@@ -1,6 +1,6 @@
 """Tokenises and encodes the sources of an experiment into the folder it trains from (data.prepared).
 
-  python -m tfusion.prepare --config=experiments/quickstart.py --autoencoder=runs/quickstart/autoencoder
+  python -m tfusion.prepare --config=experiments/quickstart.py --codec=runs/quickstart/autoencoder
   python -m tfusion.prepare --config=experiments/quickstart.py --inspect=rows.png     draws what is prepared:
       the attention mask of the first packed rows, and which blocks the attention kernels run
 
@@ -27,7 +27,7 @@ from tfusion.training.metrics import write_timing
 from tfusion.workdir import CODEC
 
 CONFIG = experiment.define()
-AUTOENCODER = paths.define("autoencoder", None, "workdir of a trained image tokenizer; not for text alone")
+CODEC_RUN = paths.define("codec", None, "workdir of a trained image tokenizer; not for text alone")
 INSPECT = paths.define("inspect", None, "PNG to draw packed rows of the prepared data to, and exit")
 INSPECT_ROWS = flags.DEFINE_integer("inspect_rows", 2, "how many rows to draw", lower_bound=1)
 INSPECT_BLOCK = flags.DEFINE_integer("inspect_block", 16, "side of a kernel block", lower_bound=1)
@@ -39,7 +39,7 @@ def open_codec(workdir: str, format: RowFormat) -> Codec:
     run_ = trained.load(workdir)
     make = decoder(run_).make_codec
     if make is None:
-        raise UserError(f"--autoencoder={workdir} holds a run with objective = '{run_.cfg.objective}', which "
+        raise UserError(f"--codec={workdir} holds a run with objective = '{run_.cfg.objective}', which "
                         "trains no image tokenizer")
     codec = make(run_, lambda size: pictures(format.data.sources, "train", size, STATISTICS_IMAGES))
     if tuple(codec.shape) != format.image_shape:
@@ -49,7 +49,7 @@ def open_codec(workdir: str, format: RowFormat) -> Codec:
 
 
 def no_codec(_):
-    raise UserError("data.sources names a source with pictures: --autoencoder=WORKDIR is needed to encode them")
+    raise UserError("data.sources names a source with pictures: --codec=WORKDIR is needed to encode them")
 
 
 def inspect(cfg: config.RunConfig, path: Path) -> None:
@@ -71,12 +71,12 @@ def write(format: RowFormat, root: Path, sources: dict, tokenizer, codec: Codec 
     if codec:
         codec.save(root / CODEC)
     prepared.write_meta(root, tokenizer, codec.fingerprint if codec else "", format.image_shape,
-                        AUTOENCODER.value and str(Path(AUTOENCODER.value).absolute()))
+                        CODEC_RUN.value and str(Path(CODEC_RUN.value).absolute()))
 
 
 def main() -> None:
     if CONFIG.value is None:
-        raise UserError("--config=experiments/FILE.py is needed, and --autoencoder=WORKDIR where there are "
+        raise UserError("--config=experiments/FILE.py is needed, and --codec=WORKDIR where there are "
                         "pictures; see --help")
     distributed.start_process()
     began, cfg = time.perf_counter(), experiment.read(CONFIG)
@@ -92,7 +92,7 @@ def main() -> None:
         raise UserError(f"data.tokenizer = '{data.tokenizer}' has {tokenizer.vocab_size} pieces, "
                         f"model.text_vocab_size = {V}: set it to the former")
     with prepared.replacing(data.prepared) as root:
-        codec = open_codec(AUTOENCODER.value, format) if AUTOENCODER.value else None
+        codec = open_codec(CODEC_RUN.value, format) if CODEC_RUN.value else None
         size = codec.image_size if codec else None
         sources = {(name, split): spec.open(split, size)
                    for name, spec in data.sources.items() if spec.share > 0 for split in ("train", "heldout")}
