@@ -1,4 +1,4 @@
-"""A kind of training is one file and one registration (tests/toy.py): every verb takes it, nothing else asks."""
+"""A kind of training is one file and one registration (tests/toy.py): every verb takes it, nobody asks."""
 
 import ast
 import json
@@ -98,8 +98,8 @@ def modules():
 
 
 def asks(source: str) -> list[str]:
-    """What in a module names a kind of training or asks for it: its name as a word, its module, its batches' type
-    in an isinstance, `.objective` outside a message."""
+    """What in a module names a kind of training or asks for it: its name as a word, its module, its batches'
+    type in an isinstance, `.objective` outside a message."""
     tree, found = ast.parse(source), []
     said = {id(node) for text in ast.walk(tree) if isinstance(text, ast.JoinedStr) for node in ast.walk(text)}
     for node in ast.walk(tree):
@@ -123,8 +123,9 @@ def test_no_code_outside_objectives_and_inference_asks_for_the_kind(path):
 
 
 @pytest.mark.parametrize("source", [
-    "if cfg.objective == name: pass", "x = {'transfusion': 1}", "from tfusion.objectives.transfusion import NUM_BINS",
-    "from tfusion.objectives import autoencoder", "isinstance(batch, types.Batch)", "isinstance(b, ImageBatch)"])
+    "if cfg.objective == name: pass", "x = {'transfusion': 1}", "from tfusion.objectives import autoencoder",
+    "from tfusion.objectives.transfusion import NUM_BINS", "isinstance(batch, types.Batch)",
+    "isinstance(b, ImageBatch)"])
 def test_the_rule_itself(source):
     assert asks(source.replace("types.Batch", "Batch"))
     assert not asks("raise UserError(f'a run with objective = {cfg.objective}')")

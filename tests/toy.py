@@ -62,7 +62,8 @@ def make(cfg: ToyConfig) -> Objective:
         return {"line_kernel": nn.LogicallyPartitioned(weights, ("embed",))}
 
     def loss(params, aux: Aux, batch: ToyBatch, key):
-        noise = cfg.noise * jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(key, row)))(batch.row_ids_B)
+        draw = jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(key, row)))
+        noise = cfg.noise * draw(batch.row_ids_B)
         error = batch.x_BD @ params["line_kernel"] + noise - (batch.y_B - aux.frozen["offset"])
         return {"error": (jnp.sum(error**2), len(error))}
 
