@@ -130,8 +130,8 @@ def test_other_errors_end_the_reading():
 
 def test_pictures_without_text_are_counted(capsys):
     assert len(list(records([["a", 1], [2], [3, 4]], "photos/train"))) == 3
-    assert capsys.readouterr().err == ("photos/train: 2 of 3 records are pictures without text: learnt as "
-                                       "pictures alone\n")
+    assert capsys.readouterr().err == (
+        "photos/train: 2 of 3 records are pictures without text, learnt as such\n")
 
 
 def picture(value, size=4):

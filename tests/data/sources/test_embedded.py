@@ -37,3 +37,34 @@ def test_training_records_are_pinned(spec, digest):
 def test_a_world_that_cannot_be_is_one_line():
     with pytest.raises(UserError, match=r"x.num_sprites = 3, x.jitter = 1: .*choose 8 to"):
         ScenesSource("scenes", 1.0, 10, 3, 1).check("x")
+
+
+def labels_of(source) -> set:
+    return {(s.relation, s.nouns, s.canvas) for record in range(len(source)) for s in source.scenes(record)}
+
+
+@pytest.fixture(scope="module")
+def labels() -> dict:
+    sources = {"scenes": ScenesSource("scenes", 1.0, 400, 24, 1),
+               "stories": StoriesSource("stories", 1.0, 100, 24, 1)}
+    return {(name, split): labels_of(source.open(split)) for name, source in sources.items()
+            for split in ("train", "heldout")}
+
+
+@pytest.mark.parametrize("name", ["scenes", "stories"])
+def test_held_out_scenes_are_never_in_train(labels, name):
+    """By their labels (relation, nouns, canvas), not by their pixels."""
+    train, heldout = labels[name, "train"], labels[name, "heldout"]
+    assert len(train) > 100 and len(heldout) > 100 and not train & heldout
+
+
+def test_held_out_scenes_are_the_same_combinations_for_both_sources(labels):
+    """A story must not show what the scenes keep back."""
+    assert not labels["scenes", "heldout"] & labels["stories", "train"]
+    assert not labels["stories", "heldout"] & labels["scenes", "train"]
+
+
+def test_held_out_glosses_are_never_in_train():
+    train, heldout = ({text for (text,) in GlossesSource("glosses", 1.0).open(s)} for s in ("train", "heldout"))
+    assert heldout and not train & heldout
+    assert 0.01 < len(heldout) / len(train | heldout) < 0.03

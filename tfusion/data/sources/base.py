@@ -78,6 +78,10 @@ def _attempt(source: Opened, order: list[int]) -> list:
     return read
 
 
+def _say(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)  # between the bars, not into them
+
+
 @dataclasses.dataclass
 class Tally:
     """What came of reading."""
@@ -92,9 +96,10 @@ class Tally:
         if damaged and not self.read:
             raise UserError(f"{title}: none of {damaged} records can be read. The first: {self.unreadable[0]}")
         if damaged:
-            more = [f"  and {damaged - NAMED} more"] * (damaged > NAMED)
-            print(f"warning: {title}: {damaged} of {damaged + self.read} records cannot be read and are left "
-                  "out:", *(f"  {e}" for e in self.unreadable[:NAMED]), *more, sep="\n", file=sys.stderr)
+            more = [f"and {damaged - NAMED} more"] * (damaged > NAMED)
+            of = f"{damaged} of {damaged + self.read}"
+            head = f"warning: {title}: {of} records cannot be read and are left out:"
+            _say("\n  ".join([head, *map(str, self.unreadable[:NAMED]), *more]))
 
 
 def _read(source: Opened, order: Iterable[int], tally: Tally) -> Iterator[list]:
@@ -126,8 +131,7 @@ def records(source: Opened, title: str) -> Iterator[list]:
     yield from _read(source, range(len(source)), tally)
     tally.tell(title)
     if tally.alone:
-        print(f"{title}: {tally.alone} of {tally.read} records are pictures without text: learnt as pictures "
-              "alone", file=sys.stderr)
+        _say(f"{title}: {tally.alone} of {tally.read} records are pictures without text, learnt as such")
 
 
 def pictures(sources: dict[str, Source], split: str, image_size: int,
