@@ -3,7 +3,7 @@
   python -m tfusion.train   --config=experiments/own_data.py:autoencoder --config.data.sources.photos.path=DIR \
       --workdir=runs/own/autoencoder
   python -m tfusion.prepare --config=experiments/own_data.py --config.data.sources.photos.path=DIR \
-      --autoencoder=runs/own/autoencoder
+      --codec=runs/own/autoencoder
   python -m tfusion.train   --config=experiments/own_data.py --config.data.sources.photos.path=DIR \
       --workdir=runs/own/transfusion
   python -m tfusion.sample  --workdir=runs/own/transfusion --prompt="a photo of a frog" --draw
