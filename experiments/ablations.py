@@ -23,7 +23,7 @@ def get_config(arg=None):
     ablation = chosen.pop("ablation")
     config = base(**chosen)
     if ablation == "text_only":
-        del config.data.sources.scenes
+        del config.data.sources.images
         config.data.image_share = 0.0
         config.train.batch_size //= 2
     elif ablation == "causal_images":

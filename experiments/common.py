@@ -43,8 +43,9 @@ def packed_data(**sources) -> dict:
         window_rows=512, caption_dropout=0.1, image_first_fraction=0.2, image_first_max_t=1.0, sources=sources)
 
 
-def scenes(share: float, num_records: int) -> dict:
-    return dict(kind="scenes", share=share, num_records=num_records, num_sprites=24, jitter=1)
+def files(kind: str, share: float, path: str) -> dict:
+    """A source of the user's own: kind 'folder' (captioned pictures) or 'jsonl' (docs/data.md)."""
+    return dict(kind=kind, share=share, path=path, heldout_fraction=0.01)
 
 
 def base(size: str | None = None, preset: str | None = None) -> ConfigDict:
@@ -59,7 +60,7 @@ def base(size: str | None = None, preset: str | None = None) -> ConfigDict:
         model=dict(**transformer(size or "0.76b"), text_vocab_size=32_000, image_attention="bidirectional",
                    adapter=linear_adapter()),
         process=dict(kind="ddpm", prediction="eps", num_timesteps=1000), loss_weight=5.0,
-        data=packed_data(scenes=scenes(0.5, 100_000), glosses=dict(kind="glosses", share=0.5)),
+        data=packed_data(text=files("jsonl", 0.5, "data/text"), images=files("folder", 0.5, "data/images")),
         sampling=dict(sampler="ddpm", variance="fixed_small", num_inference_steps=250, guidance_scale=3.0)))
     if preset == "strict":
         config.optimizer.ema_decay = 0.0

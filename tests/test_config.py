@@ -140,7 +140,8 @@ def test_a_component_is_registered_from_outside(monkeypatch):
 
 @pytest.mark.parametrize(("small", "value", "large", "of"), [
     ("model.num_heads", 3, "model.d_model", 128), ("model.num_kv_heads", 3, "model.num_heads", 4),
-    ("model.adapter.patch_size", 3, "model.adapter.latent_size", 8), ("train.num_microbatches", 3, "train.batch_size", 4)])
+    ("model.adapter.patch_size", 3, "model.adapter.latent_size", 8),
+    ("train.num_microbatches", 3, "train.batch_size", 4)])
 def test_divisibility(small, value, large, of):
     assert message(**{small.replace(".", "__"): value}) == f"{small} = {value} must divide {large} = {of}"
 
@@ -223,8 +224,8 @@ def test_more_sampling_steps_than_timesteps():
         "sampling.num_inference_steps = 1001 must be at most process.num_timesteps = 1000")
 
 
-@pytest.mark.parametrize("changes", [{"data__sources": {}}, {f"data__sources__{name}__share": 0.0 for name in (
-    "scenes", "stories", "glosses")}])
+@pytest.mark.parametrize("changes", [{"data__sources": {}}, {
+    f"data__sources__{name}__share": 0.0 for name in ("scenes", "stories", "glosses")}])
 def test_sources_without_a_share(changes):
     assert message(**changes) == "data.sources must give at least one source a positive share"
 
@@ -369,7 +370,7 @@ def test_an_ablation_changes_what_it_is_named_after(ablation):
     changed = {key: ablated[key] for key in base if ablated.get(key, base[key]) != base[key]}
     gone = {key.split(".")[2] for key in base.keys() - ablated.keys()}
     assert changed == ABLATED[ablation] and ablated.keys() <= base.keys()
-    assert gone == ({"scenes"} if ablation == "text_only" else set())
+    assert gone == ({"images"} if ablation == "text_only" else set())
 
 
 @pytest.mark.parametrize(("experiment", "variant", "share", "slots"), [
@@ -386,7 +387,7 @@ def test_image_slots_follow_from_share_and_patches(experiment, variant, share, s
 def test_tokens_in_a_step_of_the_ablations():
     """Table 4: 1M text tokens a step, with 1M patches beside them or alone."""
     both, alone = (config.from_dict(get("ablations", x)) for x in (None, "text_only"))
-    assert both.train.batch_size * both.data.seq_len * both.data.sources["glosses"].share == 2**20
+    assert both.train.batch_size * both.data.seq_len * both.data.sources["text"].share == 2**20
     assert alone.train.batch_size * alone.data.seq_len == 2**20
 
 

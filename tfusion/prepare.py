@@ -16,7 +16,7 @@ from tqdm import tqdm
 from tfusion import config, distributed, experiment, paths
 from tfusion.data import pipeline, prepared
 from tfusion.data.config import RowFormat
-from tfusion.data.sources import pictures
+from tfusion.data.sources import pictures, records
 from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError, run
 from tfusion.inference import decoder, trained
@@ -48,8 +48,13 @@ def open_codec(workdir: str, format: RowFormat) -> Codec:
     return codec
 
 
-def no_codec(_):
-    raise UserError("data.sources names a source with pictures: --codec=WORKDIR is needed to encode them")
+def text_alone(records):
+    """The records, where none has a picture; raises UserError at the first that has."""
+    for record in records:
+        if not all(isinstance(part, str) for part in record):
+            raise UserError("data.sources names a source with pictures: --codec=WORKDIR is needed to encode "
+                            "them")
+        yield record
 
 
 def inspect(cfg: config.RunConfig, path: Path) -> None:
@@ -61,13 +66,14 @@ def inspect(cfg: config.RunConfig, path: Path) -> None:
 
 
 def write(format: RowFormat, root: Path, sources: dict, tokenizer, codec: Codec | None) -> None:
-    """sources: {(name, split): records}."""
+    """sources: {(name, split): opened source}."""
     bar = tqdm(sources.items(), desc="prepare", unit="split")
     for (name, split), source in bar:
-        bar.set_postfix_str(f"{name}/{split}")
-        records = tqdm(source, desc=f"{name}/{split}", unit="record", leave=False)
-        prepared.write_source(root / name / split, records, tokenizer.encode_batch,
-                              codec.encode if codec else no_codec)
+        title = f"{name}/{split}"
+        bar.set_postfix_str(title)
+        shown = tqdm(records(source, title), title, len(source), unit="record", leave=False)
+        prepared.write_source(root / name / split, shown if codec else text_alone(shown),
+                              tokenizer.encode_batch, codec.encode if codec else None)
     if codec:
         codec.save(root / CODEC)
     prepared.write_meta(root, tokenizer, codec.fingerprint if codec else "", format.image_shape,
@@ -96,6 +102,9 @@ def main() -> None:
         size = codec.image_size if codec else None
         sources = {(name, split): spec.open(split, size)
                    for name, spec in data.sources.items() if spec.share > 0 for split in ("train", "heldout")}
+        if codec is None:  # before a long wait for what comes first
+            for source in sources.values():
+                next(text_alone(records(source, "")), None)
         write(format, root, sources, tokenizer, codec)
         write_timing(root, "prepare", time.perf_counter() - began)
 

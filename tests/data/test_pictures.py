@@ -32,6 +32,24 @@ def test_the_middle_square_of_an_ordinary_picture(tmp_path):
     np.testing.assert_allclose(small, want, atol=1)  # rounded twice, once a side
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_photograph_is_decoded_small_and_looks_the_same(tmp_path, orientation, monkeypatch):
+    """A JPEG of many pixels is decoded at a fraction of them, colours at a smaller one: near what all give."""
+    image = noisy(20, 15).resize((1600, 1200), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path / "x.jpg", image, "JPEG", quality=95, exif=exif)
+    small, decoded = read_picture(path, 32), []
+    monkeypatch.setattr("PIL.JpegImagePlugin.JpegImageFile.draft", lambda *_: decoded.append(1))
+    apart = np.abs(small.astype(int) - read_picture(path, 32))
+    assert decoded and apart.mean() < 2 and apart.max() < 16
+
+
+def test_without_a_size_all_of_it(tmp_path):
+    image = noisy(50, 32)
+    np.testing.assert_array_equal(read_picture(saved(tmp_path / "x.png", image), None), np.asarray(image))
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_camera_held_sideways(tmp_path, orientation):
     """EXIF's eight orientations, each written as the camera would: what comes back is upright."""

@@ -8,8 +8,8 @@ import shutil
 import numpy as np
 import pytest
 
-from tfusion.data import packing, pipeline, sources, transforms
-from tfusion.data.sources import make_source, pictures
+from tfusion.data import packing, pipeline, transforms
+from tfusion.data.sources import make_source
 from tfusion.errors import UserError
 from tfusion.objectives import make_objective
 from tfusion.types import BOS
@@ -178,31 +178,6 @@ def test_sources_are_shuffled_apart(cfg):
     assert (a != b).sum() > 40
 
 
-def labels_of(source) -> set:
-    return {(s.relation, s.nouns, s.canvas) for record in range(len(source)) for s in source.scenes(record)}
-
-
-@pytest.mark.parametrize("name", ["scenes", "stories"])
-def test_held_out_scenes_are_never_in_train(cfg, name):
-    """By their labels (relation, nouns, canvas), not by their pixels."""
-    train, heldout = (labels_of(make_source(name, cfg.data, split)) for split in ("train", "heldout"))
-    assert len(train) > 100 and len(heldout) > 100 and not train & heldout
-
-
-def test_held_out_scenes_are_the_same_combinations_for_both_sources(cfg):
-    """A story must not show what the scenes keep back."""
-    labels = {(name, split): labels_of(make_source(name, cfg.data, split))
-              for name in ("scenes", "stories") for split in ("train", "heldout")}
-    assert not labels["scenes", "heldout"] & labels["stories", "train"]
-    assert not labels["stories", "heldout"] & labels["scenes", "train"]
-
-
-def test_held_out_glosses_are_never_in_train(cfg):
-    train, heldout = ({text for (text,) in make_source("glosses", cfg.data, s)} for s in ("train", "heldout"))
-    assert heldout and not train & heldout
-    assert 0.01 < len(heldout) / len(train | heldout) < 0.03
-
-
 def test_rows_keep_the_contract(cfg):
     """Each document opens with BOS, patches hold the pad id and stand where their slot says."""
     batch = one_batch(cfg, 32)
@@ -281,26 +256,6 @@ def test_autoencoder_rows_show_every_picture_once_per_epoch(cfg):
     assert rows.identity == open_rows(cfg).identity != fewer.identity and list(rows.identity) == ["pictures"]
     stored = sorted(image.tobytes() for image in rows.images)
     assert sorted(epoch(0)) == sorted(epoch(1)) == stored and epoch(0) != epoch(1)
-
-
-def test_pictures_are_those_of_the_mixture(cfg):
-    """With a limit: as many of each source, from all over it. A source without a share gives none."""
-    stories, both = ({name: 1.0 for name in names} for names in (["stories", "glosses"], ["scenes", "stories"]))
-    every = pictures(replace(cfg, "data", mixture=stories).data, "train")
-    some = pictures(replace(cfg, "data", mixture=both).data, "train", 40)
-    stored = [picture.tobytes() for picture in every]
-    places = [stored.index(picture.tobytes()) for picture in some[20:]]
-    assert len(some) == 40 and max(places) > 60
-    none = replace(cfg, "data", mixture={"glosses": 1.0, "scenes": 0.0})
-    with pytest.raises(UserError, match=r"glosses, scenes: none of these has pictures in its train split"):
-        open_rows(image_cfg(none))
-
-
-def test_pictures_of_several_sizes_are_refused(cfg, monkeypatch):
-    records = [["a", np.zeros((32, 32, 3), np.uint8)], ["b", np.zeros((16, 32, 3), np.uint8)]]
-    monkeypatch.setitem(sources.SOURCES, "scenes", lambda cfg, split: records)
-    with pytest.raises(UserError, match=r"scenes have several sizes, \(16, 32, 3\) and \(32, 32, 3\)"):
-        pictures(replace(cfg, "data", mixture={"scenes": 1.0}).data, "train")
 
 
 def test_autoencoder_batches_are_shared_like_any_other(cfg):

@@ -7,6 +7,8 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from tfusion.inference.autoencoder import LatentCodec
+from tfusion.models.autoencoder import Autoencoder
 
 from tests.conftest import tiny_config
 from tfusion import config, sharding
@@ -15,8 +17,6 @@ from tfusion.data import prepared
 from tfusion.data.tokenizers import ByteTokenizer, load_tokenizer
 from tfusion.errors import UserError
 from tfusion.inference import decode, trained
-from tfusion.inference.autoencoder import LatentCodec
-from tfusion.models.autoencoder import Autoencoder
 from tfusion.objectives import make_objective
 from tfusion.training import loop
 

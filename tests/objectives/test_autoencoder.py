@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tfusion.models.autoencoder import Autoencoder, to_pixels, to_unit
 
 from experiments import quickstart
 from tfusion import config
-from tfusion.models.autoencoder import Autoencoder, to_pixels, to_unit
 from tfusion.objectives import make_objective
 from tfusion.objectives.autoencoder import kl_divergence
 from tfusion.types import ImageBatch

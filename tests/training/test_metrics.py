@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tfusion.training.flops import training_flops
 
 from tfusion.errors import UserError
 from tfusion.training import metrics
-from tfusion.training.flops import training_flops
 from tfusion.types import Batch, ImageBatch
 
 

@@ -11,14 +11,17 @@ from tfusion.errors import UserError
 WHITE = (255, 255, 255, 255)
 
 
-def read_picture(path: str | Path, size: int) -> np.ndarray:
-    """The first frame of a picture file, upright, its largest centred square resized to uint8 (size, size, 3).
+def read_picture(path: str | Path, size: int | None) -> np.ndarray:
+    """The first frame of a picture file, upright, its largest centred square resized to uint8 (size, size, 3);
+    without a size all of it, uint8 (H, W, 3).
 
     What is transparent shows white. Greys of 16 bits and floats in 0..1 are scaled to 8 bits. Raises UserError,
     naming the file, where it cannot be read, is cut or damaged, or holds numbers whose scale is not known.
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            if size:  # a JPEG can be decoded at 1/2, 1/4 or 1/8, which is several times faster
+                image.draft(None, (2 * size, 2 * size))
             image.load()
             image = _eight_bits(ImageOps.exif_transpose(image), path)
             if image.has_transparency_data:
@@ -32,6 +35,8 @@ def read_picture(path: str | Path, size: int) -> np.ndarray:
             raise UserError(f"{path} cannot be read: {e.strerror}") from e
         raise UserError(f"{path} cannot be read as a picture ({type(e).__name__}: {e}): it is damaged, too "
                         "large, or of a format that Pillow does not read; save it anew, as PNG or JPEG") from e
+    if not size:
+        return np.asarray(image)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))

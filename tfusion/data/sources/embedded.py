@@ -1,31 +1,20 @@
-"""Raw sources: records of text and pictures, as they are before tokenising and encoding.
-
-A source's spec stands in data.sources under a name of the user's; `open(split, image_size)` gives a list-like
-of records, each a list of parts: str, or uint8 (H, W, 3) pictures, a caption directly before its picture.
-Splits: 'train' and 'heldout'. To add one, write a spec and register it.
+"""The sources that come with the package, made from the data pack: composed scenes, stories of several, and
+WordNet's glosses.
 """
 
 import dataclasses
 import hashlib
-import itertools
 
 import numpy as np
 
 from tfusion.config import number, register
 from tfusion.data import packs
 from tfusion.data.scenes import Scene, World, make_scene, render
+from tfusion.data.sources.base import Source
 from tfusion.errors import UserError
 
 SCENES_SEED, STORIES_SEED = 0, 1
 HELDOUT_SCENES, HELDOUT_STORIES = 1024, 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """What every source's spec has."""
-
-    kind: str
-    share: float = number(zero=True)  # of the tokens
 
 
 class Scenes:
@@ -99,29 +88,3 @@ class GlossesSource(Source):
             return int(hashlib.md5(definition.encode()).hexdigest(), 16) % 50 == 0
 
         return [[text] for text in packs.read_glosses() if is_held_out(text) == (split == "heldout")]
-
-
-def pictures(sources: dict[str, Source], split: str, image_size: int, limit: int | None = None):
-    """uint8 (n, H, W, 3): the pictures of every source that has a share, and pictures.
-
-    All, as they are stored; with a limit at most so many, equally many of each source as far as it has them,
-    drawn from all of it. Raises UserError where there are none, or of another size.
-    """
-    found = {}
-    for name, spec in sources.items():
-        if spec.share > 0:
-            source = spec.open(split, image_size)
-            order = range(len(source)) if limit is None else np.random.default_rng(0).permutation(len(source))
-            parts = (part for i in order for part in source[int(i)] if not isinstance(part, str))
-            found[name] = list(itertools.islice(parts, limit))
-    found = {name: some for name, some in found.items() if some}
-    if not found:
-        raise UserError(f"data.sources = {', '.join(sources)}: none of these has pictures in its {split} "
-                        "split; give a share to one that does")
-    each = None if limit is None else max(1, limit // len(found))
-    chosen = [picture for some in found.values() for picture in some[:each]]
-    sizes = sorted({picture.shape for picture in chosen})
-    if sizes != [(image_size, image_size, 3)]:
-        raise UserError(f"the pictures of {', '.join(found)} are {sizes[0][0]} to {sizes[-1][0]} pixels high, "
-                        f"{image_size} are wanted: bring them to that size")
-    return np.stack(chosen)

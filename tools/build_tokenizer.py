@@ -1,4 +1,4 @@
-"""Trains the shipped tokenizer: `python -m tfusion.data.packs.build_tokenizer` (for maintainers).
+"""Trains the shipped tokenizer: `python -m tools.build_tokenizer` (for maintainers).
 
 A byte-fallback BPE of 1,022 pieces, which the two image symbols bring to 1,024 ids, learnt from
 every tenth WordNet gloss, captions of composed scenes and the emoji's labels. Takes seconds on

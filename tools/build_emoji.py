@@ -1,4 +1,4 @@
-"""Rebuilds the shipped emoji pack: `python -m tfusion.data.packs.build` (for maintainers).
+"""Rebuilds the shipped emoji pack: `python -m tools.build_emoji` (for maintainers).
 
 Needs `npm` on the path and `pip install resvg-py==0.5.0`; takes about a minute on one core. The
 SVG sets and their names are downloaded with `npm pack`, checked against the sha256 below, and
@@ -57,7 +57,7 @@ def download(package: str, folder: Path) -> dict[str, Any]:
     if found != sha256:
         raise ValueError(
             f"{package}@{version} has sha256 {found}, expected {sha256}; "
-            "check the new contents and licence, then update PACKAGES in build.py"
+            "check the new contents and licence, then update PACKAGES here"
         )
     files = {}
     with tarfile.open(tarball) as archive:

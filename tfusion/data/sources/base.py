@@ -1,0 +1,166 @@
+"""What a source is, which of its records are held out, and how they are read: the same for every kind."""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from tfusion import config
+from tfusion.errors import UserError
+
+READERS = 4  # threads; decoding a picture leaves the others running
+AT_ONCE, AHEAD = 8, 8  # records that a thread reads at once, and how often that may be ahead
+NAMED = 3  # unreadable records that are named; of more, the number
+PATIENCE = 3  # seconds before a progress bar shows
+
+
+class Unreadable(UserError):
+    """One record cannot be read; those beside it may be well."""
+
+
+class Opened(Protocol):
+    """One split of a source. `source[i]` may be asked by several threads, and raises Unreadable where the
+    record is damaged."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, record: int) -> list: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What every source in data.sources says of itself; a kind adds what it needs."""
+
+    kind: str
+    share: float = config.number(zero=True)  # of the tokens, relative to the other sources' shares; 0: left out
+
+    def open(self, split: str, image_size: int | None = None) -> Opened:
+        """split: 'train' or 'heldout'. image_size: side of the pictures in pixels; None: as they are stored.
+
+        Raises UserError where what the spec names is not there or is broken as a whole.
+        """
+        raise NotImplementedError
+
+
+def held_out(keys: Iterable[str], fraction: float) -> np.ndarray:
+    """bool (n,): which records are held out, by a hash of each one's key and nothing else, so that a record
+    stays on its side when others come or go. Records of one key stay together.
+
+    Of two keys and more, one at least is on either side (none is held out where fraction is 0).
+    """
+    digests = (hashlib.md5(key.encode(errors="surrogateescape"), usedforsecurity=False) for key in keys)
+    draws = np.array([int.from_bytes(digest.digest()[:8]) for digest in digests], np.float64) / 2.0**64
+    held = draws < fraction
+    if fraction > 0 and len(draws):
+        if not held.any() and draws.min() < draws.max():
+            held = draws == draws.min()
+        elif held.all():
+            held = draws < draws.max()
+    return held
+
+
+def _attempt(source: Opened, order: list[int]) -> list:
+    """The records, and for those that cannot be read why."""
+    read = []
+    for record in order:
+        try:
+            read.append(source[int(record)])
+        except Unreadable as e:
+            read.append(e)
+    return read
+
+
+def _say(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)  # between the bars, not into them
+
+
+@dataclasses.dataclass
+class Tally:
+    """What came of reading."""
+
+    read: int = 0
+    alone: int = 0  # of those read: pictures without text
+    unreadable: list = dataclasses.field(default_factory=list)  # why
+
+    def tell(self, title: str) -> None:
+        """Names what was left out on stderr. Raises UserError where that is all there was."""
+        damaged = len(self.unreadable)
+        if damaged and not self.read:
+            raise UserError(f"{title}: none of {damaged} records can be read. The first: {self.unreadable[0]}")
+        if damaged:
+            more = [f"and {damaged - NAMED} more"] * (damaged > NAMED)
+            of = f"{damaged} of {damaged + self.read}"
+            head = f"warning: {title}: {of} records cannot be read and are left out:"
+            _say("\n  ".join([head, *map(str, self.unreadable[:NAMED]), *more]))
+
+
+def _read(source: Opened, order: Iterable[int], tally: Tally) -> Iterator[list]:
+    """The records of `order` but for those that are Unreadable, read ahead by a few threads."""
+    order, ahead = iter(order), collections.deque()
+    pool = ThreadPoolExecutor(READERS)
+    try:
+        while True:
+            while len(ahead) < AHEAD and (some := list(itertools.islice(order, AT_ONCE))):
+                ahead.append(pool.submit(_attempt, source, some))
+            if not ahead:
+                return
+            for record in ahead.popleft().result():
+                if isinstance(record, Unreadable):
+                    tally.unreadable.append(record)
+                else:
+                    tally.read += 1
+                    tally.alone += not any(isinstance(part, str) for part in record)
+                    yield record
+    finally:  # also where the reader stops early
+        pool.shutdown(cancel_futures=True)
+
+
+def records(source: Opened, title: str) -> Iterator[list]:
+    """All records in their order, but those that are Unreadable: these are counted and named on stderr at the
+    end, and so is how many records are pictures without a word. Raises UserError where none can be read.
+    """
+    tally = Tally()
+    yield from _read(source, range(len(source)), tally)
+    tally.tell(title)
+    if tally.alone:
+        _say(f"{title}: {tally.alone} of {tally.read} records are pictures without text, learnt as such")
+
+
+def pictures(sources: dict[str, Source], split: str, image_size: int,
+             limit: int | None = None) -> np.ndarray:
+    """uint8 (n, H, W, 3): the pictures of every source that has a share, and pictures.
+
+    All, as they are stored; with a limit at most so many, equally many of each source as far as it has them,
+    drawn from all of it. Raises UserError where there are none, or of another size.
+    """
+    found = {}
+    for name, spec in sources.items():
+        if spec.share > 0:
+            source, tally = spec.open(split, image_size), Tally()
+            order = range(len(source)) if limit is None else np.random.default_rng(0).permutation(len(source))
+            with contextlib.closing(_read(source, order, tally)) as read:
+                shown = tqdm(read, f"pictures of {name}", len(source), unit="record", leave=False,
+                             delay=PATIENCE)
+                parts = (part for record in shown for part in record if not isinstance(part, str))
+                found[name] = list(itertools.islice(parts, limit))
+                shown.close()
+            tally.tell(f"{name}/{split}")
+    found = {name: some for name, some in found.items() if some}
+    if not found:
+        raise UserError(f"data.sources = {', '.join(sources)}: none of these has pictures in its {split} "
+                        "split; give a share to one that does")
+    each = None if limit is None else max(1, limit // len(found))
+    chosen = [picture for some in found.values() for picture in some[:each]]
+    sizes = sorted({picture.shape for picture in chosen})
+    if sizes != [(image_size, image_size, 3)]:
+        raise UserError(f"the pictures of {', '.join(found)} are {sizes[0][0]} to {sizes[-1][0]} pixels high, "
+                        f"{image_size} are wanted: bring them to that size")
+    return np.stack(chosen)

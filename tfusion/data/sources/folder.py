@@ -1,0 +1,153 @@
+"""A folder of pictures with captions: NAME.txt beside NAME.jpg, or a table (docs/data.md)."""
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+
+from tfusion import config
+from tfusion.data.pictures import read_picture
+from tfusion.data.sources.base import Source, Unreadable, held_out
+from tfusion.data.sources.files import read_text, walk, whole
+from tfusion.errors import UserError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+TABLES = ("metadata.jsonl", "metadata.csv")
+FILE, TEXT = ("file_name", "image", "path"), ("text", "caption")  # names of a table's columns, first come first
+LONGEST_CAPTION = 2**16  # bytes of NAME.txt; more is something else
+
+
+def _column(row: dict, wanted: tuple[str, ...], where: str) -> str:
+    """The row's text under the first of the wanted names, '' for null."""
+    names = {str(name).strip().lower(): name for name in row}
+    found = next((names[name] for name in wanted if name in names), None)
+    if found is None:
+        raise UserError(f"{where}: it has {', '.join(map(str, row))}; {' or '.join(wanted)} is needed")
+    if not isinstance(row[found], str | None):
+        raise UserError(f"{where}: {found} is {row[found]!r}, a text is needed")
+    return whole(row[found] or "").strip()
+
+
+def _csv_rows(path: Path) -> list[tuple[int, dict]]:
+    """(line, its columns) of a table with commas, semicolons or tabs."""
+    text = read_text(path)
+    delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        return [(reader.line_num, row) for row in reader]
+    except csv.Error as e:
+        raise UserError(f"{path}, line {reader.line_num}: {e}") from e
+
+
+def _jsonl_rows(path: Path) -> list[tuple[int, dict]]:
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append((number, dict(json.loads(line))))
+            except (ValueError, TypeError, RecursionError) as e:
+                raise UserError(f"{path}, line {number}: no JSON object ({e})") from e
+    return rows
+
+
+def read_table(path: Path) -> list[tuple[int, str, str]]:
+    """(line, file, caption) of each line; '' where the caption is blank. Other columns are passed over."""
+    rows = (_csv_rows if path.suffix.lower() == ".csv" else _jsonl_rows)(path)
+    found = []
+    for number, row in rows:
+        where = f"{path}, line {number}"
+        file, caption = _column(row, FILE, where), _column(row, TEXT, where)
+        if not file:
+            raise UserError(f"{where}: no file is named")
+        found.append((number, file, caption))
+    return found
+
+
+def _tables(root: Path, files: list[str], texts: bool) -> list[str]:
+    """The tables of captions: metadata.* of any folder, else, without a NAME.txt, the only CSV of the root."""
+    tables = [file for file in files if os.path.basename(file) in TABLES]
+    folders = [os.path.dirname(file) for file in tables]
+    if len(set(folders)) < len(tables):
+        raise UserError(f"{root / max(folders, key=folders.count)} holds {' and '.join(TABLES)}: leave one")
+    others = [file for file in files if file.lower().endswith(".csv") and os.sep not in file]
+    return tables or (others if len(others) == 1 and not texts else [])
+
+
+@dataclasses.dataclass(frozen=True)
+class Captioned:
+    """A picture file, and its caption: a text, the file that holds it, or None."""
+
+    key: str  # the picture's path in the folder, the same on every system
+    path: Path
+    caption: str | Path | None
+
+
+def _same_everywhere(path: str) -> str:
+    return unicodedata.normalize("NFC", path.replace(os.sep, "/"))  # macOS takes letters and accents apart
+
+
+def find(root: Path) -> list[Captioned]:
+    """All pictures of a folder, sorted by their paths; one with several captions stands there as often."""
+    if not root.is_dir():
+        raise UserError(f"{root} {'is a file' if root.exists() else 'not found'}: the path of a source of kind "
+                        "'folder' names a folder of pictures; --config.data.sources.NAME.path=DIR")
+    files = list(walk(root))
+    pictures = {_same_everywhere(file): file for file in files if file.lower().endswith(PICTURES)}
+    texts = {_same_everywhere(file[:-4]): root / file for file in files if file.lower().endswith(".txt")}
+    stems = {key: os.path.splitext(key)[0] for key in pictures}
+    found, named = [], set()
+    for table in _tables(root, files, any(stem in texts for stem in stems.values())):
+        for _, file, caption in read_table(root / table):
+            key = _same_everywhere(os.path.normpath(os.path.join(os.path.dirname(table), file)))
+            found.append(Captioned(key, root / pictures.get(key, key), caption or None))
+            named.add(key)
+    found += [Captioned(key, root / file, texts.get(stems[key])) for key, file in pictures.items()
+              if key not in named]
+    if not found:
+        raise UserError(f"{root} holds no pictures ({', '.join(PICTURES)}): name the folder that does in "
+                        "--config.data.sources.NAME.path=DIR")
+    return sorted(found, key=lambda item: item.key)
+
+
+class Folder:
+    """Record i is [caption, picture], or [picture] where there is no caption."""
+
+    def __init__(self, items: list[Captioned], image_size: int | None):
+        self.items, self.image_size = items, image_size
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, record: int) -> list:
+        item = self.items[record]
+        caption = _read_caption(item.caption) if isinstance(item.caption, Path) else item.caption
+        try:
+            picture = read_picture(item.path, self.image_size)
+        except UserError as e:
+            raise Unreadable(str(e)) from e
+        return [caption, picture] if caption else [picture]
+
+
+def _read_caption(path: Path) -> str:
+    if (size := path.stat().st_size) > LONGEST_CAPTION:
+        raise Unreadable(f"{path} has {size} bytes, a caption has at most {LONGEST_CAPTION}")
+    return read_text(path).strip()
+
+
+@config.register("source", "folder")
+@dataclasses.dataclass(frozen=True)
+class FolderSource(Source):
+    """Pictures with captions in a folder and those below it."""
+
+    path: str = config.path()
+    heldout_fraction: float = config.fraction()  # of the pictures, by a hash of each one's path
+
+    def open(self, split: str, image_size: int | None = None) -> Folder:
+        items = find(Path(self.path))
+        held = held_out((item.key for item in items), self.heldout_fraction)
+        return Folder([items[i] for i in np.flatnonzero(held == (split == "heldout"))], image_size)

@@ -1,0 +1,152 @@
+"""Lines of JSON: texts, or texts and pictures in their order (docs/data.md)."""
+
+import dataclasses
+import glob
+import gzip
+import json
+import os
+import tempfile
+import weakref
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from tfusion import config
+from tfusion.data.pictures import read_picture
+from tfusion.data.sources.base import PATIENCE, Source, Unreadable, held_out
+from tfusion.data.sources.files import walk, whole
+from tfusion.errors import UserError
+
+ENDINGS = (".jsonl", ".jsonl.gz")
+BOM = b"\xef\xbb\xbf"
+FORMS = '"a text", {"text": ...} or {"segments": [{"text": ...} or {"image": PATH}, ...]}'
+
+
+def find(path: str) -> list[Path]:
+    """The files of a path: itself, those below a folder, or what a pattern names; sorted."""
+    if os.path.isdir(path):
+        files = [Path(path, file) for file in walk(Path(path)) if file.endswith(ENDINGS)]
+    else:
+        files = [Path(path)] if os.path.isfile(path) else map(Path, glob.glob(path, recursive=True))
+        files = [file for file in files if file.is_file()]
+    unique = {os.path.realpath(file): file for file in sorted(files, key=lambda f: (-len(f.parts), f))}
+    if not files:
+        raise UserError(f"{path}: no such file, no folder with {' or '.join(ENDINGS)} in it, and no pattern "
+                        "that names some; --config.data.sources.NAME.path=PATH")
+    return sorted(unique.values())  # each once, whatever links lead to it
+
+
+def _parts(line: bytes) -> tuple[object, list[tuple[str, str]]]:
+    """(id or None, [('text' | 'image', value), ...]) of a line; blank texts are no parts. Raises ValueError."""
+    tree = json.loads(line.decode())  # else json guesses, and takes UTF-16 too
+    tree = {"text": tree} if isinstance(tree, str) else tree
+    if not isinstance(tree, dict):
+        raise ValueError(f"{FORMS} is wanted")
+    forms = tree.keys() & {"text", "segments"}
+    if len(forms) != 1:
+        raise ValueError(f"{FORMS} is wanted, it has {', '.join(tree) or 'no keys'}")
+    segments = tree["segments"] if "segments" in forms else [{"text": tree["text"]}]
+    if not isinstance(segments, list):
+        raise ValueError('"segments" must be a list')
+    parts = []
+    for segment in segments:
+        alone = isinstance(segment, dict) and len(segment) == 1
+        kind, value = next(iter(segment.items())) if alone else ("", "")
+        if kind not in ("text", "image") or not isinstance(value, str):
+            raise ValueError(f'{json.dumps(segment)[:80]} is neither {{"text": "..."}} nor {{"image": "PATH"}}')
+        if value.strip():
+            parts.append((kind, whole(value)))
+    return tree.get("id"), parts
+
+
+def _record(line: bytes, where: str) -> tuple[object, list[tuple[str, str]]]:
+    try:
+        return _parts(line)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: {e}") from e
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """The lines of a file, unpacked."""
+    try:
+        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
+            yield from file
+    except (EOFError, zlib.error, OSError) as e:
+        raise UserError(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from e
+
+
+class Jsonl:
+    """Record i is what its line says. Of the lines only their places are kept; those of packed files are read
+    from an unpacked copy, a file without a name that goes when this does.
+    """
+
+    def __init__(self, files: list[Path], image_size: int | None):
+        self.files, self.image_size = files, image_size
+        self._unpacked, self._places = tempfile.TemporaryFile(), []  # noqa: SIM115
+        weakref.finalize(self, self._unpacked.close)
+
+    def scan(self) -> Iterator[str]:
+        """Finds every record and checks it; yields their keys. Blank lines and lines of no text are none."""
+        size = sum(path.stat().st_size for path in self.files)
+        with tqdm(desc="lines", total=size, unit="B", unit_scale=True, leave=False, delay=PATIENCE) as bar:
+            for file, path in enumerate(self.files):
+                packed = path.name.endswith(".gz")
+                start = self._unpacked.tell() if packed else 0
+                for number, line in enumerate(_blocks(path), start=1):
+                    if packed:
+                        self._unpacked.write(line)
+                    bar.update(0 if packed else len(line))
+                    skipped = len(BOM) if number == 1 and line.startswith(BOM) else 0
+                    text, stop = line[skipped:], start + len(line)
+                    if text.strip():
+                        name, parts = _record(text, f"{path}, line {number}")
+                        if parts:
+                            self._places.append((file, start + skipped, stop))
+                            yield f"{path.name}:{number}" if name is None else str(name)
+                    start = stop
+                bar.update(path.stat().st_size if packed else 0)
+        self._unpacked.flush()
+
+    def keep(self, chosen: np.ndarray) -> None:
+        """chosen: bool (records found,)."""
+        self._places = np.asarray(self._places, np.int64).reshape(-1, 3)[chosen]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, record: int) -> list:
+        file, start, stop = self._places[record].tolist()
+        path = self.files[file]
+        if path.name.endswith(".gz"):
+            line = os.pread(self._unpacked.fileno(), stop - start, start)
+        else:
+            with path.open("rb") as lines:
+                line = os.pread(lines.fileno(), stop - start, start)
+        _, parts = _record(line, f"{path}, byte {start}")
+        return [value if kind == "text" else self._picture(path.parent / value) for kind, value in parts]
+
+    def _picture(self, path: Path) -> np.ndarray:
+        try:
+            return read_picture(path, self.image_size)
+        except UserError as e:
+            raise Unreadable(str(e)) from e
+
+
+@config.register("source", "jsonl")
+@dataclasses.dataclass(frozen=True)
+class JsonlSource(Source):
+    """Texts, or texts and pictures, one record a line."""
+
+    path: str = config.path()  # a file, a folder, or a pattern such as texts/*.jsonl.gz
+    heldout_fraction: float = config.fraction()  # of the lines, by a hash of the id, or of file name and number
+
+    def open(self, split: str, image_size: int | None = None) -> Jsonl:
+        source = Jsonl(find(self.path), image_size)
+        held = held_out(source.scan(), self.heldout_fraction)
+        if not len(held):
+            raise UserError(f"{self.path} holds no records: every line is blank")
+        source.keep(held == (split == "heldout"))
+        return source
