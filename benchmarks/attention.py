@@ -47,12 +47,12 @@ def packed_intervals(T: int, seed: int = 0):
 
 
 def forward(dense: bool, q, k, v, k_start, k_end, dout):
-    return cpu.forward(q, k, v, k_start, k_end, softcap=None, dense=dense)
+    return cpu.forward(q, k, v, k_start, k_end, dense=dense)
 
 
 def forward_and_backward(dense: bool, q, k, v, k_start, k_end, dout):
     out, lse = forward(dense, q, k, v, k_start, k_end, dout)
-    return out, cpu.backward(q, k, v, k_start, k_end, out, lse, dout, softcap=None, dense=dense)
+    return out, cpu.backward(q, k, v, k_start, k_end, out, lse, dout, dense=dense)
 
 
 def peak_mib() -> float:

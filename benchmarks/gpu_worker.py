@@ -62,10 +62,10 @@ DOCUMENT = 1024  # of the causal bound that has about our pairs
 # The definition is float32 on the CPU. A float32 kernel lands near 1e-6, one that rounded to TF32 near 3e-4;
 # bfloat16 operands near 3e-3; a wrong mask or an unwritten block above 5e-2.
 LIMITS = {"float32": 1e-4, "bfloat16": 1e-2}
-CHECKS = [("random", T, H, K, E, dtype, None) for E in (64, 128) for dtype in LIMITS
+CHECKS = [("random", T, H, K, E, dtype) for E in (64, 128) for dtype in LIMITS
           for T, H, K in ((777, 4, 2), (1000, 4, 4))] + [
-    ("random", 777, 4, 1, 128, "bfloat16", 30.0), ("packed", 4000, 2, 1, 128, "bfloat16", None)]
-TINY_CHECKS = [("random", 150, 4, 2, 16, "float32", None), ("random", 150, 2, 2, 16, "bfloat16", None)]
+    ("random", 777, 4, 1, 128, "bfloat16"), ("packed", 4000, 2, 1, 128, "bfloat16")]
+TINY_CHECKS = [("random", 150, 4, 2, 16, "float32"), ("random", 150, 2, 2, 16, "bfloat16")]
 
 # Block sizes, warps, stages that Triton compiles for these head dimensions without many spills.
 FORWARD_LAUNCHES = ((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2))
@@ -134,16 +134,16 @@ def relative_error(actual, expected) -> float | None:
     return error if math.isfinite(error) else None
 
 
-def check(rows, T, H, K, E, dtype, softcap) -> dict:
+def check(rows, T, H, K, E, dtype) -> dict:
     """Relative norm of the difference to the definition, which is computed on the CPU from the same inputs."""
     bounds = awkward_rows(2, T) if rows == "random" else packed_intervals(T)
     rng, B = np.random.default_rng(T), len(bounds[0])
     arrays = [rng.standard_normal((B, T, heads, E), np.float32).astype(jnp.dtype(dtype))
               for heads in (H, K, K, H)]
-    actual = jax.jit(partial(with_gradients, partial(interval_attention.attention, softcap=softcap)))(
+    actual = jax.jit(partial(with_gradients, interval_attention.attention))(
         *arrays, *bounds)
     exact = jax.device_put([x.astype(np.float32) for x in arrays] + list(bounds), jax.devices("cpu")[0])
-    expected = jax.jit(partial(with_gradients, partial(interval_attention.reference, softcap=softcap)))(*exact)
+    expected = jax.jit(partial(with_gradients, interval_attention.reference))(*exact)
     return {name: relative_error(np.asarray(a), np.asarray(b))
             for name, a, b in zip(("out", "dq", "dk", "dv"), actual, expected)}
 
@@ -152,7 +152,7 @@ def check_all(say) -> None:
     if rehearsing():
         interpret_kernels()
     for settings in TINY_CHECKS if rehearsing() else CHECKS:
-        about = dict(zip(("rows", "T", "H", "K", "E", "dtype", "softcap"), settings))
+        about = dict(zip(("rows", "T", "H", "K", "E", "dtype"), settings))
         try:
             errors = check(*settings)
             limit = LIMITS[about["dtype"]]
@@ -254,8 +254,8 @@ def contend(name: str) -> None:
 def kernel(name: str, sizes, *arguments):
     """One of KERNELS: what is not returned is not run."""
     if name == "forward":
-        return gpu.forward(*arguments[:5], softcap=None, sizes=sizes, interpret=rehearsing())
-    grads = gpu.backward(*arguments, softcap=None, sizes=sizes, interpret=rehearsing())
+        return gpu.forward(*arguments[:5], sizes=sizes, interpret=rehearsing())
+    grads = gpu.backward(*arguments, sizes=sizes, interpret=rehearsing())
     return grads[:1] if name == "dq" else grads[1:]
 
 

@@ -24,13 +24,13 @@ from tfusion.models.transformer import REMAT_POLICIES
 
 REPO = Path(__file__).resolve().parents[2]
 F32, BF16 = jnp.float32, jnp.bfloat16
-CASES = [  # packing, T, (H, K), E, dtype, softcap
-    ("adjacent images", 200, (4, 2), 16, F32, None),
-    ("one-patch images", 200, (4, 4), 16, F32, 2.0),
-    ("many documents", 200, (4, 1), 24, F32, None),
-    ("padding", 160, (6, 2), 16, F32, None),
-    ("random", 150, (4, 2), 16, BF16, 5.0),
-    ("one document", 200, (2, 1), 16, BF16, None),
+CASES = [  # packing, T, (H, K), E, dtype
+    ("adjacent images", 200, (4, 2), 16, F32),
+    ("one-patch images", 200, (4, 4), 16, F32),
+    ("many documents", 200, (4, 1), 24, F32),
+    ("padding", 160, (6, 2), 16, F32),
+    ("random", 150, (4, 2), 16, BF16),
+    ("one document", 200, (2, 1), 16, BF16),
 ]
 
 
@@ -47,19 +47,19 @@ def with_gradients(attend, q, k, v, dout, k_start, k_end):
     return out, *pullback(dout)
 
 
-def as_attention(module, softcap, **options):
+def as_attention(module, **options):
     """A differentiable function of one platform's forward and backward."""
 
     @jax.custom_vjp
     def attend(*arguments):
-        return module.forward(*arguments, softcap=softcap, **options)[0]
+        return module.forward(*arguments, **options)[0]
 
     def forward(*arguments):
-        out, lse = module.forward(*arguments, softcap=softcap, **options)
+        out, lse = module.forward(*arguments, **options)
         return out, (*arguments, out, lse)
 
     def backward(residuals, dout):
-        return *module.backward(*residuals, dout, softcap=softcap, **options), None, None
+        return *module.backward(*residuals, dout, **options), None, None
 
     attend.defvjp(forward, backward)
     return attend
@@ -74,12 +74,12 @@ def assert_close(actual, expected, dtype):
         assert np.linalg.norm(a - b) <= limit * np.linalg.norm(b), name
 
 
-def check(attend, packed, name, T, heads, E, dtype, softcap, queries=slice(None)):
+def check(attend, packed, name, T, heads, E, dtype, queries=slice(None)):
     """attend(q, k, v, k_start, k_end) against the reference in float32."""
     k_start, k_end = (x[:, queries] for x in key_intervals(*packed(name, 2, T)))
     q, k, v, dout = inputs(k_start.shape[1], T, *heads, E, dtype)
     actual = jax.jit(partial(with_gradients, attend))(q, k, v, dout, k_start, k_end)
-    expected = jax.jit(partial(with_gradients, partial(ia.reference, softcap=softcap)))(
+    expected = jax.jit(partial(with_gradients, ia.reference))(
         *(x.astype(F32) for x in (q, k, v, dout)), k_start, k_end)
     assert_close(actual, expected, dtype)
 
@@ -118,11 +118,11 @@ def test_reference_is_softmax_under_the_dense_mask(packed, name, image_attention
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
 def test_cpu_forms(packed, form, case):
-    check(partial(ia.attention, softcap=case[-1]), packed, *case)
+    check(ia.attention, packed, *case)
 
 
 def test_a_slice_of_queries_against_all_keys(packed, form):
-    check(ia.attention, packed, "random", 200, (4, 2), 16, F32, None, slice(70, 153))
+    check(ia.attention, packed, "random", 200, (4, 2), 16, F32, slice(70, 153))
 
 
 def test_no_gradient_leaves_an_interval(packed, form):
@@ -192,22 +192,22 @@ def test_shapes_that_disagree_are_refused(shapes, message):
 # TPU kernel
 
 TPU_CASES = [  # the fast two first; 300 and 200 are no multiples of a block
-    (("adjacent images", 200, (2, 1), 16, F32, None), slice(None)),
-    (("random", 200, (2, 2), 16, BF16, 5.0), slice(None)),
-    (("many documents", 300, (4, 2), 32, F32, None), slice(None)),
-    (("padding", 384, (4, 1), 32, F32, 2.0), slice(None)),
-    (("one-patch images", 300, (4, 4), 64, F32, None), slice(None)),
-    (("random", 512, (4, 2), 128, BF16, None), slice(None)),
-    (("random", 400, (4, 2), 32, F32, None), slice(130, 333)),
-    (("image across blocks", 400, (4, 2), 80, F32, None), slice(None)),
-    (("one document", 400, (2, 1), 32, BF16, 30.0), slice(None)),
+    (("adjacent images", 200, (2, 1), 16, F32), slice(None)),
+    (("random", 200, (2, 2), 16, BF16), slice(None)),
+    (("many documents", 300, (4, 2), 32, F32), slice(None)),
+    (("padding", 384, (4, 1), 32, F32), slice(None)),
+    (("one-patch images", 300, (4, 4), 64, F32), slice(None)),
+    (("random", 512, (4, 2), 128, BF16), slice(None)),
+    (("random", 400, (4, 2), 32, F32), slice(130, 333)),
+    (("image across blocks", 400, (4, 2), 80, F32), slice(None)),
+    (("one document", 400, (2, 1), 32, BF16), slice(None)),
 ]
 
 
 @pytest.mark.parametrize("case, queries", [
     pytest.param(*case, marks=[pytest.mark.slow] * (n > 1), id=case[0][0]) for n, case in enumerate(TPU_CASES)])
 def test_tpu_kernel_interpreted(packed, case, queries):
-    check(as_attention(tpu, case[-1], blocks=(128, 128), interpret=True), packed, *case, queries)
+    check(as_attention(tpu, blocks=(128, 128), interpret=True), packed, *case, queries)
 
 
 def test_tpu_blocks_fit():
@@ -241,16 +241,16 @@ needs_libtpu = pytest.mark.skipif(
 @pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-@pytest.mark.parametrize("T, S, heads, E, dtype, softcap", [
-    (4096, 4096, (8, 4), 128, BF16, None),
-    (1000, 2000, (4, 2), 64, F32, 30.0),
-    (4096, 4096, (4, 4), 256, F32, None),
-    (32768, 32768, (4, 2), 128, BF16, None),
-    (192, 192, (4, 2), 8, F32, None),
+@pytest.mark.parametrize("T, S, heads, E, dtype", [
+    (4096, 4096, (8, 4), 128, BF16),
+    (1000, 2000, (4, 2), 64, F32),
+    (4096, 4096, (4, 4), 256, F32),
+    (32768, 32768, (4, 2), 128, BF16),
+    (192, 192, (4, 2), 8, F32),
 ])
-def test_tpu_kernel_compiles(topology, T, S, heads, E, dtype, softcap):
+def test_tpu_kernel_compiles(topology, T, S, heads, E, dtype):
     """On a CPU host, through the dispatch: memory stays linear, so a T x S array was not made."""
-    compiled = ahead_of_time(topology, partial(ia.attention, softcap=softcap), T, S, heads, E, dtype)
+    compiled = ahead_of_time(topology, ia.attention, T, S, heads, E, dtype)
     assert compiled.memory_analysis().temp_size_in_bytes < 256 * 2**20
 
 
@@ -269,23 +269,23 @@ def test_tpu_kernel_is_not_run_again(policy, kernels):
 @pytest.mark.parametrize("case, queries", [
     pytest.param(*case, marks=[pytest.mark.slow] * (n > 0), id=case[0][0]) for n, case in enumerate(TPU_CASES)])
 def test_gpu_kernel_interpreted(packed, case, queries):
-    check(as_attention(gpu, case[-1], sizes=gpu.Launch(32, 64, 4, 1), interpret=True), packed, *case, queries)
+    check(as_attention(gpu, sizes=gpu.Launch(32, 64, 4, 1), interpret=True), packed, *case, queries)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("T, S, heads, E, dtype, softcap", [
-    (4096, 4096, (8, 4), 128, BF16, None),
-    (1000, 2000, (4, 2), 64, F32, 30.0),
-    (2048, 2048, (4, 4), 256, BF16, None),
-    (2048, 2048, (4, 1), 80, F32, None),
+@pytest.mark.parametrize("T, S, heads, E, dtype", [
+    (4096, 4096, (8, 4), 128, BF16),
+    (1000, 2000, (4, 2), 64, F32),
+    (2048, 2048, (4, 4), 256, BF16),
+    (2048, 2048, (4, 1), 80, F32),
 ])
-def test_gpu_kernel_lowers_for_cuda(T, S, heads, E, dtype, softcap):
+def test_gpu_kernel_lowers_for_cuda(T, S, heads, E, dtype):
     """Forward, dq and dkv reach Triton; this checks neither registers nor speed."""
     target = "__gpu$xla.gpu.triton"
     shapes = [((2, T, heads[0], E), dtype), *[((2, S, heads[1], E), dtype)] * 2, ((2, T, heads[0], E), dtype),
               *[((2, T), jnp.int32)] * 2]
     exported = jax.export.export(
-        jax.jit(partial(with_gradients, partial(ia.attention, softcap=softcap))), platforms=["cuda"],
+        jax.jit(partial(with_gradients, ia.attention)), platforms=["cuda"],
         disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(target)],
     )(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
     assert exported.mlir_module().count(f"custom_call @{target}") == 3

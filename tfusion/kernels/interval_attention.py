@@ -9,8 +9,8 @@ exists; the backward builds the blocks again from the saved logsumexp. Blocks ou
   others  interval_attention_cpu.py   plain jax.numpy; dense where T x S is small
 
 Each of the three has the same two functions:
-  forward(q, k, v, k_start, k_end, *, softcap) -> out_BTHE, lse_BHT
-  backward(q, k, v, k_start, k_end, out_BTHE, lse_BHT, dout_BTHE, *, softcap) -> dq, dk, dv
+  forward(q, k, v, k_start, k_end) -> out_BTHE, lse_BHT
+  backward(q, k, v, k_start, k_end, out_BTHE, lse_BHT, dout_BTHE) -> dq, dk, dv
 
 Kernels are not partitioned by the compiler: on a mesh of several devices call this inside shard_map
 (`sharding.sharded`), with whole intervals. Queries may be a slice of the positions, against all keys.
@@ -18,7 +18,6 @@ Kernels are not partitioned by the compiler: on a mesh of several devices call t
 B batch, T queries, S keys, H query heads, K key/value heads (H a multiple of K), E head dimension.
 """
 
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -33,26 +32,24 @@ from tfusion.kernels import interval_attention_tpu as tpu
 RESIDUAL_NAMES = ("attention_out", "attention_lse")
 
 
-def attention(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, *, softcap: float | None = None):
+def attention(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT):
     """softmax(q k^T / sqrt(E)) v over each query's interval. Returns (B, T, H, E) in q's dtype.
 
     Intervals are positions in S, 0 <= k_start < k_end <= S: none may be empty (not checked; the result
-    would be garbage). softcap: logits become softcap * tanh(logits / softcap). Softmax and accumulation are
-    float32. Query head h reads key/value head h // (H / K). Raises UserError where shapes disagree.
+    would be garbage). Softmax and accumulation are float32. Query head h reads key/value head h // (H / K).
+    Raises UserError where shapes disagree.
     """
     _check(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT)
-    return _attention(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, softcap)
+    return _attention(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT)
 
 
-def reference(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, *, softcap: float | None = None):
+def reference(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT):
     """The definition: dense, float32, differentiated by jax."""
     _check(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT)
     (S, K), (H, E) = k_BSKE.shape[1:3], q_BTHE.shape[2:]
     q, k, v = (x.astype(jnp.float32) for x in (q_BTHE, k_BSKE, v_BSKE))
     k, v = (jnp.repeat(x, H // K, axis=2) for x in (k, v))
     logits = jnp.einsum("bthe,bshe->bhts", q, k, precision="highest") * E**-0.5
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
     key = jnp.arange(S).reshape(1, 1, S)
     visible = (k_start_BT[..., None] <= key) & (key < k_end_BT[..., None])
     weights = jax.nn.softmax(jnp.where(visible[:, None], logits, -jnp.inf), axis=-1)
@@ -70,28 +67,26 @@ def _check(q, k, v, k_start, k_end):
         raise UserError(f"attention: intervals {k_start.shape}, {k_end.shape} are not (B, T) = {(B, T)}")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention(q, k, v, k_start, k_end, softcap):
-    return _forward(q, k, v, k_start, k_end, softcap)[0]
+@jax.custom_vjp
+def _attention(q, k, v, k_start, k_end):
+    return _forward(q, k, v, k_start, k_end)[0]
 
 
-def _forward(q, k, v, k_start, k_end, softcap):
+def _forward(q, k, v, k_start, k_end):
     return jax.lax.platform_dependent(
-        q, k, v, k_start, k_end, tpu=partial(tpu.forward, softcap=softcap),
-        cuda=partial(gpu.forward, softcap=softcap), default=partial(cpu.forward, softcap=softcap))
+        q, k, v, k_start, k_end, tpu=tpu.forward, cuda=gpu.forward, default=cpu.forward)
 
 
-def _forward_and_residuals(q, k, v, k_start, k_end, softcap):
-    out, lse = _forward(q, k, v, k_start, k_end, softcap)
+def _forward_and_residuals(q, k, v, k_start, k_end):
+    out, lse = _forward(q, k, v, k_start, k_end)
     out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), RESIDUAL_NAMES))
     return out, (q, k, v, k_start, k_end, out, lse)
 
 
-def _backward(softcap, residuals, dout):
+def _backward(residuals, dout):
     q, k, v, k_start, k_end, out, lse = residuals
     grads = jax.lax.platform_dependent(
-        q, k, v, k_start, k_end, out, lse, dout, tpu=partial(tpu.backward, softcap=softcap),
-        cuda=partial(gpu.backward, softcap=softcap), default=partial(cpu.backward, softcap=softcap))
+        q, k, v, k_start, k_end, out, lse, dout, tpu=tpu.backward, cuda=gpu.backward, default=cpu.backward)
     return *grads, None, None
 
 

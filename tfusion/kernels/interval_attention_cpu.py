@@ -22,28 +22,26 @@ ONE_PIECE = 2  # key blocks of a row up to which a query block's range is not cu
 HIDDEN = -1e30  # not -inf: the difference of two must stay a number
 
 
-def forward(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, *, softcap, dense=None):
+def forward(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, *, dense=None):
     """out_BTHE in q's dtype and lse_BHT in float32."""
     if _is_dense(q_BTHE, k_BSKE, dense):
-        return _forward_dense(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, softcap)
-    return _forward_blocks(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, softcap)
+        return _forward_dense(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT)
+    return _forward_blocks(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT)
 
 
-def backward(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, out_BTHE, lse_BHT, dout_BTHE, *, softcap,
-             dense=None):
+def backward(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, out_BTHE, lse_BHT, dout_BTHE, *, dense=None):
     """dq_BTHE, dk_BSKE, dv_BSKE in the dtypes of q, k and v."""
     run = _backward_dense if _is_dense(q_BTHE, k_BSKE, dense) else _backward_blocks
-    return run(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, out_BTHE, lse_BHT, dout_BTHE, softcap)
+    return run(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, out_BTHE, lse_BHT, dout_BTHE)
 
 
 def _is_dense(q, k, dense):
     return q.shape[1] * k.shape[1] <= DENSE_UP_TO if dense is None else dense
 
 
-def _logits(spec, a, b, softcap):
+def _logits(spec, a, b):
     """Products of scaled queries and keys, float32."""
-    logits = jnp.einsum(spec, a, b)
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+    return jnp.einsum(spec, a, b)
 
 
 def _group(x_BTHE, K: int):
@@ -69,9 +67,9 @@ def _delta(out_BTHE, dout_BTHE):
     return (out_BTHE.astype(jnp.float32) * dout_BTHE.astype(jnp.float32)).sum(-1)
 
 
-def _forward_dense(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, softcap):
+def _forward_dense(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT):
     (B, T, H, E), (S, K) = q_BTHE.shape, k_BSKE.shape[1:3]
-    logits = _logits("nqe,nke->nqk", _group(q_BTHE, K) * E**-0.5, _group(k_BSKE, K), softcap)
+    logits = _logits("nqe,nke->nqk", _group(q_BTHE, K) * E**-0.5, _group(k_BSKE, K))
     bias = _bias(k_start_BT[..., None], k_end_BT[..., None], jnp.arange(S, dtype=jnp.int32).reshape(1, 1, S))
     logits = logits.reshape(B, H, T, S) + bias[:, None]
     top = logits.max(-1, keepdims=True)
@@ -82,7 +80,7 @@ def _forward_dense(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, softcap):
     return _ungroup(out, B, T, q_BTHE.dtype), (top + jnp.log(total))[..., 0]
 
 
-def _backward_dense(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, out_BTHE, lse_BHT, dout_BTHE, softcap):
+def _backward_dense(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, out_BTHE, lse_BHT, dout_BTHE):
     """Keys and values are repeated for each head: the mask would otherwise cost a division per element."""
     (B, T, H, E), (S, K) = q_BTHE.shape, k_BSKE.shape[1:3]
     k, v = (_group(jnp.repeat(x, H // K, axis=2), H) for x in (k_BSKE, v_BSKE))
@@ -90,24 +88,22 @@ def _backward_dense(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, out_BTHE, lse_
     bias = _bias(k_start_BT[:, None], k_end_BT[:, None], key)[:, None] - lse_BHT[:, :, None]
     delta = _delta(out_BTHE, dout_BTHE).swapaxes(1, 2).reshape(B * H, T)
     dq, dk, dv = _gradients(_group(q_BTHE, H) * E**-0.5, k, v, delta, _group(dout_BTHE, H),
-                            bias.reshape(B * H, S, T), softcap)
+                            bias.reshape(B * H, S, T))
     dk, dv = (x.reshape(B * K, H // K, S, E).sum(1) for x in (dk, dv))
     return (_ungroup(dq * E**-0.5, B, T, q_BTHE.dtype), _ungroup(dk, B, S, k_BSKE.dtype),
             _ungroup(dv, B, S, v_BSKE.dtype))
 
 
-def _gradients(q, k, v, delta, dout, bias, softcap):
+def _gradients(q, k, v, delta, dout, bias):
     """dq (but for the factor E^-0.5), dk, dv of some queries and keys; q comes scaled, bias holds -logsumexp.
 
     Scores are held as (n, keys, queries): dk and dv are then plain products. The third product would sum
     over the leading axis of a large array, which XLA:CPU does at half the speed, so the small factor is
     transposed; the barriers keep the compiler from undoing that.
     """
-    logits = _logits("nke,nqe->nkq", k, q, softcap)
+    logits = _logits("nke,nqe->nkq", k, q)
     p = jnp.exp(logits + bias)
     ds = p * (jnp.einsum("nke,nqe->nkq", v, dout) - delta[:, None])
-    if softcap is not None:
-        ds *= 1 - jnp.square(logits / softcap)
     k_T = lax.optimization_barrier(k.swapaxes(1, 2))
     dq_T = lax.optimization_barrier(jnp.einsum("nek,nkq->neq", k_T, ds))
     return dq_T.swapaxes(1, 2), jnp.einsum("nkq,nqe->nke", ds, q), jnp.einsum("nkq,nqe->nke", p, dout)
@@ -162,7 +158,7 @@ def _over_keys(tile, bounds, b, i, num_k_blocks: int, carry):
     return lax.switch(end - start - 1, pieces, carry)
 
 
-def _forward_blocks(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, softcap):
+def _forward_blocks(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT):
     (B, T, H, E), (S, K) = q_BTHE.shape, k_BSKE.shape[1:3]
     G, count, num_k_blocks = H // K, num_blocks(T, BLOCK_Q), num_blocks(S, BLOCK_K)
     laid = _layout(K, num_k_blocks)
@@ -179,7 +175,7 @@ def _forward_blocks(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, softcap):
             top, total, acc = carry
             key = j * BLOCK_K + jnp.arange(blocks * BLOCK_K, dtype=jnp.int32).reshape(1, -1)
             k_n, v_n = (_part(x, b, j * BLOCK_K, blocks * BLOCK_K, K) for x in (k, v))
-            logits = _logits("nqe,nke->nqk", q_n, k_n, softcap)
+            logits = _logits("nqe,nke->nqk", q_n, k_n)
             logits += _bias(k_start, k_end, key)[None]
             new_top = jnp.maximum(top, logits.max(-1))
             weights, rescale = jnp.exp(logits - new_top[..., None]), jnp.exp(top - new_top)
@@ -196,7 +192,7 @@ def _forward_blocks(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, softcap):
     return out.reshape(B, -1, H, E)[:, :T], lse_BHT[:, :, :T]
 
 
-def _backward_blocks(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, out_BTHE, lse_BHT, dout_BTHE, softcap):
+def _backward_blocks(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, out_BTHE, lse_BHT, dout_BTHE):
     (B, T, H, E), (S, K) = q_BTHE.shape, k_BSKE.shape[1:3]
     G, count, num_k_blocks = H // K, num_blocks(T, BLOCK_Q), num_blocks(S, BLOCK_K)
     laid = _layout(K, num_k_blocks)
@@ -218,7 +214,7 @@ def _backward_blocks(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, out_BTHE, lse
             key = j * BLOCK_K + jnp.arange(blocks * BLOCK_K, dtype=jnp.int32).reshape(-1, 1)
             bias = _bias(k_start, k_end, key)[None] - lse_n[:, None]
             k_n, v_n = (_part(x, b, j * BLOCK_K, blocks * BLOCK_K, K) for x in (k, v))
-            more = _gradients(q_n, k_n, v_n, delta_n, dout_n, bias, softcap)
+            more = _gradients(q_n, k_n, v_n, delta_n, dout_n, bias)
             return dq + more[0], _add_keys(dk, b, j, more[1]), _add_keys(dv, b, j, more[2])
 
         dq, *dk_dv = _over_keys(tile, bounds, b, i, num_k_blocks, (jnp.zeros_like(q_n), *dk_dv))

@@ -44,7 +44,7 @@ def launch(T: int, S: int, E: int, dtype, *, gradient: bool) -> Launch:
     return Launch(min(q, _power_of_two(T)), min(k, _power_of_two(S)), warps, stages)
 
 
-def forward(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, *, softcap, sizes=None, interpret=False):
+def forward(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, *, sizes=None, interpret=False):
     """out_BTHE in q's dtype and lse_BHT in float32."""
     (B, T, H, E), S = q_BTHE.shape, k_BSKE.shape[1]
     sizes = sizes or launch(T, S, E, q_BTHE.dtype, gradient=False)
@@ -52,7 +52,7 @@ def forward(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, *, softcap, sizes=None
     bounds = key_bounds(k_start_BT, k_end_BT, sizes.block_q, sizes.block_k)
     at = _Specs(sizes.block_q, q, k)
     out, lse = pl.pallas_call(
-        partial(_forward_kernel, block_k=sizes.block_k, scale=E**-0.5, softcap=softcap),
+        partial(_forward_kernel, block_k=sizes.block_k, scale=E**-0.5),
         grid=(q.shape[1] // sizes.block_q, H, B),
         in_specs=[at.bounds, at.queries, at.all_keys, at.all_keys, at.interval, at.interval],
         out_specs=[at.queries, at.per_query],
@@ -64,8 +64,8 @@ def forward(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, *, softcap, sizes=None
     return out[:, :T, :, :E], lse[:, :, :T]
 
 
-def backward(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, out_BTHE, lse_BHT, dout_BTHE, *, softcap,
-             sizes=None, interpret=False):
+def backward(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, out_BTHE, lse_BHT, dout_BTHE, *, sizes=None,
+             interpret=False):
     """dq_BTHE, dk_BSKE, dv_BSKE in the dtypes of q, k and v."""
     (T, H, E), (S, K) = q_BTHE.shape[1:], k_BSKE.shape[1:3]
     sizes = sizes or launch(T, S, E, q_BTHE.dtype, gradient=True)
@@ -76,7 +76,7 @@ def backward(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, out_BTHE, lse_BHT, do
     delta_BHT = (out_BTHE.astype(jnp.float32) * dout_BTHE.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
     arrays = (q, k, v, *pad_intervals(k_start_BT, k_end_BT, block_q), jnp.pad(lse_BHT, extra),
               jnp.pad(delta_BHT, extra), dout)
-    settings = dict(scale=E**-0.5, softcap=softcap)
+    settings = dict(scale=E**-0.5)
     call = partial(pl.pallas_call, interpret=interpret, compiler_params=plgpu.CompilerParams(
         num_warps=sizes.num_warps, num_stages=sizes.num_stages))
     at = _Specs(block_q, q, k)
@@ -124,13 +124,13 @@ class _KeySpecs:
 
 
 def _forward_kernel(bounds_ref, q_ref, k_ref, v_ref, k_start_ref, k_end_ref, out_ref, lse_ref, *, block_k,
-                    scale, softcap):
+                    scale):
     q, k_start, k_end = q_ref[...], k_start_ref[...], k_end_ref[...]
 
     def step(j, carry, masked):
         top, total, acc = carry
         at = pl.ds(j * block_k, block_k)
-        s_qk = _scores(q, k_ref[at, :], scale, softcap)
+        s_qk = _scores(q, k_ref[at, :], scale)
         if masked:
             s_qk = jnp.where(_visible(s_qk.shape, j * block_k, k_start, k_end), s_qk, HIDDEN)
         new_top = jnp.maximum(top, s_qk.max(1))
@@ -148,7 +148,7 @@ def _forward_kernel(bounds_ref, q_ref, k_ref, v_ref, k_start_ref, k_end_ref, out
 
 
 def _dq_kernel(bounds_ref, q_ref, k_ref, v_ref, k_start_ref, k_end_ref, lse_ref, delta_ref, dout_ref, dq_ref,
-               *, block_k, scale, softcap):
+               *, block_k, scale):
     q, dout, lse, delta = q_ref[...], dout_ref[...], lse_ref[...], delta_ref[...]
     k_start, k_end = k_start_ref[...], k_end_ref[...]
 
@@ -156,7 +156,7 @@ def _dq_kernel(bounds_ref, q_ref, k_ref, v_ref, k_start_ref, k_end_ref, lse_ref,
         at = pl.ds(j * block_k, block_k)
         k = k_ref[at, :]
         visible = _visible((q.shape[0], block_k), j * block_k, k_start, k_end) if masked else None
-        _, ds_qk = _probabilities(q, k, v_ref[at, :], dout, lse, delta, visible, scale, softcap)
+        _, ds_qk = _probabilities(q, k, v_ref[at, :], dout, lse, delta, visible, scale)
         return dq + _dot(ds_qk.astype(k.dtype), k, 1, 0)
 
     dq = _loop(bounds_ref, step, jnp.zeros(q.shape, jnp.float32))
@@ -164,7 +164,7 @@ def _dq_kernel(bounds_ref, q_ref, k_ref, v_ref, k_start_ref, k_end_ref, lse_ref,
 
 
 def _dkv_kernel(bounds_ref, q_ref, k_ref, v_ref, k_start_ref, k_end_ref, lse_ref, delta_ref, dout_ref, dk_ref,
-                dv_ref, *, block_q, scale, softcap):
+                dv_ref, *, block_q, scale):
     k, v, first_key = k_ref[...], v_ref[...], pl.program_id(0) * k_ref.shape[0]
 
     def step(i, carry, masked, g):
@@ -174,7 +174,7 @@ def _dkv_kernel(bounds_ref, q_ref, k_ref, v_ref, k_start_ref, k_end_ref, lse_ref
         visible = None
         if masked:
             visible = _visible((block_q, k.shape[0]), first_key, k_start_ref[at], k_end_ref[at])
-        p_qk, ds_qk = _probabilities(q, k, v, dout, lse_ref[g, at], delta_ref[g, at], visible, scale, softcap)
+        p_qk, ds_qk = _probabilities(q, k, v, dout, lse_ref[g, at], delta_ref[g, at], visible, scale)
         return dk + _dot(ds_qk.astype(q.dtype), q, 0, 0), dv + _dot(p_qk.astype(dout.dtype), dout, 0, 0)
 
     zeros = jnp.zeros(k.shape, jnp.float32)
@@ -196,9 +196,8 @@ def _loop(bounds_ref, step, carry):
     return lax.fori_loop(0, before + end - full_end, edge, carry)
 
 
-def _scores(q, k, scale, softcap):
-    s_qk = _dot(q, k, 1, 1) * scale
-    return s_qk if softcap is None else softcap * jnp.tanh(s_qk / softcap)
+def _scores(q, k, scale):
+    return _dot(q, k, 1, 1) * scale
 
 
 def _visible(shape, first_key, k_start, k_end):
@@ -206,15 +205,13 @@ def _visible(shape, first_key, k_start, k_end):
     return (k_start[:, None] <= key_qk) & (key_qk < k_end[:, None])
 
 
-def _probabilities(q, k, v, dout, lse, delta, visible, scale, softcap):
+def _probabilities(q, k, v, dout, lse, delta, visible, scale):
     """The softmax of one block, and the gradient of its logits (but for the factor `scale`)."""
-    s_qk = _scores(q, k, scale, softcap)
+    s_qk = _scores(q, k, scale)
     p_qk = jnp.exp(s_qk - lse[:, None])
     if visible is not None:
         p_qk = jnp.where(visible, p_qk, 0.0)
     ds_qk = p_qk * (_dot(dout, v, 1, 1) - delta[:, None])
-    if softcap is not None:
-        ds_qk *= 1 - jnp.square(s_qk / softcap)
     return p_qk, ds_qk
 
 

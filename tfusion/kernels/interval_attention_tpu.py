@@ -28,7 +28,7 @@ HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # not -inf: the difference of
 LANES = 128  # a block's length lies along the lanes, so it is a multiple of this
 
 
-def forward(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, *, softcap, blocks=None, interpret=False):
+def forward(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, *, blocks=None, interpret=False):
     """out_BTHE in q's dtype and lse_BHT in float32."""
     (B, T, H, E), (S, K) = q_BTHE.shape, k_BSKE.shape[1:3]
     block_q, block_k = blocks or block_sizes(T, S, E, q_BTHE.dtype)
@@ -36,7 +36,7 @@ def forward(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, *, softcap, blocks=Non
     bounds = key_bounds(k_start_BT, k_end_BT, block_q, block_k)
     at = _QueryGrid(block_q, block_k, E, H // K)
     out, lse = pl.pallas_call(
-        partial(_forward_kernel, scale=E**-0.5, softcap=softcap),
+        partial(_forward_kernel, scale=E**-0.5),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4, grid=(B, H, q.shape[2] // block_q, _steps(bounds)),
             in_specs=[at.queries, at.keys, at.keys, at.interval, at.interval],
@@ -50,8 +50,8 @@ def forward(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, *, softcap, blocks=Non
     return out[:, :, :T].swapaxes(1, 2), lse[:, :, 0, :T]
 
 
-def backward(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, out_BTHE, lse_BHT, dout_BTHE, *, softcap,
-             blocks=None, interpret=False):
+def backward(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, out_BTHE, lse_BHT, dout_BTHE, *, blocks=None,
+             interpret=False):
     """dq_BTHE, dk_BSKE, dv_BSKE in the dtypes of q, k and v."""
     (T, H, E), (S, K) = q_BTHE.shape[1:], k_BSKE.shape[1:3]
     block_q, block_k = blocks or block_sizes(T, S, E, q_BTHE.dtype)
@@ -61,7 +61,7 @@ def backward(q_BTHE, k_BSKE, v_BSKE, k_start_BT, k_end_BT, out_BTHE, lse_BHT, do
     delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)[:, :, None]
     bounds = key_bounds(k_start_BT, k_end_BT, block_q, block_k)
     arrays = (q, k, v, *_lanes(k_start_BT, k_end_BT, block_q), lse, delta, dout)
-    settings = dict(scale=E**-0.5, softcap=softcap)
+    settings = dict(scale=E**-0.5)
     dq = _call_dq(arrays, bounds, _QueryGrid(block_q, block_k, E, H // K), settings, interpret)
     bounds = query_bounds(bounds, num_blocks(S, block_k))
     dk, dv = _call_dkv(arrays, bounds, _KeyGrid(block_q, block_k, E, H // K), settings, interpret)
@@ -145,7 +145,7 @@ class _KeyGrid:
 
 
 def _forward_kernel(start, end, full_start, full_end, q_ref, k_ref, v_ref, k_start_ref, k_end_ref, out_ref,
-                    lse_ref, max_ref, sum_ref, acc_ref, *, scale, softcap):
+                    lse_ref, max_ref, sum_ref, acc_ref, *, scale):
     b, i, n = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     j = start[b, i] + n
 
@@ -156,7 +156,7 @@ def _forward_kernel(start, end, full_start, full_end, q_ref, k_ref, v_ref, k_sta
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
     def step(masked):
-        s_kq = _scores(q_ref[...], k_ref[...], scale, softcap)
+        s_kq = _scores(q_ref[...], k_ref[...], scale)
         if masked:
             s_kq = jnp.where(_visible(s_kq.shape, j, k_start_ref, k_end_ref), s_kq, HIDDEN)
         new_max = jnp.maximum(max_ref[...], s_kq.max(0, keepdims=True))
@@ -175,7 +175,7 @@ def _forward_kernel(start, end, full_start, full_end, q_ref, k_ref, v_ref, k_sta
 
 
 def _dq_kernel(start, end, full_start, full_end, q_ref, k_ref, v_ref, k_start_ref, k_end_ref, lse_ref,
-               delta_ref, dout_ref, dq_ref, acc_ref, *, scale, softcap):
+               delta_ref, dout_ref, dq_ref, acc_ref, *, scale):
     b, i, n = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     j = start[b, i] + n
 
@@ -187,7 +187,7 @@ def _dq_kernel(start, end, full_start, full_end, q_ref, k_ref, v_ref, k_start_re
         visible = partial(_visible, block=j, k_start_ref=k_start_ref, k_end_ref=k_end_ref) if masked else None
         k = k_ref[...]
         _, ds_kq = _probabilities(q_ref[...], k, v_ref[...], dout_ref[...], lse_ref[...], delta_ref[...],
-                                  visible, scale, softcap)
+                                  visible, scale)
         acc_ref[...] += _dot(k, ds_kq.astype(k.dtype), 0, 0)  # (E, q): transposing k is cheaper than ds
 
     _run(step, j, end[b, i], full_start[b, i], full_end[b, i])
@@ -198,7 +198,7 @@ def _dq_kernel(start, end, full_start, full_end, q_ref, k_ref, v_ref, k_start_re
 
 
 def _dkv_kernel(start, end, full_start, full_end, q_ref, k_ref, v_ref, k_start_ref, k_end_ref, lse_ref,
-                delta_ref, dout_ref, dk_ref, dv_ref, dk_acc_ref, dv_acc_ref, *, scale, softcap):
+                delta_ref, dout_ref, dk_ref, dv_ref, dk_acc_ref, dv_acc_ref, *, scale):
     b, j, g, n = pl.program_id(0), pl.program_id(2), pl.program_id(3), pl.program_id(4)
     i = start[b, j] + n
 
@@ -211,7 +211,7 @@ def _dkv_kernel(start, end, full_start, full_end, q_ref, k_ref, v_ref, k_start_r
         visible = partial(_visible, block=j, k_start_ref=k_start_ref, k_end_ref=k_end_ref) if masked else None
         q, dout = q_ref[...], dout_ref[...]
         p_kq, ds_kq = _probabilities(q, k_ref[...], v_ref[...], dout, lse_ref[...], delta_ref[...], visible,
-                                     scale, softcap)
+                                     scale)
         dv_acc_ref[...] += _dot(p_kq.astype(dout.dtype), dout, 1, 0)
         dk_acc_ref[...] += _dot(ds_kq.astype(q.dtype), q, 1, 0)
 
@@ -230,9 +230,8 @@ def _run(step, block, end, full_start, full_end):
     pl.when((block < end) & ~full)(lambda: step(True))
 
 
-def _scores(q, k, scale, softcap):
-    s_kq = _dot(k, q, 1, 1) * scale
-    return s_kq if softcap is None else softcap * jnp.tanh(s_kq / softcap)
+def _scores(q, k, scale):
+    return _dot(k, q, 1, 1) * scale
 
 
 def _visible(shape, block, k_start_ref, k_end_ref):
@@ -240,15 +239,13 @@ def _visible(shape, block, k_start_ref, k_end_ref):
     return (k_start_ref[...] <= key_kq) & (key_kq < k_end_ref[...])
 
 
-def _probabilities(q, k, v, dout, lse, delta, visible, scale, softcap):
+def _probabilities(q, k, v, dout, lse, delta, visible, scale):
     """The softmax of one block, and the gradient of its logits (but for the factor `scale`)."""
-    s_kq = _scores(q, k, scale, softcap)
+    s_kq = _scores(q, k, scale)
     p_kq = jnp.exp(s_kq - lse)
     if visible is not None:
         p_kq = jnp.where(visible(s_kq.shape), p_kq, 0.0)
     ds_kq = p_kq * (_dot(v, dout, 1, 1) - delta)
-    if softcap is not None:
-        ds_kq *= 1 - jnp.square(s_kq / softcap)
     return p_kq, ds_kq
 
 
