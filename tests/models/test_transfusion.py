@@ -14,17 +14,25 @@ from flax import linen as nn
 
 from experiments import transfusion as experiment
 from tfusion import config
-from tfusion.models import image_adapters, lm_head
+from tfusion.models import lm_head
+from tfusion.models.adapters import linear
+from tfusion.models.adapters.linear import LinearConfig
 from tfusion.models.masks import dense_mask
-from tfusion.models.transfusion import Transfusion, gather_patches, patch_positions, scatter_patches
+from tfusion.models.transfusion import (
+    ModelConfig,
+    Transfusion,
+    gather_patches,
+    patch_positions,
+    scatter_patches,
+)
 from tfusion.types import BOS, EOS, PAD, Batch
 
-MODEL = config.ModelConfig(
-    num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, d_ff=32, text_vocab_size=20, latent_size=4,
-    latent_channels=2, patch_size=2, adapter="linear", patch_positions="learned",
-    image_attention="bidirectional", remat="none", compute_dtype="float32")
+MODEL = ModelConfig(
+    num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, d_ff=32, text_vocab_size=20,
+    image_attention="bidirectional", remat="none", compute_dtype="float32",
+    adapter=LinearConfig("linear", latent_size=4, latent_channels=2, patch_size=2, patch_positions="learned"))
 MODES = ("bidirectional", "causal")
-N, BOI, EOI = MODEL.num_patches, MODEL.boi, MODEL.eoi
+N, BOI, EOI = MODEL.num_patches, MODEL.text_vocab_size, MODEL.text_vocab_size + 1
 IMAGE = [BOI, -1, -1, -1, -1, EOI]  # -1: a patch
 # Two captioned pictures; a picture first; two pictures with nothing between; text only; then padding.
 DOCUMENTS = ([BOS, 5, 6, *IMAGE, 7, *IMAGE, EOS], [BOS, *IMAGE, 8, EOS], [BOS, 9, *[-1] * 2 * N, 4, EOS],
@@ -183,7 +191,7 @@ def test_timestep_reaches_its_image_and_what_follows_only():
 def test_timestep_features_tell_neighbouring_steps_apart():
     """cos and sin of 1000 t times 10^(-4 i / half), for all of DDPM's 1000 steps."""
     t = np.arange(1, 1001) / 1000
-    features = np.asarray(image_adapters.timestep_features(jnp.asarray(t, jnp.float32)))
+    features = np.asarray(linear.timestep_features(jnp.asarray(t, jnp.float32)))
     angle = 1000 * t[:, None] * 10_000.0 ** (-np.arange(128) / 128)
     np.testing.assert_allclose(features, np.concatenate([np.cos(angle), np.sin(angle)], -1), atol=1e-3)
     assert np.abs(np.diff(features, axis=0)).max(axis=1).min() > 0.5
@@ -233,13 +241,13 @@ def test_gather_undoes_scatter(seed):
 @pytest.mark.parametrize("k, size", [(1, 4), (2, 8), (4, 8), (8, 8)])
 def test_patches_are_windows_left_to_right_top_to_bottom(k, size):
     x = np.arange(2 * 3 * size * size * 2, dtype=np.float32).reshape(2, 3, size, size, 2)
-    patches = np.asarray(image_adapters.patchify(x, k))
+    patches = np.asarray(linear.patchify(x, k))
     across = size // k
     for n in range(across**2):
         top, left = n // across * k, n % across * k
         window = x[:, :, top : top + k, left : left + k]
         np.testing.assert_array_equal(patches[:, :, n], window.reshape(2, 3, -1))
-    np.testing.assert_array_equal(image_adapters.unpatchify(patches, k, size), x)
+    np.testing.assert_array_equal(linear.unpatchify(patches, k, size), x)
 
 
 PAPER = {  # reference/paper.md 1.1 (parameters with untied 32k embeddings) and 1.2 (adapter's share)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from tfusion.config import choice, component
-from tfusion.models import image_adapters  # noqa: F401 (registers)
+from tfusion.models import adapters  # noqa: F401 (registers)
 from tfusion.models.masks import key_intervals
 from tfusion.models.rope import rope_tables
 from tfusion.models.transformer import Decoder, TransformerConfig, kernel
@@ -94,7 +94,8 @@ class Transfusion(nn.Module):
         positions = patch_positions(batch.image_start_BI, cfg.num_patches)
         table_VD = constrain(embedding_VD.astype(dtype), "vocab", None)  # gathered over fsdp, once
         x_BTD = table_VD[batch.tokens_BT]
-        x_BTD = scatter_patches(x_BTD, adapter.encode(x_t_BIhwc.astype(dtype), t_BI), positions)
+        patches_BIND, skips = adapter.encode(x_t_BIhwc.astype(dtype), t_BI)
+        x_BTD = scatter_patches(x_BTD, patches_BIND, positions)
         x_BTD = constrain(x_BTD, "batch", "length", "hidden")
 
         rope = rope_tables(batch.positions_BT, cfg.head_dim)
@@ -102,4 +103,4 @@ class Transfusion(nn.Module):
         h_BTD = Decoder(cfg, name="decoder")(x_BTD, rope, intervals)
 
         h_BIND = gather_patches(h_BTD, positions, cfg.num_patches)
-        return ModelOutput(h_BTD, head_DV, adapter.decode(h_BIND))
+        return ModelOutput(h_BTD, head_DV, adapter.decode(h_BIND, t_BI, skips))
