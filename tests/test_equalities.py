@@ -353,29 +353,31 @@ def test_packed_rows_equal_each_document_alone(runs):
         eps_alone[i, :k] = eps[row, slots[row] : slots[row] + k]
         starts[row], slots[row] = starts[row] + n, slots[row] + k
 
+    transformer = Transfusion(model)
+
     def total(params, batch, t, eps):
         a = schedule.alpha_bar(t)
         x0 = batch.latents_BIhwc
-        out = Transfusion(model).apply({"params": params}, batch, process.add_noise(x0, eps, a), t)
+        h_BTD, prediction = transformer.apply({"params": params}, batch, process.add_noise(x0, eps, a), t)
         target = process.target(runs.cfg.diffusion.prediction, x0, eps, a)
-        lm = lm_head.next_token_loss(out.hidden_BTD, out.lm_head_DV, batch.tokens_BT, batch.loss_mask_BT,
-                                     model.vocab_size)
-        diffusion = diffusion_losses(out.prediction_BIhwc, target, t, batch.max_t_BI)["diffusion_loss"]
-        return lm[0] + diffusion[0], (lm, diffusion, out)
+        head_DV = transformer.apply({"params": params}, method="lm_head")
+        lm = lm_head.next_token_loss(h_BTD, head_DV, batch.tokens_BT, batch.loss_mask_BT, model.vocab_size)
+        diffusion = diffusion_losses(prediction, target, t, batch.max_t_BI)["diffusion_loss"]
+        logits = transformer.apply({"params": params}, h_BTD, method="logits")
+        return lm[0] + diffusion[0], (lm, diffusion, logits, prediction)
 
     fn = jax.jit(jax.value_and_grad(total, has_aux=True))
     params = runs.start_state.params
-    (_, (*losses, out)), grads = jax.device_get(fn(params, together, t_BI, eps))
-    (_, (*losses_alone, out_alone)), grads_alone = jax.device_get(fn(params, alone, t_alone, eps_alone))
+    (_, (*losses, logits, prediction)), grads = jax.device_get(fn(params, together, t_BI, eps))
+    (_, (*losses_alone, logits_alone, prediction_alone)), grads_alone = jax.device_get(
+        fn(params, alone, t_alone, eps_alone))
     for (a, n), (b, m) in zip(losses, losses_alone):
         assert n == m > 0
         assert float(a) == pytest.approx(float(b), rel=LOSS_RTOL)
-    logits, logits_alone = (np.asarray(lm_head.logits(x.hidden_BTD, x.lm_head_DV, model.vocab_size))
-                            for x in (out, out_alone))
     for i, (row, start, slot, n, k) in enumerate(places):
         np.testing.assert_allclose(logits[row, start : start + n], logits_alone[i, :n], rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(out.prediction_BIhwc[row, slot : slot + k],
-                                   out_alone.prediction_BIhwc[i, :k], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(prediction[row, slot : slot + k], prediction_alone[i, :k],
+                                   rtol=1e-4, atol=1e-5)
     assert_gradients_equal(grads, grads_alone)
 
 

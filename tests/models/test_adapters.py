@@ -22,8 +22,8 @@ class HalvesConfig:
     latent_shape: tuple = (4, 4, 2)
     num_patches: int = N
 
-    def make(self, d_model: int, name: str | None = None) -> nn.Module:
-        return Halves(d_model, name=name)
+    def make(self, d_model: int) -> nn.Module:
+        return Halves(d_model)
 
 
 class Halves(nn.Module):
@@ -64,8 +64,8 @@ def test_an_adapter_with_skips():
     detail -= Halves(cfg.d_model).double(detail.reshape(1, I, 2, 2, 2, 2, -1).mean((3, 5)))
     model = Transfusion(cfg)
     params = jax.jit(model.init)(jax.random.key(0), batch, x, t)
-    out, moved = (jax.jit(model.apply)(params, batch, each, t) for each in (x, x + detail))
-    np.testing.assert_allclose(moved.prediction_BIhwc - out.prediction_BIhwc,
-                               t[..., None, None, None] * detail, atol=1e-5)
-    np.testing.assert_allclose(moved.hidden_BTD, out.hidden_BTD, atol=1e-5)
-    assert jnp.abs(out.prediction_BIhwc[0, 0] - out.prediction_BIhwc[0, 1]).max() > 0.1
+    (h, prediction), (h_moved, moved) = (
+        jax.jit(model.apply)(params, batch, each, t) for each in (x, x + detail))
+    np.testing.assert_allclose(moved - prediction, t[..., None, None, None] * detail, atol=1e-5)
+    np.testing.assert_allclose(h_moved, h, atol=1e-5)
+    assert jnp.abs(prediction[0, 0] - prediction[0, 1]).max() > 0.1

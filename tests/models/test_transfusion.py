@@ -14,7 +14,6 @@ from flax import linen as nn
 
 from experiments import transfusion as experiment
 from tfusion import config
-from tfusion.models import lm_head
 from tfusion.models.adapters import linear
 from tfusion.models.adapters.linear import LinearConfig
 from tfusion.models.masks import dense_mask
@@ -88,13 +87,13 @@ def model_and_params(mode: str, dtype: str = "float32"):
 
 @functools.cache
 def apply(mode: str, dtype: str = "float32"):
-    model, params = model_and_params(mode, dtype)
-    return jax.jit(functools.partial(model.apply, params))
+    """(batch, x_t, t) -> (logits (B, T, padded V), prediction_BIhwc)"""
+    return jax.jit(functools.partial(heads, *model_and_params(mode, dtype)))
 
 
-def logits_of(out):
-    """float32 (B, T, V), V the padded vocabulary."""
-    return lm_head.logits(out.hidden_BTD, out.lm_head_DV, MODEL.vocab_size)
+def heads(model, params, batch, x_t, t):
+    h_BTD, prediction = model.apply(params, batch, x_t, t)
+    return model.apply(params, h_BTD, method="logits"), prediction
 
 
 def by_patch(x_Ihwc):
@@ -113,11 +112,11 @@ def jacobians(mode: str):
     x_t, t = latents()
 
     def scalars(x_t):
-        out = model.apply(params, ROW, x_t, t)
-        weighted = out.prediction_BIhwc[0] * w_latent[None]
+        logits, prediction = heads(model, params, ROW, x_t, t)
+        weighted = prediction[0] * w_latent[None]
         patches = [weighted[i, y : y + 2, x : x + 2].sum()
                    for i in range(USED) for y in (0, 2) for x in (0, 2)]
-        return logits_of(out)[0, :, : MODEL.vocab_size] @ w_logits, jnp.stack(patches)
+        return logits[0, :, : MODEL.vocab_size] @ w_logits, jnp.stack(patches)
 
     return tuple(np.abs(by_patch(np.asarray(j)[:, 0])).sum(-1) for j in jax.jit(jax.jacrev(scalars))(x_t))
 
@@ -147,8 +146,7 @@ def test_changing_a_token_changes_exactly_who_sees_it(mode):
     plain, x_t, t = repeat(ROW, T), *(np.repeat(x, T, axis=0) for x in latents())
     changed = plain._replace(tokens_BT=np.where(np.eye(T, dtype=bool), 13, plain.tokens_BT))
     (before, predicted), (after, predicted_after) = (
-        (logits_of(out), out.prediction_BIhwc)
-        for out in (apply(mode)(batch, x_t, t) for batch in (plain, changed)))
+        apply(mode)(batch, x_t, t) for batch in (plain, changed))
     touched = (np.asarray(before) != np.asarray(after)).any(-1).T  # [query, changed position]
     touched_patches = (by_patch(np.asarray(predicted)) != by_patch(np.asarray(predicted_after))).any(-1).T
     expected = np.array(dense_mask(ROW.segment_ids_BT, ROW.image_ids_BT, mode))[0]
@@ -164,26 +162,25 @@ def test_unused_slots_change_no_bit():
     out = apply("bidirectional")(ROW, x_t, t)
     same = apply("bidirectional")(ROW, np.where(used[..., None, None, None], x_t, other_x),
                                   np.where(used, t, other_t))
-    np.testing.assert_array_equal(logits_of(out), logits_of(same))
-    np.testing.assert_array_equal(out.prediction_BIhwc, same.prediction_BIhwc)
+    for each, its_own in zip(out, same):
+        np.testing.assert_array_equal(each, its_own)
     assert 0 < used.sum() < I
 
 
 def test_clean_latents_of_the_batch_are_not_read():
     """They are NaN in ROW; the model sees the noisy ones only."""
-    out = apply("bidirectional")(ROW, *latents())
-    assert np.isfinite(logits_of(out)).all() and np.isfinite(out.prediction_BIhwc).all()
+    assert all(np.isfinite(out).all() for out in apply("bidirectional")(ROW, *latents()))
 
 
 def test_timestep_reaches_its_image_and_what_follows_only():
     x_t, t = latents()
     slot = 1  # the second picture of the first document
     other = np.where(np.arange(I) == slot, t / 2, t)
-    out, moved = (apply("bidirectional")(ROW, x_t, each) for each in (t, other))
-    changed = (np.asarray(out.prediction_BIhwc) != np.asarray(moved.prediction_BIhwc))[0].any((1, 2, 3))
-    np.testing.assert_array_equal(changed, np.arange(I) == slot)
-    assert np.abs(out.prediction_BIhwc - moved.prediction_BIhwc)[0, slot].max() > 1e-3
-    changed = (np.asarray(logits_of(out)) != np.asarray(logits_of(moved)))[0].any(-1)
+    (logits, prediction), (logits_moved, moved) = (
+        map(np.asarray, apply("bidirectional")(ROW, x_t, each)) for each in (t, other))
+    np.testing.assert_array_equal((prediction != moved)[0].any((1, 2, 3)), np.arange(I) == slot)
+    assert np.abs(prediction - moved)[0, slot].max() > 1e-3
+    changed = (logits != logits_moved)[0].any(-1)
     after = (ROW.segment_ids_BT[0] == 1) & (np.arange(T) >= ROW.image_start_BI[0, slot])
     np.testing.assert_array_equal(changed, after)
 
@@ -198,7 +195,7 @@ def test_timestep_features_tell_neighbouring_steps_apart():
 
 
 def test_vocabulary_padding_gets_no_probability():
-    logits = logits_of(apply("bidirectional")(ROW, *latents()))
+    logits, _ = apply("bidirectional")(ROW, *latents())
     probabilities = np.asarray(jax.nn.softmax(logits))
     assert logits.shape[-1] == MODEL.padded_vocab_size > MODEL.vocab_size
     assert (probabilities[..., MODEL.vocab_size :] == 0).all()
@@ -208,9 +205,10 @@ def test_vocabulary_padding_gets_no_probability():
 def test_outputs_are_float32_under_bfloat16_compute():
     """And near the float32 model's, so the compute dtype is a matter of rounding alone."""
     out, exact = (apply("bidirectional", dtype)(ROW, *latents()) for dtype in ("bfloat16", "float32"))
-    assert out.hidden_BTD.dtype == jnp.bfloat16 and out.lm_head_DV.dtype == jnp.float32
-    pairs = (logits_of(out), logits_of(exact)), (out.prediction_BIhwc, exact.prediction_BIhwc)
-    for low, high in pairs:
+    model, params = model_and_params("bidirectional", "bfloat16")
+    assert jax.eval_shape(model.apply, params, ROW, *latents())[0].dtype == jnp.bfloat16
+    assert model.apply(params, method="lm_head").dtype == jnp.float32
+    for low, high in zip(out, exact):
         assert low.dtype == jnp.float32
         real = np.asarray(high) > -1e8  # not the padding of the vocabulary
         low, high = np.asarray(low)[real], np.asarray(high)[real]

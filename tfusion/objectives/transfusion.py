@@ -101,12 +101,12 @@ def make(cfg: TransfusionConfig) -> Objective:
                                cfg.process.num_timesteps)
         a_BI = schedule.alpha_bar(t_BI)
         x_t = process.add_noise(x0, eps, a_BI)
-        out = model.apply({"params": params}, batch, x_t, t_BI)
+        h_BTD, prediction = model.apply({"params": params}, batch, x_t, t_BI)
         target = process.target(cfg.process.prediction, x0, eps, a_BI)
-        lm_loss = next_token_loss(out.hidden_BTD, out.lm_head_DV, batch.tokens_BT, batch.loss_mask_BT,
-                                  model_cfg.vocab_size)
+        head_DV = model.apply({"params": params}, method="lm_head")
+        lm_loss = next_token_loss(h_BTD, head_DV, batch.tokens_BT, batch.loss_mask_BT, model_cfg.vocab_size)
         return {"lm_loss": lm_loss,
-                **diffusion_losses(out.prediction_BIhwc, target, t_BI, batch.max_t_BI)}
+                **diffusion_losses(prediction, target, t_BI, batch.max_t_BI)}
 
     def counts(batch: Batch):
         elements = np.float32(np.prod(batch.latents_BIhwc.shape[2:]))

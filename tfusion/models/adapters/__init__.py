@@ -1,6 +1,6 @@
 """Between image latents and transformer positions. One file per kind; its config, registered under "adapter",
 says `latent_shape`, `num_patches` (N: how many positions an image takes), `flops(d_model, patches, images)`,
-and makes the Linen module, `make(d_model, name)`, with
+and makes the Linen module, `make(d_model)`, with
 
   encode(x_BIhwc, t_BI) -> (x_BIND, skips)   noisy latents and their t, one vector per patch, in x's dtype
   decode(h_BIND, t_BI, skips)                the transformer's outputs there, the diffusion target's estimate

@@ -70,8 +70,8 @@ class LinearConfig:
         return ((4.0 + 6.0) * self.patch_values * d_model * patches
                 + (4.0 * TIME_FEATURES * d_model + 6.0 * d_model**2) * images)
 
-    def make(self, d_model: int, name: str) -> nn.Module:
-        return LinearAdapter(self, d_model, name=name)
+    def make(self, d_model: int) -> nn.Module:
+        return LinearAdapter(self, d_model)
 
 
 class LinearAdapter(nn.Module):
