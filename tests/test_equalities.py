@@ -353,7 +353,7 @@ def test_packed_rows_equal_each_document_alone(runs):
         eps_alone[i, :k] = eps[row, slots[row] : slots[row] + k]
         starts[row], slots[row] = starts[row] + n, slots[row] + k
 
-    transformer = Transfusion(model)
+    transformer = Transfusion(model, data.seq_len)
 
     def total(params, batch, t, eps):
         a = schedule.alpha_bar(t)

@@ -37,7 +37,7 @@ def packed() -> Batch:
 
 def our_logits():
     """(B, T, V)"""
-    model, batch = Transfusion(CFG), packed()
+    model, batch = Transfusion(CFG, inputs.T), packed()
     noisy, t = batch.latents_BIhwc, batch.max_t_BI
     shapes = flatten_dict(nn.unbox(jax.eval_shape(model.init, jax.random.key(0), batch, noisy, t))["params"],
                           sep="/")

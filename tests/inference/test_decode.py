@@ -315,7 +315,7 @@ def test_forward_equals_the_training_forward(random_params):
     np.testing.assert_array_equal(rows.tokens_BT[0, :n], example.tokens_L)
     np.testing.assert_array_equal(rows.image_ids_BT[0, :n], example.image_ids_L)
     np.testing.assert_array_equal(rows.latents_BIhwc[0, :2], [x, y])
-    training = jax.jit(Transfusion(MODEL).apply)
+    training = jax.jit(Transfusion(MODEL, CFG.data.seq_len).apply)
     decoding = jax.jit(decode.forward, static_argnums=0)
 
     def inputs(latents_BIhwc, slots, t):

@@ -62,7 +62,7 @@ def test_an_adapter_with_skips():
     x = rng.standard_normal((1, I, *cfg.latent_shape)).astype(np.float32)
     detail = rng.standard_normal((1, I, *cfg.latent_shape)).astype(np.float32)
     detail -= Halves(cfg.d_model).double(detail.reshape(1, I, 2, 2, 2, 2, -1).mean((3, 5)))
-    model = Transfusion(cfg)
+    model = Transfusion(cfg, T)
     params = jax.jit(model.init)(jax.random.key(0), batch, x, t)
     (h, prediction), (h_moved, moved) = (
         jax.jit(model.apply)(params, batch, each, t) for each in (x, x + detail))

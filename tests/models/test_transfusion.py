@@ -74,7 +74,7 @@ def latents(seed: int = 0):
 @functools.cache
 def model_and_params(mode: str, dtype: str = "float32"):
     """The model with every parameter random (the adapter's output starts at zero, which hides leaks)."""
-    model = Transfusion(dataclasses.replace(MODEL, image_attention=mode, compute_dtype=dtype))
+    model = Transfusion(dataclasses.replace(MODEL, image_attention=mode, compute_dtype=dtype), T)
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), ROW, *latents()))
     rng = np.random.default_rng(1)
 
@@ -259,7 +259,7 @@ def test_parameter_counts_are_the_papers(size):
     cfg = config.from_dict(experiment.get_config(size)).model
     row = jnp.zeros((1, cfg.num_patches), jnp.int32)
     batch = Batch(row[:, 0], row, row, row, row, row, row, row[:, :1], row[:, :1], None)
-    shapes = jax.eval_shape(Transfusion(cfg).init, jax.random.key(0), batch,
+    shapes = jax.eval_shape(Transfusion(cfg, cfg.num_patches).init, jax.random.key(0), batch,
                             jnp.zeros((1, 1, *cfg.latent_shape)), jnp.zeros((1, 1)))["params"]
     total, adapter = (sum(x.size for x in jax.tree.leaves(tree))
                       for tree in (shapes, shapes["image_adapter"]))

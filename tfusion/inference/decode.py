@@ -79,14 +79,14 @@ def start_rows(cfg: TransfusionConfig, prompts: list, seed: int, max_len: int, f
 
 def forward(cfg: TransfusionConfig, params, rows: Rows, x_BIhwc, t_BI):
     """(h_BTD, the diffusion target's estimate)"""
-    return Transfusion(cfg.model).apply({"params": params}, as_batch(rows), x_BIhwc, t_BI)
+    return Transfusion(cfg.model, cfg.data.seq_len).apply({"params": params}, as_batch(rows), x_BIhwc, t_BI)
 
 
 def _next_tokens(cfg: TransfusionConfig, params, rows: Rows, temperature):
     """One text token per row: greedy at temperature 0. Never pad, bos, eoi, nor BOI without room."""
     B, T = rows.tokens_BT.shape
     h_BTD, _ = forward(cfg, params, rows, rows.latents_BIhwc, jnp.zeros(rows.image_start_BI.shape))
-    logits = Transfusion(cfg.model).apply(
+    logits = Transfusion(cfg.model, cfg.data.seq_len).apply(
         {"params": params}, h_BTD[jnp.arange(B), rows.length_B - 1], method="logits")
     ids = jnp.arange(logits.shape[-1])
     never = (ids == PAD) | (ids == BOS) | (ids == cfg.vocabulary.eoi)

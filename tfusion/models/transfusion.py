@@ -80,6 +80,7 @@ def gather_patches(h_BTD, positions, num_patches: int):
 
 class Transfusion(nn.Module):
     cfg: ModelConfig
+    seq_len: int  # positions that a document can have: RoPE's tables
 
     def setup(self):
         cfg = self.cfg
@@ -109,7 +110,7 @@ class Transfusion(nn.Module):
     def hidden(self, x_BTD, sight: Sight):
         """The last hidden states h_BTD, after the final norm, in the compute dtype."""
         x_BTD = constrain(x_BTD, "batch", "length", "hidden")
-        rope = rope_tables(sight.positions_BT, self.cfg.head_dim)
+        rope = rope_tables(sight.positions_BT, self.cfg.head_dim, self.seq_len)
         return self.decoder(x_BTD, rope, sight[1:])
 
     def lm_head(self):

@@ -85,7 +85,7 @@ def diffusion_losses(prediction_BIhwc, target_BIhwc, t_BI, max_t_BI):
 
 def make(cfg: TransfusionConfig) -> Objective:
     model_cfg = cfg.model
-    model = Transfusion(model_cfg)
+    model = Transfusion(model_cfg, cfg.data.seq_len)
 
     def init(key):
         slots = jax.eval_shape(lambda: jnp.zeros((1, 1, *model_cfg.latent_shape)))
