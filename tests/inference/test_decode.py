@@ -199,7 +199,8 @@ def test_only_the_picture_being_drawn_is_noisy(monkeypatch):
             return None, jnp.zeros(x_BIhwc.shape)
 
         monkeypatch.setattr(decode, "forward", forward)
-        monkeypatch.setattr(sampler, "sample", lambda denoise, *_: denoise(noisy[None], jnp.full(1, t))[0])
+        monkeypatch.setattr(sampler, "sample",
+                            lambda process, denoise, *_: denoise(noisy[None], jnp.full(1, t))[0])
         decode.draw_images.__wrapped__(CFG, None, rows, "ddpm", "fixed_small", STEPS, jnp.float32(2))
         return calls
 

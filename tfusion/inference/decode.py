@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tfusion.data import layout
-from tfusion.diffusion import process, sampler, schedule
+from tfusion.diffusion import sampler
 from tfusion.errors import UserError
 from tfusion.models.transfusion import Transfusion
 from tfusion.objectives.transfusion import TransfusionConfig
@@ -151,19 +151,19 @@ def draw_images(cfg: TransfusionConfig, params, rows: Rows, sampler_name: str, v
     drawing = rows.mode_B == DRAW
     rows, slot_B = _with_new_image(rows, cfg.model.num_patches)
     alone, each = _unconditional(cfg, rows), jnp.arange(len(slot_B))
+    process = cfg.process.make()
 
     def denoise(x_Bhwc, t_B):
         x_BI = rows.latents_BIhwc.at[each, slot_B].set(x_Bhwc)
         t_BI = jnp.zeros(rows.image_start_BI.shape).at[each, slot_B].set(t_B)
         cond = forward(cfg, params, rows, x_BI, t_BI)[1][each, slot_B]
         uncond = forward(cfg, params, alone, x_Bhwc[:, None], t_B[:, None])[1][:, 0]
-        out = sampler.guide(cond, uncond, guidance_scale)
-        return process.to_x0_eps(cfg.process.prediction, out, x_Bhwc, schedule.alpha_bar(t_B))
+        return process.estimate(sampler.guide(cond, uncond, guidance_scale), x_Bhwc, t_B)
 
     keys = jax.vmap(lambda key, n: jax.random.fold_in(jax.random.fold_in(key, IMAGE_STREAM), n))(
         rows.key_B, slot_B)
-    x0 = sampler.sample(denoise, keys, cfg.model.latent_shape, sampler_name, variance,
-                        num_inference_steps, cfg.process.num_timesteps)
+    x0 = sampler.sample(process, denoise, keys, cfg.model.latent_shape, sampler_name, num_inference_steps,
+                        variance == "fixed_large")
     latents = rows.latents_BIhwc.at[each, slot_B].set(
         jnp.where(drawing[:, None, None, None], x0, rows.latents_BIhwc[each, slot_B]))
     rows = _append(rows._replace(latents_BIhwc=latents), cfg.vocabulary.eoi, drawing)
