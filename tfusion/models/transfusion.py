@@ -26,6 +26,7 @@ from tfusion.models import (
     adapters,  # noqa: F401 (registers)
     lm_head,
 )
+from tfusion.models.attention import Cache
 from tfusion.models.masks import Sight, row_sight
 from tfusion.models.rope import rope_tables
 from tfusion.models.transformer import Decoder, TransformerConfig, kernel
@@ -107,11 +108,15 @@ class Transfusion(nn.Module):
         positions = patch_positions(image_start_BI, self.cfg.num_patches)
         return scatter_patches(x_BTD, patches_BIND, positions), skips
 
-    def hidden(self, x_BTD, sight: Sight):
-        """The last hidden states h_BTD, after the final norm, in the compute dtype."""
+    def hidden(self, x_BTD, sight: Sight, cache: Cache | None = None):
+        """(the last hidden states h_BTD, after the final norm, in the compute dtype; the cache, with these
+        positions' keys and values in it).
+
+        Without a cache x is whole rows. With one it is any positions of them, which see what the cache holds.
+        """
         x_BTD = constrain(x_BTD, "batch", "length", "hidden")
         rope = rope_tables(sight.positions_BT, self.cfg.head_dim, self.seq_len)
-        return self.decoder(x_BTD, rope, sight[1:])
+        return self.decoder(x_BTD, rope, sight, cache)
 
     def lm_head(self):
         """head_DV, float32; models/lm_head.py applies it where tokens are scored."""
@@ -132,5 +137,5 @@ class Transfusion(nn.Module):
         sight = row_sight(batch.positions_BT, batch.segment_ids_BT, batch.image_ids_BT,
                           self.cfg.image_attention)
         x_BTD, skips = self.embed(batch.tokens_BT, batch.image_start_BI, x_t_BIhwc, t_BI)
-        h_BTD = self.hidden(x_BTD, sight)
+        h_BTD, _ = self.hidden(x_BTD, sight)
         return h_BTD, self.predict(h_BTD, batch.image_start_BI, t_BI, skips)
