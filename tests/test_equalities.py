@@ -19,7 +19,7 @@ import pytest
 from tests.conftest import tiny_config
 from tfusion import config, sharding
 from tfusion.data import packing, pipeline
-from tfusion.diffusion import process, schedule
+from tfusion.diffusion.process import ddpm
 from tfusion.models import lm_head
 from tfusion.models.transfusion import Transfusion
 from tfusion.objectives import make_objective
@@ -341,8 +341,9 @@ def test_packed_rows_equal_each_document_alone(runs):
 
     together, alone = rows(packed), rows([(0, [x]) for _, x in documents])
     # The noise belongs to the row, so the documents alone are given what the packed rows drew.
-    t_BI, eps = draw_noise(steps.noise_key(0, 0), together.noise_ids_BI2, together.max_t_BI, model.latent_shape,
-                           runs.cfg.diffusion.num_timesteps)
+    process = ddpm(runs.cfg.diffusion.prediction, runs.cfg.diffusion.num_timesteps)
+    t_BI, eps = draw_noise(process, steps.noise_key(0, 0), together.noise_ids_BI2, together.max_t_BI,
+                           model.latent_shape)
     t_BI, eps = np.asarray(t_BI), np.asarray(eps)
     places, t_alone, eps_alone = [], np.zeros_like(t_BI), np.zeros_like(eps)
     starts, slots = [0] * B, [0] * B
@@ -353,29 +354,30 @@ def test_packed_rows_equal_each_document_alone(runs):
         eps_alone[i, :k] = eps[row, slots[row] : slots[row] + k]
         starts[row], slots[row] = starts[row] + n, slots[row] + k
 
+    transformer = Transfusion(model, data.seq_len)
+
     def total(params, batch, t, eps):
-        a = schedule.alpha_bar(t)
         x0 = batch.latents_BIhwc
-        out = Transfusion(model).apply({"params": params}, batch, process.add_noise(x0, eps, a), t)
-        target = process.target(runs.cfg.diffusion.prediction, x0, eps, a)
-        lm = lm_head.next_token_loss(out.hidden_BTD, out.lm_head_DV, batch.tokens_BT, batch.loss_mask_BT,
-                                     model.vocab_size)
-        diffusion = diffusion_losses(out.prediction_BIhwc, target, t, batch.max_t_BI)["diffusion_loss"]
-        return lm[0] + diffusion[0], (lm, diffusion, out)
+        h_BTD, prediction = transformer.apply({"params": params}, batch, process.corrupt(x0, eps, t), t)
+        target = process.target(x0, eps, t)
+        head_DV = transformer.apply({"params": params}, method="lm_head")
+        lm = lm_head.next_token_loss(h_BTD, head_DV, batch.tokens_BT, batch.loss_mask_BT, model.vocab_size)
+        diffusion = diffusion_losses(prediction, target, t, batch.max_t_BI)["diffusion_loss"]
+        logits = transformer.apply({"params": params}, h_BTD, method="logits")
+        return lm[0] + diffusion[0], (lm, diffusion, logits, prediction)
 
     fn = jax.jit(jax.value_and_grad(total, has_aux=True))
     params = runs.start_state.params
-    (_, (*losses, out)), grads = jax.device_get(fn(params, together, t_BI, eps))
-    (_, (*losses_alone, out_alone)), grads_alone = jax.device_get(fn(params, alone, t_alone, eps_alone))
+    (_, (*losses, logits, prediction)), grads = jax.device_get(fn(params, together, t_BI, eps))
+    (_, (*losses_alone, logits_alone, prediction_alone)), grads_alone = jax.device_get(
+        fn(params, alone, t_alone, eps_alone))
     for (a, n), (b, m) in zip(losses, losses_alone):
         assert n == m > 0
         assert float(a) == pytest.approx(float(b), rel=LOSS_RTOL)
-    logits, logits_alone = (np.asarray(lm_head.logits(x.hidden_BTD, x.lm_head_DV, model.vocab_size))
-                            for x in (out, out_alone))
     for i, (row, start, slot, n, k) in enumerate(places):
         np.testing.assert_allclose(logits[row, start : start + n], logits_alone[i, :n], rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(out.prediction_BIhwc[row, slot : slot + k],
-                                   out_alone.prediction_BIhwc[i, :k], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(prediction[row, slot : slot + k], prediction_alone[i, :k],
+                                   rtol=1e-4, atol=1e-5)
     assert_gradients_equal(grads, grads_alone)
 
 
@@ -387,8 +389,8 @@ def draws(runs):
     key = steps.noise_key(runs.cfg.seed, 7)
 
     def draw(noise_ids_BI2, max_t_BI):
-        return draw_noise(key, noise_ids_BI2, max_t_BI, runs.cfg.model.latent_shape,
-                          runs.cfg.diffusion.num_timesteps)
+        return draw_noise(ddpm("v", runs.cfg.diffusion.num_timesteps), key, noise_ids_BI2, max_t_BI,
+                          runs.cfg.model.latent_shape)
 
     with jax.set_mesh(make_mesh(ONE)):
         return draw, jax.device_get(jax.jit(draw)(runs.batch.noise_ids_BI2, runs.batch.max_t_BI))

@@ -61,9 +61,3 @@ class Example(NamedTuple):
     loss_mask_L: np.ndarray  # bool
     latents_Ihwc: np.ndarray  # float32: one per image of the document
     max_t_I: np.ndarray  # float32
-
-
-class ModelOutput(NamedTuple):
-    hidden_BTD: object  # after the final norm, in the compute dtype
-    lm_head_DV: object  # float32; applied only where tokens are scored or sampled
-    prediction_BIhwc: object  # float32: the diffusion target's estimate, eps or v

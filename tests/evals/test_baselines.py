@@ -10,7 +10,8 @@ import pytest
 from tfusion.data import packing, pipeline, prepared
 from tfusion.data.documents import Documents
 from tfusion.data.prepared import PreparedSource
-from tfusion.diffusion import process, schedule
+from tfusion.diffusion.process import ddpm
+from tfusion.diffusion.schedule import alpha_bar
 from tfusion.evals import baselines
 from tfusion.objectives import make_objective
 from tfusion.objectives.transfusion import NUM_BINS, draw_noise
@@ -42,7 +43,7 @@ def least_error(prediction, a):
     """
     a = np.asarray(a, np.float64)[..., None]
     variance = VALUES * (1 - a) / (a * VALUES + 1 - a)
-    return (variance * {"eps": a, "v": 1.0}[prediction] / (1 - a)).mean(-1)
+    return (variance * {"eps": a / (1 - a), "v": 1 / (1 - a), "x0": 1.0}[prediction]).mean(-1)
 
 
 def with_prediction(cfg, prediction):
@@ -51,13 +52,13 @@ def with_prediction(cfg, prediction):
         model=dataclasses.replace(cfg.model, latent_size=2, latent_channels=2))
 
 
-def noisy(gaussian, prediction, a, n=N):
-    """(x_t, target, a) of n samples at one noise level."""
+def noisy(gaussian, prediction, t, n=N):
+    """(x_t, target, the linear predictor's) of n samples at one noise level."""
     x0, eps = draw(gaussian, n, 1), np.random.default_rng(2).normal(size=(n, *SHAPE)).astype(np.float32)
-    level = np.full(n, a)
-    a32 = level.astype(np.float32)
-    target = process.target(prediction, x0, eps, a32)
-    return np.asarray(process.add_noise(x0, eps, a32)), np.asarray(target), level
+    process, t = ddpm(prediction, 1000), np.full(n, t, np.float32)
+    x_t = np.asarray(process.corrupt(x0, eps, t))
+    out = baselines.linear_prediction(process, gaussian, x_t, t)
+    return x_t, np.asarray(process.target(x0, eps, t)), np.asarray(out)
 
 
 def error(prediction, target):
@@ -65,20 +66,17 @@ def error(prediction, target):
 
 
 @pytest.mark.parametrize("t", [0.05, 0.3, 0.6, 0.9, 1.0])
-@pytest.mark.parametrize("prediction", ["eps", "v"])
-def test_the_linear_predictor_reaches_the_least_error(cfg, prediction, t):
-    gaussian, a = known_gaussian(), float(schedule.alpha_bar(t))
-    x_t, target, level = noisy(gaussian, prediction, a)
-    out = baselines.linear_prediction(with_prediction(cfg, prediction), gaussian, x_t, level)
-    assert error(out, target) == pytest.approx(least_error(prediction, a), rel=0.02)
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_the_linear_predictor_reaches_the_least_error(prediction, t):
+    _, target, out = noisy(known_gaussian(), prediction, t)
+    assert error(out, target) == pytest.approx(least_error(prediction, alpha_bar(t)), rel=0.02)
 
 
 @pytest.mark.parametrize("t", [0.2, 0.7])
 @pytest.mark.parametrize("prediction", ["eps", "v"])
-def test_no_other_linear_map_beats_it(cfg, prediction, t):
-    gaussian, rng = known_gaussian(), np.random.default_rng(3)
-    x_t, target, level = noisy(gaussian, prediction, float(schedule.alpha_bar(t)))
-    out = np.asarray(baselines.linear_prediction(with_prediction(cfg, prediction), gaussian, x_t, level))
+def test_no_other_linear_map_beats_it(prediction, t):
+    rng = np.random.default_rng(3)
+    x_t, target, out = noisy(known_gaussian(), prediction, t)
     best, flat = error(out, target), (x_t - x_t.mean(0)).reshape(N, D)
     for _ in range(20):
         change = flat @ rng.normal(size=(D, D)) / D + rng.normal(size=D) / D
@@ -88,14 +86,12 @@ def test_no_other_linear_map_beats_it(cfg, prediction, t):
         assert error(out + size, target) > best and error(out * (1 + size), target) > best
 
 
-def test_at_the_noisiest_it_is_the_trivial_predictor(cfg):
+def test_at_the_noisiest_it_is_the_trivial_predictor():
     """Nothing of x0 is left: v = -x0 is the data's mean, and eps is x_t."""
-    gaussian, a = known_gaussian(), float(schedule.alpha_bar(1.0))
-    x_t, target, level = noisy(gaussian, "v", a)
-    trivial = error(-gaussian[0].reshape(SHAPE), target)
-    assert error(baselines.linear_prediction(with_prediction(cfg, "v"), gaussian, x_t, level),
-                 target) == pytest.approx(trivial, rel=2e-3)
-    out = baselines.linear_prediction(with_prediction(cfg, "eps"), gaussian, x_t, level)
+    gaussian = known_gaussian()
+    _, target, out = noisy(gaussian, "v", 1.0)
+    assert error(out, target) == pytest.approx(error(-gaussian[0].reshape(SHAPE), target), rel=2e-3)
+    x_t, _, out = noisy(gaussian, "eps", 1.0)
     assert error(out, x_t) < 1e-3
 
 
@@ -135,10 +131,10 @@ def test_losses_on_held_out_rows(cfg, gaussian_root, prediction):
     batch = Batch(np.arange(rows, dtype=np.int32), zeros, zeros, zeros, zeros, zeros == 1, latents,
                   np.zeros((rows, 2), np.int32), max_t, packing.noise_ids(np.arange(rows), 2))
     losses = baselines.linear_losses(cfg, baselines.fit_gaussian(cfg), batch)
-    t, _ = draw_noise(eval_key(), batch.noise_ids_BI2, max_t, SHAPE,
-                      cfg.diffusion.num_timesteps)
+    t, _ = draw_noise(ddpm(prediction, cfg.diffusion.num_timesteps), eval_key(), batch.noise_ids_BI2, max_t,
+                      SHAPE)
     used = np.asarray(t)[max_t > 0]
-    want = least_error(prediction, schedule.alpha_bar(used))
+    want = least_error(prediction, alpha_bar(used))
     total, count = losses["diffusion_loss"]
     assert count == len(used) * D
     assert total / count == pytest.approx(want.mean(), rel=0.02)

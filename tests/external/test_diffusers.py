@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.external import inputs, write_references
-from tfusion.diffusion import process, sampler
+from tfusion.diffusion import process
 from tfusion.diffusion.schedule import alpha_bar
 
 COMMITTED = np.load(inputs.REFERENCES)
@@ -37,15 +37,17 @@ def test_every_step_equals_diffusers(scheduler_steps, case):
     """
     name, variance, prediction, steps = case
     timesteps, theirs = scheduler_steps(case)
-    n = np.rint(np.asarray(sampler.time_grid(steps, inputs.NUM_TIMESTEPS)) * inputs.NUM_TIMESTEPS).astype(int)
+    grid = process.ddpm(prediction, inputs.NUM_TIMESTEPS).grid(steps)
+    n = np.rint(np.asarray(grid) * inputs.NUM_TIMESTEPS).astype(int)
     np.testing.assert_array_equal(n[:-1], timesteps + 1)  # they count from 0, and go to "-1" last
     alphas = np.concatenate([[np.float32(1)], ALPHAS])
     a, b, (x_t, network, z) = alphas[n[:-1]], alphas[n[1:]], inputs.step_inputs(steps)
 
     @jax.jit
     def step(x_t, network, z, a, b):
-        x0, eps = process.to_x0_eps(prediction, network, x_t, a)
-        return x0, sampler.STEPS[name](x0, eps, x_t, z, a, b, variance)
+        scales = process.match((jnp.sqrt(a), jnp.sqrt(1 - a)), x_t)
+        x0, eps = process.ESTIMATES[prediction](network, x_t, *scales)
+        return x0, process.STEPS[name](x0, eps, x_t, z, a, b, variance == "fixed_large")
 
     x0, ours = (np.asarray(x) for x in step(*map(jnp.asarray, (x_t, network, z, a, b))))
     np.testing.assert_array_equal(ours[-1], x0[-1])

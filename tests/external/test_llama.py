@@ -8,7 +8,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tests.external import inputs, write_references
 from tfusion.config import ModelConfig
-from tfusion.models import lm_head
 from tfusion.models.transfusion import Transfusion
 from tfusion.types import Batch
 
@@ -38,7 +37,7 @@ def packed() -> Batch:
 
 def our_logits():
     """(B, T, V)"""
-    model, batch = Transfusion(CFG), packed()
+    model, batch = Transfusion(CFG, inputs.T), packed()
     noisy, t = batch.latents_BIhwc, batch.max_t_BI
     shapes = flatten_dict(nn.unbox(jax.eval_shape(model.init, jax.random.key(0), batch, noisy, t))["params"],
                           sep="/")
@@ -49,8 +48,8 @@ def our_logits():
 
     @jax.jit
     def run(params):
-        out = model.apply({"params": params}, batch, noisy, t)
-        return lm_head.logits(out.hidden_BTD, out.lm_head_DV, CFG.vocab_size)[..., : CFG.vocab_size]
+        h_BTD, _ = model.apply({"params": params}, batch, noisy, t)
+        return model.apply({"params": params}, h_BTD, method="logits")[..., : CFG.vocab_size]
 
     return np.asarray(run(unflatten_dict(params, sep="/")))
 

@@ -87,14 +87,8 @@ def test_bfloat16_softmax_is_float32():
 LONG = 4096  # a row's length, to which the tables reach
 
 
-def tables(positions):
-    """Of the first positions of a row of LONG."""
-    padded = np.pad(positions, ((0, 0), (0, LONG - positions.shape[1])))
-    return [table[:, : positions.shape[1]] for table in rope_tables(padded, E)]
-
-
 def rotate(x, positions):
-    return np.asarray(apply_rope(x, tables(positions)))
+    return np.asarray(apply_rope(x, rope_tables(positions, x.shape[-1], LONG)))
 
 
 def test_rope_is_hugging_faces_half_split():
@@ -108,6 +102,16 @@ def test_rope_is_hugging_faces_half_split():
         expected[b, t, h, i] = first * np.cos(angle) - second * np.sin(angle)
         expected[b, t, h, i + E // 2] = second * np.cos(angle) + first * np.sin(angle)
     np.testing.assert_allclose(rotate(x, positions), expected, atol=3e-6)  # the angles are float64's
+
+
+def test_rope_of_one_token_is_the_rows():
+    """The angle is the position's, whatever stands beside it in the call; past the tables it is none."""
+    x = np.random.default_rng(5).standard_normal((1, LONG, 2, E)).astype(np.float32)
+    row = rotate(x, np.arange(LONG)[None])
+    for position in (1, 4000, LONG - 1):
+        one = rotate(x[:, position : position + 1], np.array([[position]]))
+        np.testing.assert_array_equal(one, row[:, position : position + 1])
+    assert np.isnan(rope_tables(np.array([[LONG]]), E, LONG)).all()
 
 
 def test_rope_position_zero_is_the_identity():
@@ -152,8 +156,7 @@ def test_rope_scores_of_bfloat16_depend_on_distance_only(offset):
     rng, E = np.random.default_rng(9), 128
     q, k = (np.asarray(jnp.asarray(rng.standard_normal((1, 64, 4, E)), jnp.bfloat16)) for _ in range(2))
     positions = np.arange(64, dtype=np.int32)[None]
-    table = rope_tables(np.pad(offset + positions, ((0, 0), (0, LONG - 64))), E)
-    rotated = (np.float64(apply_rope(x, [t[:, :64] for t in table])) for x in (q, k))
+    rotated = (np.float64(rotate(x, offset + positions)) for x in (q, k))
     got, exact = (np.einsum("bthe,bshe->bhts", *pair) for pair in
                   (rotated, (in_float64(x, positions) for x in (q, k))))
     assert np.linalg.norm(got - exact) < 0.0028 * np.linalg.norm(exact)
@@ -161,7 +164,7 @@ def test_rope_scores_of_bfloat16_depend_on_distance_only(offset):
 
 def test_rope_of_bfloat16_computes_its_angles_in_float32():
     """bf16 cannot tell position 4094 from 4095; the tables can."""
-    cos, sin = tables(np.array([[4094, 4095]], np.int32))
+    cos, sin = rope_tables(np.array([[4094, 4095]], np.int32), E, LONG)
     assert cos.dtype == sin.dtype == jnp.float32
     np.testing.assert_allclose(cos[0, :, 0], np.cos([4094, 4095]), atol=1e-6)
     np.testing.assert_allclose(sin[0, :, 0], np.sin([4094, 4095]), atol=1e-6)

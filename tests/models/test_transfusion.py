@@ -14,17 +14,24 @@ from flax import linen as nn
 
 from experiments import transfusion as experiment
 from tfusion import config
-from tfusion.models import image_adapters, lm_head
+from tfusion.models.adapters import linear
+from tfusion.models.adapters.linear import LinearConfig
 from tfusion.models.masks import dense_mask
-from tfusion.models.transfusion import Transfusion, gather_patches, patch_positions, scatter_patches
+from tfusion.models.transfusion import (
+    ModelConfig,
+    Transfusion,
+    gather_patches,
+    patch_positions,
+    scatter_patches,
+)
 from tfusion.types import BOS, EOS, PAD, Batch
 
-MODEL = config.ModelConfig(
-    num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, d_ff=32, text_vocab_size=20, latent_size=4,
-    latent_channels=2, patch_size=2, adapter="linear", patch_positions="learned",
-    image_attention="bidirectional", remat="none", compute_dtype="float32")
+MODEL = ModelConfig(
+    num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, d_ff=32, text_vocab_size=20,
+    image_attention="bidirectional", remat="none", compute_dtype="float32",
+    adapter=LinearConfig("linear", latent_size=4, latent_channels=2, patch_size=2, patch_positions="learned"))
 MODES = ("bidirectional", "causal")
-N, BOI, EOI = MODEL.num_patches, MODEL.boi, MODEL.eoi
+N, BOI, EOI = MODEL.num_patches, MODEL.text_vocab_size, MODEL.text_vocab_size + 1
 IMAGE = [BOI, -1, -1, -1, -1, EOI]  # -1: a patch
 # Two captioned pictures; a picture first; two pictures with nothing between; text only; then padding.
 DOCUMENTS = ([BOS, 5, 6, *IMAGE, 7, *IMAGE, EOS], [BOS, *IMAGE, 8, EOS], [BOS, 9, *[-1] * 2 * N, 4, EOS],
@@ -67,7 +74,7 @@ def latents(seed: int = 0):
 @functools.cache
 def model_and_params(mode: str, dtype: str = "float32"):
     """The model with every parameter random (the adapter's output starts at zero, which hides leaks)."""
-    model = Transfusion(dataclasses.replace(MODEL, image_attention=mode, compute_dtype=dtype))
+    model = Transfusion(dataclasses.replace(MODEL, image_attention=mode, compute_dtype=dtype), T)
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), ROW, *latents()))
     rng = np.random.default_rng(1)
 
@@ -80,13 +87,13 @@ def model_and_params(mode: str, dtype: str = "float32"):
 
 @functools.cache
 def apply(mode: str, dtype: str = "float32"):
-    model, params = model_and_params(mode, dtype)
-    return jax.jit(functools.partial(model.apply, params))
+    """(batch, x_t, t) -> (logits (B, T, padded V), prediction_BIhwc)"""
+    return jax.jit(functools.partial(heads, *model_and_params(mode, dtype)))
 
 
-def logits_of(out):
-    """float32 (B, T, V), V the padded vocabulary."""
-    return lm_head.logits(out.hidden_BTD, out.lm_head_DV, MODEL.vocab_size)
+def heads(model, params, batch, x_t, t):
+    h_BTD, prediction = model.apply(params, batch, x_t, t)
+    return model.apply(params, h_BTD, method="logits"), prediction
 
 
 def by_patch(x_Ihwc):
@@ -105,11 +112,11 @@ def jacobians(mode: str):
     x_t, t = latents()
 
     def scalars(x_t):
-        out = model.apply(params, ROW, x_t, t)
-        weighted = out.prediction_BIhwc[0] * w_latent[None]
+        logits, prediction = heads(model, params, ROW, x_t, t)
+        weighted = prediction[0] * w_latent[None]
         patches = [weighted[i, y : y + 2, x : x + 2].sum()
                    for i in range(USED) for y in (0, 2) for x in (0, 2)]
-        return logits_of(out)[0, :, : MODEL.vocab_size] @ w_logits, jnp.stack(patches)
+        return logits[0, :, : MODEL.vocab_size] @ w_logits, jnp.stack(patches)
 
     return tuple(np.abs(by_patch(np.asarray(j)[:, 0])).sum(-1) for j in jax.jit(jax.jacrev(scalars))(x_t))
 
@@ -139,8 +146,7 @@ def test_changing_a_token_changes_exactly_who_sees_it(mode):
     plain, x_t, t = repeat(ROW, T), *(np.repeat(x, T, axis=0) for x in latents())
     changed = plain._replace(tokens_BT=np.where(np.eye(T, dtype=bool), 13, plain.tokens_BT))
     (before, predicted), (after, predicted_after) = (
-        (logits_of(out), out.prediction_BIhwc)
-        for out in (apply(mode)(batch, x_t, t) for batch in (plain, changed)))
+        apply(mode)(batch, x_t, t) for batch in (plain, changed))
     touched = (np.asarray(before) != np.asarray(after)).any(-1).T  # [query, changed position]
     touched_patches = (by_patch(np.asarray(predicted)) != by_patch(np.asarray(predicted_after))).any(-1).T
     expected = np.array(dense_mask(ROW.segment_ids_BT, ROW.image_ids_BT, mode))[0]
@@ -156,26 +162,25 @@ def test_unused_slots_change_no_bit():
     out = apply("bidirectional")(ROW, x_t, t)
     same = apply("bidirectional")(ROW, np.where(used[..., None, None, None], x_t, other_x),
                                   np.where(used, t, other_t))
-    np.testing.assert_array_equal(logits_of(out), logits_of(same))
-    np.testing.assert_array_equal(out.prediction_BIhwc, same.prediction_BIhwc)
+    for each, its_own in zip(out, same):
+        np.testing.assert_array_equal(each, its_own)
     assert 0 < used.sum() < I
 
 
 def test_clean_latents_of_the_batch_are_not_read():
     """They are NaN in ROW; the model sees the noisy ones only."""
-    out = apply("bidirectional")(ROW, *latents())
-    assert np.isfinite(logits_of(out)).all() and np.isfinite(out.prediction_BIhwc).all()
+    assert all(np.isfinite(out).all() for out in apply("bidirectional")(ROW, *latents()))
 
 
 def test_timestep_reaches_its_image_and_what_follows_only():
     x_t, t = latents()
     slot = 1  # the second picture of the first document
     other = np.where(np.arange(I) == slot, t / 2, t)
-    out, moved = (apply("bidirectional")(ROW, x_t, each) for each in (t, other))
-    changed = (np.asarray(out.prediction_BIhwc) != np.asarray(moved.prediction_BIhwc))[0].any((1, 2, 3))
-    np.testing.assert_array_equal(changed, np.arange(I) == slot)
-    assert np.abs(out.prediction_BIhwc - moved.prediction_BIhwc)[0, slot].max() > 1e-3
-    changed = (np.asarray(logits_of(out)) != np.asarray(logits_of(moved)))[0].any(-1)
+    (logits, prediction), (logits_moved, moved) = (
+        map(np.asarray, apply("bidirectional")(ROW, x_t, each)) for each in (t, other))
+    np.testing.assert_array_equal((prediction != moved)[0].any((1, 2, 3)), np.arange(I) == slot)
+    assert np.abs(prediction - moved)[0, slot].max() > 1e-3
+    changed = (logits != logits_moved)[0].any(-1)
     after = (ROW.segment_ids_BT[0] == 1) & (np.arange(T) >= ROW.image_start_BI[0, slot])
     np.testing.assert_array_equal(changed, after)
 
@@ -183,14 +188,14 @@ def test_timestep_reaches_its_image_and_what_follows_only():
 def test_timestep_features_tell_neighbouring_steps_apart():
     """cos and sin of 1000 t times 10^(-4 i / half), for all of DDPM's 1000 steps."""
     t = np.arange(1, 1001) / 1000
-    features = np.asarray(image_adapters.timestep_features(jnp.asarray(t, jnp.float32)))
+    features = np.asarray(linear.timestep_features(jnp.asarray(t, jnp.float32)))
     angle = 1000 * t[:, None] * 10_000.0 ** (-np.arange(128) / 128)
     np.testing.assert_allclose(features, np.concatenate([np.cos(angle), np.sin(angle)], -1), atol=1e-3)
     assert np.abs(np.diff(features, axis=0)).max(axis=1).min() > 0.5
 
 
 def test_vocabulary_padding_gets_no_probability():
-    logits = logits_of(apply("bidirectional")(ROW, *latents()))
+    logits, _ = apply("bidirectional")(ROW, *latents())
     probabilities = np.asarray(jax.nn.softmax(logits))
     assert logits.shape[-1] == MODEL.padded_vocab_size > MODEL.vocab_size
     assert (probabilities[..., MODEL.vocab_size :] == 0).all()
@@ -200,9 +205,10 @@ def test_vocabulary_padding_gets_no_probability():
 def test_outputs_are_float32_under_bfloat16_compute():
     """And near the float32 model's, so the compute dtype is a matter of rounding alone."""
     out, exact = (apply("bidirectional", dtype)(ROW, *latents()) for dtype in ("bfloat16", "float32"))
-    assert out.hidden_BTD.dtype == jnp.bfloat16 and out.lm_head_DV.dtype == jnp.float32
-    pairs = (logits_of(out), logits_of(exact)), (out.prediction_BIhwc, exact.prediction_BIhwc)
-    for low, high in pairs:
+    model, params = model_and_params("bidirectional", "bfloat16")
+    assert jax.eval_shape(model.apply, params, ROW, *latents())[0].dtype == jnp.bfloat16
+    assert model.apply(params, method="lm_head").dtype == jnp.float32
+    for low, high in zip(out, exact):
         assert low.dtype == jnp.float32
         real = np.asarray(high) > -1e8  # not the padding of the vocabulary
         low, high = np.asarray(low)[real], np.asarray(high)[real]
@@ -233,13 +239,13 @@ def test_gather_undoes_scatter(seed):
 @pytest.mark.parametrize("k, size", [(1, 4), (2, 8), (4, 8), (8, 8)])
 def test_patches_are_windows_left_to_right_top_to_bottom(k, size):
     x = np.arange(2 * 3 * size * size * 2, dtype=np.float32).reshape(2, 3, size, size, 2)
-    patches = np.asarray(image_adapters.patchify(x, k))
+    patches = np.asarray(linear.patchify(x, k))
     across = size // k
     for n in range(across**2):
         top, left = n // across * k, n % across * k
         window = x[:, :, top : top + k, left : left + k]
         np.testing.assert_array_equal(patches[:, :, n], window.reshape(2, 3, -1))
-    np.testing.assert_array_equal(image_adapters.unpatchify(patches, k, size), x)
+    np.testing.assert_array_equal(linear.unpatchify(patches, k, size), x)
 
 
 PAPER = {  # reference/paper.md 1.1 (parameters with untied 32k embeddings) and 1.2 (adapter's share)
@@ -253,7 +259,7 @@ def test_parameter_counts_are_the_papers(size):
     cfg = config.from_dict(experiment.get_config(size)).model
     row = jnp.zeros((1, cfg.num_patches), jnp.int32)
     batch = Batch(row[:, 0], row, row, row, row, row, row, row[:, :1], row[:, :1], None)
-    shapes = jax.eval_shape(Transfusion(cfg).init, jax.random.key(0), batch,
+    shapes = jax.eval_shape(Transfusion(cfg, cfg.num_patches).init, jax.random.key(0), batch,
                             jnp.zeros((1, 1, *cfg.latent_shape)), jnp.zeros((1, 1)))["params"]
     total, adapter = (sum(x.size for x in jax.tree.leaves(tree))
                       for tree in (shapes, shapes["image_adapter"]))

@@ -15,10 +15,11 @@ from flax import linen as nn
 from experiments import quickstart
 from tfusion import config
 from tfusion.data import packing, pipeline
+from tfusion.diffusion.process import ddpm
 from tfusion.models.transfusion import Transfusion
 from tfusion.objectives import make_objective
 from tfusion.objectives import transfusion as objective
-from tfusion.types import BOS, EOS, PAD, Batch, Document, ModelOutput
+from tfusion.types import BOS, EOS, PAD, Batch, Document
 
 N, BOI, EOI = 4, 20, 21
 PATCHES = [PAD] * N
@@ -98,16 +99,16 @@ def test_length_is_the_layouts(cfg, parts, score, tokens, ids, scored):
     assert make_objective(cfg).length(words, images) == len(tokens)
 
 
-@jax.jit
-def draw_jitted(seed, ids, max_t, num_timesteps):
-    return objective.draw_noise(jax.random.key(seed), ids, max_t, (2, 2, 3), num_timesteps)
+@functools.partial(jax.jit, static_argnums=0)
+def draw_jitted(process, seed, ids, max_t):
+    return objective.draw_noise(process, jax.random.key(seed), ids, max_t, (2, 2, 3))
 
 
 def draw(rows, max_t, seed: int = 0, num_timesteps: int = 1000):
     """(t, eps) of rows with these limits; max_t of shape (rows, slots), or one limit for 3 slots."""
     max_t = np.broadcast_to(max_t, (len(rows), 3) if np.ndim(max_t) < 2 else np.shape(max_t))
     ids = packing.noise_ids(rows, max_t.shape[1])
-    out = draw_jitted(seed, ids, max_t.astype(np.float32), np.float32(num_timesteps))
+    out = draw_jitted(ddpm("eps", num_timesteps), seed, ids, max_t.astype(np.float32))
     return tuple(np.asarray(x) for x in out)
 
 
@@ -162,7 +163,8 @@ def test_t_is_never_zero_at_the_ends_of_u(monkeypatch, u, expected):
     """u is in [0, 1): its 0 must become the largest t, not the clean t = 0 of a slot without loss."""
     monkeypatch.setattr(jax.random, "uniform", lambda key: jnp.float32(u))
     limit = np.full((2, 1), 0.5, np.float32)
-    t, _ = objective.draw_noise(jax.random.key(0), packing.noise_ids(np.arange(2), 1), limit, (1,), 1000)
+    t, _ = objective.draw_noise(ddpm("eps", 1000), jax.random.key(0), packing.noise_ids(np.arange(2), 1), limit,
+                                (1,))
     np.testing.assert_allclose(t, expected, rtol=1e-5)
 
 
@@ -285,26 +287,29 @@ def test_rows_add_up():
             assert float(whole) == pytest.approx((float(first) + float(second)) / 2, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 def test_the_loss_noises_what_the_contract_says(cfg, prediction, monkeypatch):
     """The model is shown add_noise(latents, eps, alphabar(t)) and t; its output is held against the
     target. A fake model returns x_t itself, so the loss is known in closed form."""
     cfg = dataclasses.replace(cfg, diffusion=dataclasses.replace(cfg.diffusion, prediction=prediction))
     m = cfg.model
 
-    def fake_apply(self, variables, batch, x_t, t):
-        return ModelOutput(jnp.zeros((*batch.tokens_BT.shape, m.d_model)),
-                           jnp.zeros((m.d_model, m.padded_vocab_size)), x_t)
+    def fake_apply(self, variables, batch=None, x_t=None, t=None, method=None):
+        if method == "lm_head":
+            return jnp.zeros((m.d_model, m.padded_vocab_size))
+        return jnp.zeros((*batch.tokens_BT.shape, m.d_model)), x_t
 
     monkeypatch.setattr(Transfusion, "apply", fake_apply)
     batch, key = small_batch(cfg), jax.random.key(4)
     got = jax.jit(make_objective(cfg).loss)({}, batch, key)
-    t, eps = jax.jit(objective.draw_noise, static_argnums=(3, 4))(
-        key, batch.noise_ids_BI2, batch.max_t_BI, cfg.model.latent_shape, cfg.diffusion.num_timesteps)
+    t, eps = jax.jit(objective.draw_noise, static_argnums=(0, 4))(
+        ddpm(prediction, cfg.diffusion.num_timesteps), key, batch.noise_ids_BI2, batch.max_t_BI,
+        cfg.model.latent_shape)
     t, eps = np.asarray(t, np.float64)[..., None, None, None], np.asarray(eps)
     a = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2
     x_t = np.sqrt(a) * batch.latents_BIhwc + np.sqrt(1 - a) * eps
-    target = eps if prediction == "eps" else np.sqrt(a) * eps - np.sqrt(1 - a) * batch.latents_BIhwc
+    target = {"eps": eps, "v": np.sqrt(a) * eps - np.sqrt(1 - a) * batch.latents_BIhwc,
+              "x0": batch.latents_BIhwc}[prediction]
     expected = ((x_t - target) ** 2)[batch.max_t_BI > 0].sum()
     assert float(got["diffusion_loss"][0]) == pytest.approx(expected, rel=1e-4)
     assert float(got["lm_loss"][0] / got["lm_loss"][1]) == pytest.approx(np.log(m.vocab_size), rel=1e-5)

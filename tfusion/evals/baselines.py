@@ -10,7 +10,7 @@ import numpy as np
 from tfusion.data.config import shares
 from tfusion.data.documents import Documents
 from tfusion.data.prepared import PreparedSource
-from tfusion.diffusion import process, schedule
+from tfusion.diffusion.process import Process
 from tfusion.objectives.transfusion import TransfusionConfig, diffusion_losses, draw_noise
 from tfusion.training.step import eval_key
 
@@ -34,28 +34,29 @@ def fit_gaussian(cfg: TransfusionConfig):
     return mean, np.maximum(values, 0), vectors
 
 
-def linear_prediction(cfg: TransfusionConfig, gaussian, x_t, a):
+def linear_prediction(process: Process, gaussian, x_t, t):
     """The linear predictor of the diffusion target with least squared error, for data of that mean and
-    covariance: E[x0 | x_t] = m + sqrt(a) S (a S + (1 - a) I)^-1 (x_t - sqrt(a) m), and from it the target.
+    covariance: of x_t = a x0 + b eps, E[x0 | x_t] = m + a S (a^2 S + b^2 I)^-1 (x_t - a m), and from it the
+    target.
     """
     mean, values, vectors = gaussian
-    flat, root = np.asarray(x_t, np.float64).reshape(*a.shape, -1), np.sqrt(a)[..., None]
-    gain = root * values / (a[..., None] * values + (1 - a[..., None]))
-    x0 = mean + ((flat - root * mean) @ vectors * gain) @ vectors.T
-    eps = (flat - root * x0) / np.sqrt(1 - a)[..., None]
+    signal, noise = (np.float64(scale)[..., None] for scale in process.scales(t))
+    flat = np.asarray(x_t, np.float64).reshape(*np.shape(t), -1)
+    gain = signal * values / (signal**2 * values + noise**2)
+    x0 = mean + ((flat - signal * mean) @ vectors * gain) @ vectors.T
+    eps = (flat - signal * x0) / noise
     x0, eps = (v.reshape(x_t.shape).astype(np.float32) for v in (x0, eps))
-    return process.target(cfg.process.prediction, x0, eps, a.astype(np.float32))
+    return process.target(x0, eps, t)
 
 
 def linear_losses(cfg: TransfusionConfig, gaussian, batch) -> dict:
     """{name: (sum, count)} of the linear predictor, as the model's diffusion losses on held-out rows."""
-    t, eps = draw_noise(eval_key(), batch.noise_ids_BI2, batch.max_t_BI, cfg.model.latent_shape,
-                        cfg.process.num_timesteps)
-    a = schedule.alpha_bar(t)
-    x_t = process.add_noise(batch.latents_BIhwc, eps, a)
-    used = np.where(batch.max_t_BI > 0, np.asarray(a, np.float64), 0.5)  # unused slots: t = 0 divides by 0
-    prediction = linear_prediction(cfg, gaussian, x_t, used)
-    target = process.target(cfg.process.prediction, batch.latents_BIhwc, eps, a)
+    process = cfg.process.make()
+    t, eps = draw_noise(process, eval_key(), batch.noise_ids_BI2, batch.max_t_BI, cfg.model.latent_shape)
+    x_t = process.corrupt(batch.latents_BIhwc, eps, t)
+    used = np.where(batch.max_t_BI > 0, t, np.float32(0.5))  # unused slots: t = 0 divides by 0
+    prediction = linear_prediction(process, gaussian, x_t, used)
+    target = process.target(batch.latents_BIhwc, eps, t)
     return jax.device_get(diffusion_losses(prediction, target, t, batch.max_t_BI))
 
 

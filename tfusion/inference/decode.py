@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tfusion.data import layout
-from tfusion.diffusion import process, sampler, schedule
+from tfusion.diffusion import sampler
 from tfusion.errors import UserError
-from tfusion.models import lm_head
 from tfusion.models.transfusion import Transfusion
 from tfusion.objectives.transfusion import TransfusionConfig
 from tfusion.types import BOS, EOS, PAD, Batch
@@ -79,15 +78,16 @@ def start_rows(cfg: TransfusionConfig, prompts: list, seed: int, max_len: int, f
 
 
 def forward(cfg: TransfusionConfig, params, rows: Rows, x_BIhwc, t_BI):
-    return Transfusion(cfg.model).apply({"params": params}, as_batch(rows), x_BIhwc, t_BI)
+    """(h_BTD, the diffusion target's estimate)"""
+    return Transfusion(cfg.model, cfg.data.seq_len).apply({"params": params}, as_batch(rows), x_BIhwc, t_BI)
 
 
 def _next_tokens(cfg: TransfusionConfig, params, rows: Rows, temperature):
     """One text token per row: greedy at temperature 0. Never pad, bos, eoi, nor BOI without room."""
     B, T = rows.tokens_BT.shape
-    out = forward(cfg, params, rows, rows.latents_BIhwc, jnp.zeros(rows.image_start_BI.shape))
-    h_BD = out.hidden_BTD[jnp.arange(B), rows.length_B - 1]
-    logits = lm_head.logits(h_BD, out.lm_head_DV, cfg.model.vocab_size)
+    h_BTD, _ = forward(cfg, params, rows, rows.latents_BIhwc, jnp.zeros(rows.image_start_BI.shape))
+    logits = Transfusion(cfg.model, cfg.data.seq_len).apply(
+        {"params": params}, h_BTD[jnp.arange(B), rows.length_B - 1], method="logits")
     ids = jnp.arange(logits.shape[-1])
     never = (ids == PAD) | (ids == BOS) | (ids == cfg.vocabulary.eoi)
     full = (rows.length_B + cfg.model.num_patches + 2 > T) | (rows.image_start_BI < T).all(axis=1)
@@ -151,19 +151,19 @@ def draw_images(cfg: TransfusionConfig, params, rows: Rows, sampler_name: str, v
     drawing = rows.mode_B == DRAW
     rows, slot_B = _with_new_image(rows, cfg.model.num_patches)
     alone, each = _unconditional(cfg, rows), jnp.arange(len(slot_B))
+    process = cfg.process.make()
 
     def denoise(x_Bhwc, t_B):
         x_BI = rows.latents_BIhwc.at[each, slot_B].set(x_Bhwc)
         t_BI = jnp.zeros(rows.image_start_BI.shape).at[each, slot_B].set(t_B)
-        cond = forward(cfg, params, rows, x_BI, t_BI).prediction_BIhwc[each, slot_B]
-        uncond = forward(cfg, params, alone, x_Bhwc[:, None], t_B[:, None]).prediction_BIhwc[:, 0]
-        out = sampler.guide(cond, uncond, guidance_scale)
-        return process.to_x0_eps(cfg.process.prediction, out, x_Bhwc, schedule.alpha_bar(t_B))
+        cond = forward(cfg, params, rows, x_BI, t_BI)[1][each, slot_B]
+        uncond = forward(cfg, params, alone, x_Bhwc[:, None], t_B[:, None])[1][:, 0]
+        return process.estimate(sampler.guide(cond, uncond, guidance_scale), x_Bhwc, t_B)
 
     keys = jax.vmap(lambda key, n: jax.random.fold_in(jax.random.fold_in(key, IMAGE_STREAM), n))(
         rows.key_B, slot_B)
-    x0 = sampler.sample(denoise, keys, cfg.model.latent_shape, sampler_name, variance,
-                        num_inference_steps, cfg.process.num_timesteps)
+    x0 = sampler.sample(process, denoise, keys, cfg.model.latent_shape, sampler_name, num_inference_steps,
+                        variance == "fixed_large")
     latents = rows.latents_BIhwc.at[each, slot_B].set(
         jnp.where(drawing[:, None, None, None], x0, rows.latents_BIhwc[each, slot_B]))
     rows = _append(rows._replace(latents_BIhwc=latents), cfg.vocabulary.eoi, drawing)

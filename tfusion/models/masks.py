@@ -7,8 +7,23 @@ documents. Padding (segment 0) sees only itself. The dense mask is the definitio
 B batch, T positions (queries Q and keys K where both occur).
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+
+
+class Sight(NamedTuple):
+    """Where each query stands and what it sees, int32: all that the transformer knows of a row's layout."""
+
+    positions_BT: jax.Array  # in its document, for RoPE
+    k_start_BT: jax.Array  # sees the keys k_start <= k < k_end, positions of the row
+    k_end_BT: jax.Array
+
+
+def row_sight(positions_BT, segment_ids_BT, image_ids_BT, image_attention: str = "bidirectional") -> Sight:
+    """The sight of whole rows (types.Batch)."""
+    return Sight(positions_BT, *key_intervals(segment_ids_BT, image_ids_BT, image_attention))
 
 
 def dense_mask(segment_ids_BT, image_ids_BT, image_attention: str = "bidirectional"):

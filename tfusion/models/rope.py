@@ -9,15 +9,16 @@ import numpy as np
 THETA = 10_000.0  # Llama 1 and 2
 
 
-def rope_tables(positions_BT, head_dim: int):
-    """(cos, sin), float32 (B, T, E/2), of the angle position * theta^(-2i/E).
+def rope_tables(positions_BT, head_dim: int, num_positions: int):
+    """(cos, sin), float32 (B, T, E/2), of the angle position * theta^(-2i/E); NaN from num_positions on.
 
-    Read from tables of constants (a document is never longer than its row, so positions are below T):
-    computed in place, sines would be computed anew in every layer that XLA fuses them into.
+    Read from tables of constants, as long as a row can be, however many positions are asked for: computed in
+    place, sines would be computed anew in every layer that XLA fuses them into.
     """
     frequency = THETA ** (-np.arange(0, head_dim, 2) / head_dim)
-    angle = np.arange(positions_BT.shape[1])[:, None] * frequency
-    return tuple(jnp.asarray(f(angle), jnp.float32)[positions_BT] for f in (np.cos, np.sin))
+    angle = np.arange(num_positions)[:, None] * frequency
+    return tuple(jnp.asarray(f(angle), jnp.float32).at[positions_BT].get(mode="fill", fill_value=jnp.nan)
+                 for f in (np.cos, np.sin))
 
 
 def apply_rope(x_BTHE, tables):

@@ -1,5 +1,8 @@
 """A Llama-style decoder: RMSNorm pre-norm, rotary attention, SwiGLU; depth by scan and remat.
 
+With a cache, the tokens are some of their rows': their keys and values are written into it, and they attend to
+what it holds. Without one they are the whole row.
+
 B batch, T tokens, D d_model, H heads, K kv_heads, E head_dim, F d_ff.
 """
 
@@ -12,7 +15,7 @@ from flax import linen as nn
 from tfusion.config import check_divides, choice
 from tfusion.errors import UserError
 from tfusion.kernels.interval_attention import RESIDUAL_NAMES
-from tfusion.models.attention import attention
+from tfusion.models.attention import attention, write
 from tfusion.models.rope import apply_rope
 from tfusion.sharding import constrain, num_shards
 
@@ -111,7 +114,7 @@ class Attention(nn.Module):
     cfg: TransformerConfig
 
     @nn.compact
-    def __call__(self, x_BTD, rope, intervals):
+    def __call__(self, x_BTD, cache, layer, rope, sight):
         cfg, (B, T, D) = self.cfg, x_BTD.shape
         H, K, E = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
         wq = kernel(self, "wq_kernel", (D, H * E), ("embed", "heads"))
@@ -123,8 +126,12 @@ class Attention(nn.Module):
         k_BTKE = apply_rope(linear(x_BTD, wk).reshape(B, T, K, E), rope)
         v_BTKE = linear(x_BTD, wv).reshape(B, T, K, E)
         q_BTHE = constrain(q_BTHE, "batch", "length", "heads", "head_dim")
-        out_BTHE = attention(q_BTHE, k_BTKE, v_BTKE, *intervals)
-        return linear(out_BTHE.reshape(B, T, H * E), wo)
+        k, v = k_BTKE, v_BTKE
+        if cache is not None:
+            cache = write(cache, layer, k, v, sight.positions_BT)
+            k, v = (x[layer] for x in cache)
+        out_BTHE = attention(q_BTHE, k, v, sight.k_start_BT, sight.k_end_BT)
+        return linear(out_BTHE.reshape(B, T, H * E), wo), cache
 
 
 class MLP(nn.Module):
@@ -145,13 +152,14 @@ class Block(nn.Module):
     cfg: TransformerConfig
 
     @nn.compact
-    def __call__(self, x_BTD, rope, intervals):
-        D = self.cfg.d_model
+    def __call__(self, carry, layer, rope, sight):
+        (x_BTD, cache), D = carry, self.cfg.d_model
         h = rms_norm(x_BTD, norm_scale(self, "attention_norm_scale", D))
-        x_BTD = x_BTD + Attention(self.cfg, name="attention")(h, rope, intervals)
+        h, cache = Attention(self.cfg, name="attention")(h, cache, layer, rope, sight)
+        x_BTD = x_BTD + h
         h = rms_norm(x_BTD, norm_scale(self, "mlp_norm_scale", D))
         x_BTD = x_BTD + MLP(self.cfg, name="mlp")(h)
-        return constrain(x_BTD, "batch", "length", "hidden"), None
+        return (constrain(x_BTD, "batch", "length", "hidden"), cache), None
 
 
 class Decoder(nn.Module):
@@ -160,16 +168,17 @@ class Decoder(nn.Module):
     cfg: TransformerConfig
 
     @nn.compact
-    def __call__(self, x_BTD, rope, intervals):
-        block = Block
+    def __call__(self, x_BTD, rope, sight, cache=None):
+        """(x_BTD, the cache with these tokens in it)"""
+        block, L = Block, self.cfg.num_layers
         if self.cfg.remat != "none":
             block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.cfg.remat])
         # Without remat every layer's residuals are kept anyway, and unrolled they need not be stacked:
         # on a CPU the step takes half the time.
         blocks = nn.scan(
             block, variable_axes={"params": 0}, split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast), length=self.cfg.num_layers,
-            unroll=self.cfg.num_layers if self.cfg.remat == "none" else 1,
+            in_axes=(0, nn.broadcast, nn.broadcast), length=L, unroll=L if self.cfg.remat == "none" else 1,
             metadata_params={nn.PARTITION_NAME: "layers"})
-        x_BTD, _ = blocks(self.cfg, name="blocks")(x_BTD, rope, intervals)
-        return rms_norm(x_BTD, norm_scale(self, "final_norm_scale", self.cfg.d_model))
+        layers = None if cache is None else jnp.arange(L)
+        (x_BTD, cache), _ = blocks(self.cfg, name="blocks")((x_BTD, cache), layers, rope, sight)
+        return rms_norm(x_BTD, norm_scale(self, "final_norm_scale", self.cfg.d_model)), cache

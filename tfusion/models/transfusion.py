@@ -1,13 +1,15 @@
 """Transfusion (arXiv 2408.11039): one transformer over text tokens and image patches. Read this first.
 
+            embed                                     hidden                         heads
   tokens   --- embedding ----------.                           .--- lm_head ------> next-token logits
                                     >--- x_BTD --- Decoder ---<
-  latents  --- adapter.encode -----'      (hybrid mask)        '--- adapter.decode --> eps (or v)
+  latents  --- adapter.encode -----'       (sight)             '--- adapter.decode --> the diffusion target
+                    '------------------ skips -------------------------'
 
 A row holds documents `<bos> text <boi> patch x N <eoi> text <eos>`. At a patch's position the adapter's
-vector takes the place of the token embedding. The mask (models/masks.py) is causal, plus full attention
-among the patches of one image, never across documents. The model is given noisy latents and their t; it
-knows neither the noise nor the losses (objectives/transfusion.py).
+vector takes the place of the token embedding. What a position sees is its sight (models/masks.py): causal,
+plus full attention among the patches of one image, never across documents. The model is given noisy latents
+and their t; it knows neither the noise nor the losses (objectives/transfusion.py).
 
 B batch, T tokens, D d_model, V vocabulary, I image slots, N patches per image, h w c latent.
 """
@@ -20,12 +22,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from tfusion.config import choice, component
-from tfusion.models import image_adapters  # noqa: F401 (registers)
-from tfusion.models.masks import key_intervals
+from tfusion.models import (
+    adapters,  # noqa: F401 (registers)
+    lm_head,
+)
+from tfusion.models.attention import Cache
+from tfusion.models.masks import Sight, row_sight
 from tfusion.models.rope import rope_tables
 from tfusion.models.transformer import Decoder, TransformerConfig, kernel
 from tfusion.sharding import constrain
-from tfusion.types import Batch, ModelOutput
+from tfusion.types import Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,31 +81,61 @@ def gather_patches(h_BTD, positions, num_patches: int):
 
 class Transfusion(nn.Module):
     cfg: ModelConfig
+    seq_len: int  # positions that a document can have: RoPE's tables
 
-    @nn.compact
-    def __call__(self, batch: Batch, x_t_BIhwc, t_BI) -> ModelOutput:
-        """The last hidden states, the LM head (models/lm_head.py applies it where tokens are scored), and
-        the diffusion target's estimate for every image slot.
+    def setup(self):
+        cfg = self.cfg
+        self.image_adapter = cfg.adapter.make(cfg.d_model)
+        self.token_embedding = kernel(self, "token_embedding", (cfg.padded_vocab_size, cfg.d_model),
+                                      ("vocab", "embed"), std=cfg.d_model**-0.5)
+        self.lm_head_kernel = kernel(self, "lm_head_kernel", (cfg.d_model, cfg.padded_vocab_size),
+                                     ("embed", "vocab"), std=0.02)
+        self.decoder = Decoder(cfg)
 
-        batch: packed rows; its clean latents are not read. x_t_BIhwc: float32 noisy latents.
-        t_BI: float32 in [0, 1], 0 = clean.
+    def embed_tokens(self, tokens_BT):
+        """x_BTD in the compute dtype."""
+        table_VD = self.token_embedding.astype(self.cfg.compute_dtype)
+        return constrain(table_VD, "vocab", None)[tokens_BT]  # gathered over fsdp, once
+
+    def embed(self, tokens_BT, image_start_BI, x_t_BIhwc, t_BI):
+        """(x_BTD in the compute dtype, the adapter's skips).
+
+        image_start_BI: position of each slot's first patch, >= T where unused. x_t_BIhwc: float32 noisy
+        latents. t_BI: float32 in [0, 1], 0 = clean.
         """
-        cfg, dtype = self.cfg, jnp.dtype(self.cfg.compute_dtype)
-        adapter = cfg.adapter.make(cfg.d_model, name="image_adapter")
-        embedding_VD = kernel(self, "token_embedding", (cfg.padded_vocab_size, cfg.d_model),
-                              ("vocab", "embed"), std=cfg.d_model**-0.5)
-        head_DV = kernel(self, "lm_head_kernel", (cfg.d_model, cfg.padded_vocab_size), ("embed", "vocab"),
-                         std=0.02)
+        x_BTD = self.embed_tokens(tokens_BT)
+        patches_BIND, skips = self.image_adapter.encode(x_t_BIhwc.astype(x_BTD.dtype), t_BI)
+        positions = patch_positions(image_start_BI, self.cfg.num_patches)
+        return scatter_patches(x_BTD, patches_BIND, positions), skips
 
-        positions = patch_positions(batch.image_start_BI, cfg.num_patches)
-        table_VD = constrain(embedding_VD.astype(dtype), "vocab", None)  # gathered over fsdp, once
-        x_BTD = table_VD[batch.tokens_BT]
-        x_BTD = scatter_patches(x_BTD, adapter.encode(x_t_BIhwc.astype(dtype), t_BI), positions)
+    def hidden(self, x_BTD, sight: Sight, cache: Cache | None = None):
+        """(the last hidden states h_BTD, after the final norm, in the compute dtype; the cache, with these
+        positions' keys and values in it).
+
+        Without a cache x is whole rows. With one it is any positions of them, which see what the cache holds.
+        """
         x_BTD = constrain(x_BTD, "batch", "length", "hidden")
+        rope = rope_tables(sight.positions_BT, self.cfg.head_dim, self.seq_len)
+        return self.decoder(x_BTD, rope, sight, cache)
 
-        rope = rope_tables(batch.positions_BT, cfg.head_dim)
-        intervals = key_intervals(batch.segment_ids_BT, batch.image_ids_BT, cfg.image_attention)
-        h_BTD = Decoder(cfg, name="decoder")(x_BTD, rope, intervals)
+    def lm_head(self):
+        """head_DV, float32; models/lm_head.py applies it where tokens are scored."""
+        return self.lm_head_kernel
 
-        h_BIND = gather_patches(h_BTD, positions, cfg.num_patches)
-        return ModelOutput(h_BTD, head_DV, adapter.decode(h_BIND))
+    def logits(self, h):
+        """(..., D) -> the next token's, float32 (..., V padded)."""
+        return lm_head.logits(h, self.lm_head_kernel, self.cfg.vocab_size)
+
+    def predict(self, h_BTD, image_start_BI, t_BI, skips):
+        """The diffusion target's estimate in every image slot, (B, I, h, w, c), float32."""
+        num_patches = self.cfg.num_patches
+        h_BIND = gather_patches(h_BTD, patch_positions(image_start_BI, num_patches), num_patches)
+        return self.image_adapter.decode(h_BIND, t_BI, skips)
+
+    def __call__(self, batch: Batch, x_t_BIhwc, t_BI):
+        """(h_BTD, the diffusion target's estimate) of packed rows, whose clean latents are not read."""
+        sight = row_sight(batch.positions_BT, batch.segment_ids_BT, batch.image_ids_BT,
+                          self.cfg.image_attention)
+        x_BTD, skips = self.embed(batch.tokens_BT, batch.image_start_BI, x_t_BIhwc, t_BI)
+        h_BTD, _ = self.hidden(x_BTD, sight)
+        return h_BTD, self.predict(h_BTD, batch.image_start_BI, t_BI, skips)

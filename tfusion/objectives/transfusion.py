@@ -17,9 +17,8 @@ import numpy as np
 from tfusion.config import RunConfig, component, group, number
 from tfusion.data import layout
 from tfusion.data.config import DataConfig, RowFormat
-from tfusion.diffusion import process, schedule
+from tfusion.diffusion.process import Process
 from tfusion.diffusion.sampler import SamplingConfig
-from tfusion.errors import UserError
 from tfusion.models import flops
 from tfusion.models.lm_head import next_token_loss
 from tfusion.models.masks import key_intervals
@@ -40,10 +39,7 @@ class TransfusionConfig(RunConfig):
 
     def check(self, name: str) -> None:
         del name
-        steps, most = self.sampling.num_inference_steps, self.process.num_timesteps
-        if steps > most:
-            raise UserError(f"sampling.num_inference_steps = {steps} must be at most process.num_timesteps = "
-                            f"{most}")
+        self.process.check_steps("sampling.num_inference_steps", self.sampling.num_inference_steps)
 
     @property
     def vocabulary(self) -> layout.Vocabulary:
@@ -56,16 +52,12 @@ class TransfusionConfig(RunConfig):
                          layout.latent_patches(self.vocabulary))
 
 
-def draw_noise(key, noise_ids_BI2, max_t_BI, latent_shape, num_timesteps: int):
-    """(t_BI, eps_BIhwc), keyed by (key, noise_ids) and by nothing else.
-
-    t = max_t * (1 - u) with u uniform in [0, 1), rounded up to the grid n / num_timesteps.
-    """
+def draw_noise(process: Process, key, noise_ids_BI2, max_t_BI, latent_shape):
+    """(t_BI, eps_BIhwc), keyed by (key, noise_ids) and by nothing else."""
     def one(noise_ids_2, max_t):
         slot_key = jax.random.fold_in(jax.random.fold_in(key, noise_ids_2[0]), noise_ids_2[1])
         u_key, eps_key = jax.random.split(slot_key)
-        t = max_t * (1 - jax.random.uniform(u_key))
-        return schedule.quantize(t, num_timesteps), jax.random.normal(eps_key, latent_shape)
+        return process.times(jax.random.uniform(u_key), max_t), jax.random.normal(eps_key, latent_shape)
 
     return jax.vmap(jax.vmap(one))(noise_ids_BI2, max_t_BI)
 
@@ -84,8 +76,8 @@ def diffusion_losses(prediction_BIhwc, target_BIhwc, t_BI, max_t_BI):
 
 
 def make(cfg: TransfusionConfig) -> Objective:
-    model_cfg = cfg.model
-    model = Transfusion(model_cfg)
+    model_cfg, process = cfg.model, cfg.process.make()
+    model = Transfusion(model_cfg, cfg.data.seq_len)
 
     def init(key):
         slots = jax.eval_shape(lambda: jnp.zeros((1, 1, *model_cfg.latent_shape)))
@@ -97,16 +89,14 @@ def make(cfg: TransfusionConfig) -> Objective:
     def loss(params, aux: Aux, batch: Batch, key):
         del aux
         x0 = batch.latents_BIhwc
-        t_BI, eps = draw_noise(key, batch.noise_ids_BI2, batch.max_t_BI, x0.shape[2:],
-                               cfg.process.num_timesteps)
-        a_BI = schedule.alpha_bar(t_BI)
-        x_t = process.add_noise(x0, eps, a_BI)
-        out = model.apply({"params": params}, batch, x_t, t_BI)
-        target = process.target(cfg.process.prediction, x0, eps, a_BI)
-        lm_loss = next_token_loss(out.hidden_BTD, out.lm_head_DV, batch.tokens_BT, batch.loss_mask_BT,
-                                  model_cfg.vocab_size)
+        t_BI, eps = draw_noise(process, key, batch.noise_ids_BI2, batch.max_t_BI, x0.shape[2:])
+        x_t = process.corrupt(x0, eps, t_BI)
+        h_BTD, prediction = model.apply({"params": params}, batch, x_t, t_BI)
+        target = process.target(x0, eps, t_BI)
+        head_DV = model.apply({"params": params}, method="lm_head")
+        lm_loss = next_token_loss(h_BTD, head_DV, batch.tokens_BT, batch.loss_mask_BT, model_cfg.vocab_size)
         return {"lm_loss": lm_loss,
-                **diffusion_losses(out.prediction_BIhwc, target, t_BI, batch.max_t_BI)}
+                **diffusion_losses(prediction, target, t_BI, batch.max_t_BI)}
 
     def counts(batch: Batch):
         elements = np.float32(np.prod(batch.latents_BIhwc.shape[2:]))

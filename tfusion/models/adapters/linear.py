@@ -1,7 +1,4 @@
-"""Between image latents and transformer positions: `encode` (noisy latents -> one D-vector per patch)
-and `decode` (the transformer's outputs at those positions -> the estimate of the diffusion target).
-
-An adapter is a Linen module with these two methods, made by its config (`make`).
+"""The linear adapter: a patch is k x k latent pixels, one matrix in, one out (Transfusion, section 3).
 
 B batch, I image slots, h w c latent, N patches, P values per patch, D d_model.
 """
@@ -73,8 +70,8 @@ class LinearConfig:
         return ((4.0 + 6.0) * self.patch_values * d_model * patches
                 + (4.0 * TIME_FEATURES * d_model + 6.0 * d_model**2) * images)
 
-    def make(self, d_model: int, name: str) -> nn.Module:
-        return LinearAdapter(self, d_model, name=name)
+    def make(self, d_model: int) -> nn.Module:
+        return LinearAdapter(self, d_model)
 
 
 class LinearAdapter(nn.Module):
@@ -102,7 +99,6 @@ class LinearAdapter(nn.Module):
                                     ("patch", "embed"), std=0.02)
 
     def encode(self, x_BIhwc, t_BI):
-        """Noisy latents and their t -> (B, I, N, D) in x's dtype."""
         h = linear(timestep_features(t_BI).astype(x_BIhwc.dtype), self.time_in)
         h = linear(jax.nn.silu(h + self.time_in_bias.astype(h.dtype)), self.time_out)
         h = h + self.time_out_bias.astype(h.dtype)
@@ -110,9 +106,9 @@ class LinearAdapter(nn.Module):
         x_BIND = x_BIND + self.patch_in_bias.astype(h.dtype) + h[:, :, None]
         if self.cfg.patch_positions == "learned":
             x_BIND = x_BIND + self.positions.astype(h.dtype)
-        return x_BIND
+        return x_BIND, ()
 
-    def decode(self, h_BIND):
-        """Outputs at the patches -> the target's estimate (B, I, h, w, c), float32."""
+    def decode(self, h_BIND, t_BI, skips):
+        del t_BI, skips
         out_BINP = linear_f32(h_BIND, self.patch_out) + self.patch_out_bias
         return unpatchify(out_BINP, self.cfg.patch_size, self.cfg.latent_size)
