@@ -5,9 +5,12 @@ documents, its pieces. Each opens with BOS and takes the next T - 1 tokens; the 
 A position predicts the next token of its own piece, the last position of a piece that goes on predicts nothing:
 every token of the text, EOS too, is predicted once. Windows count documents and not records, so that one very
 long text is spread over the run instead of overflowing its window.
+
+A record with images that a row does not hold is never cut: it is left out, and how many are is told.
 """
 
 import math
+import sys
 import zlib
 
 import numpy as np
@@ -20,6 +23,7 @@ from tfusion.errors import UserError
 from tfusion.types import Document, Example
 
 MEAN_SAMPLE = 65_536  # records from which a source's mean length is taken
+MOST_LEFT_OUT = 0.1  # of a source's records with images; more is a mistake in the config
 
 
 class Documents:
@@ -32,38 +36,51 @@ class Documents:
         self.format, self.seq_len, self.name = format, format.data.seq_len, name
         self.source = PreparedSource(format.data.prepared, name, split)
         self.key = zlib.crc32(name.encode())  # the source's own, whatever stands beside it
-        lengths = self._positions(self.source.text_tokens, self.source.images)
-        self._check(lengths)
-        pieces = self._pieces(lengths)
+        self._check()
+        pieces = self._pieces(slice(None))
         self._number = int(pieces.sum())
-        self._firsts = np.cumsum(pieces) - pieces if self._number > len(pieces) else None  # per record
+        self._tell_left_out(pieces)
+        self._firsts = None if (pieces == 1).all() else np.cumsum(pieces) - pieces  # per record
 
     def _positions(self, text_tokens, images):
         return self.format.layout.sizes(text_tokens, images).positions
 
-    def _check(self, lengths) -> None:
-        source, T, slots = self.source, self.seq_len, self.format.image_slots
-        V = self.format.vocabulary.text_vocab_size
+    def _check(self) -> None:
+        source, V = self.source, self.format.vocabulary.text_vocab_size
         if source.latent_shape not in (None, self.format.image_shape):
             raise UserError(f"{source.folder} holds latents of shape {source.latent_shape}, the model expects "
                             f"{self.format.image_shape}: write that source again")
         if source.meta["max_token_id"] >= V:
             raise UserError(f"{source.folder}: token id {source.meta['max_token_id']} is not below "
                             f"model.text_vocab_size = {V}; was it prepared with another tokenizer?")
-        bad = (source.images > 0) & ((lengths > T) | (source.images > slots))
-        if bad.any():
-            record = int(np.argmax(bad))
-            number, needs = int(source.images[record]), int(lengths[record])
-            one = self._positions(0, 1) - self._positions(0, 0)
-            share = min(1.0, math.ceil(100 * number * one / T / SLOTS_PER_IMAGE) / 100)
-            raise UserError(
-                f"{source.folder}: record {record} has {number} images and needs {needs} positions; a row has "
-                f"{T}, and {slots} image slots, and a document with images is never cut: raise "
-                + (f"data.seq_len to {needs}" if needs > T else f"data.image_share to {share}"))
 
-    def _pieces(self, lengths):
-        """How many documents records of so many positions become: each but the first costs one more BOS."""
-        return np.maximum(1, -(-(lengths - 1) // (self.seq_len - 1)))
+    def _tell_left_out(self, pieces) -> None:
+        """A line on stderr where records are left out. Raises UserError where they are many."""
+        source, T, slots = self.source, self.seq_len, self.format.image_slots
+        if pieces.all():
+            return
+        record = int(np.argmin(pieces))
+        number = int(source.images[record])
+        needs = int(self._positions(source.text_tokens[record], number))
+        one = self._positions(0, 1) - self._positions(0, 0)
+        share = min(1.0, math.ceil(100 * number * one / T / SLOTS_PER_IMAGE) / 100)
+        left_out, of = int((pieces == 0).sum()), int((source.images > 0).sum())
+        why = (f"record {record} has {number} images and needs {needs} positions; a row has {T}, and {slots} "
+               f"image slots, and a document with images is never cut: raise "
+               + (f"data.seq_len to {needs}" if needs > T else f"data.image_share to {share}"))
+        if left_out > MOST_LEFT_OUT * of:
+            raise UserError(f"{source.folder}: {why} ({left_out} of {of} records with images do not fit)")
+        print(f"warning: {source.folder}: {left_out} of {of} records with images are left out. The first: "
+              f"{why}", file=sys.stderr)
+
+    def _pieces(self, some):
+        """How many documents each of some records becomes: a long text several, each but the first for one more
+        BOS; one with images that a row does not hold none.
+        """
+        images = self.source.images[some]
+        lengths = self._positions(self.source.text_tokens[some], images)
+        pieces = np.maximum(1, -(-(lengths - 1) // (self.seq_len - 1)))
+        return np.where(images > 0, (pieces == 1) & (images <= self.format.image_slots), pieces)
 
     def __len__(self) -> int:
         return self._number
@@ -93,10 +110,10 @@ class Documents:
         some = slice(None, None, max(1, len(self.source) // MEAN_SAMPLE))
         tokens, images = self.source.text_tokens[some], self.source.images[some]
         whole = self._positions(tokens, images)
-        pieces = self._pieces(whole)
+        pieces = self._pieces(some)
         kept = self._positions((1 - dropout) * tokens, images)
-        positions = np.where(images > 0, kept, whole + pieces - 1)
-        in_images = self._positions(0, images) - self._positions(0, 0)
+        positions = np.where(images > 0, kept, whole + pieces - 1) * (pieces > 0)
+        in_images = (self._positions(0, images) - self._positions(0, 0)) * (pieces > 0)
         return float(positions.sum() / pieces.sum()), float(in_images.sum() / pieces.sum())
 
     def read(self, record: int, piece: int, drop_caption: bool = False, image_first: bool = False,
