@@ -53,9 +53,17 @@ SMALL = [*TRAIN, "--config.data.tokenizer=byte", "--config.model.text_vocab_size
          "--config.data.prepared=PREPARED"]
 PREPARE = ["--config=experiments/quickstart.py", "--config.data.prepared=TMP/data"]
 FEW = ["--config.data.num_scenes=64"]
+OWN = ["--config=experiments/own_data.py:smoke,autoencoder", "--workdir=TMP/own"]
 CASES = {  # name: (verb, arguments, what the line says)
     "unknown_key": ("train", [*TRAIN, "--config.model.num_layrs=3"],
                     ["unknown config key 'num_layrs' Did you mean \"num_layers\""]),
+    "kind_by_flag": ("train", [*OWN, "--config.data.sources.photos.kind=jsonl"],
+                     ["--config.data.sources.photos.kind: a kind brings keys of its own",
+                      "of experiments/own_data.py, at most one of each: objective", "photos=folder, notes="]),
+    "no_folder_of_pictures": ("train", [*OWN, "--config.data.sources.photos.path=TMP/none"],
+                              ["TMP/none not found", "--config.data.sources.NAME.path=DIR"]),
+    "no_pictures": ("train", [*OWN, "--config.data.sources.photos.path=TMP/held"],
+                    ["TMP/held holds no pictures"]),
     "unknown_group": ("train", [*TRAIN, "--config.modl.num_layers=3"], ["modl"]),
     "wrong_type": ("train", [*TRAIN, "--config.seed=x"], ["seed", "x"]),
     "wrong_float": ("train", [*TRAIN, "--config.optimizer.learning_rate=fast"], ["learning_rate", "fast"]),

@@ -28,6 +28,7 @@ def read(holder) -> config.RunConfig:
 
 def _variants(path: str) -> str:
     """What an experiment file says of its variants when it is asked for one that it does not have."""
+    path = path.partition(":")[0]
     spec = importlib.util.spec_from_file_location("experiment", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -71,7 +71,7 @@ def write(format: RowFormat, root: Path, sources: dict, tokenizer, codec: Codec 
     for (name, split), source in bar:
         title = f"{name}/{split}"
         bar.set_postfix_str(title)
-        shown = tqdm(records(source, title), title, len(source), unit="record", leave=False)
+        shown = tqdm(records(source, title, split == "train"), title, len(source), unit="record", leave=False)
         prepared.write_source(root / name / split, shown if codec else text_alone(shown),
                               tokenizer.encode_batch, codec.encode if codec else None)
     if codec:

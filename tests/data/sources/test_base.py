@@ -119,6 +119,12 @@ def test_where_nothing_can_be_read_the_first_reason_is_given():
         list(records(Damaged([[1]] * 3, range(3)), "photos/train"))
 
 
+def test_few_held_out_records_may_all_be_damaged(capsys):
+    """Of ten pictures one is held out; the source is then not evaluated."""
+    assert list(records(Damaged([[1]], [0]), "photos/heldout", needed=False)) == []
+    assert "photos/heldout: 1 of 1 records cannot be read and are left out" in capsys.readouterr().err
+
+
 def test_other_errors_end_the_reading():
     class Broken(list):
         def __getitem__(self, record):

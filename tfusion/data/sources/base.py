@@ -90,10 +90,10 @@ class Tally:
     alone: int = 0  # of those read: pictures without text
     unreadable: list = dataclasses.field(default_factory=list)  # why
 
-    def tell(self, title: str) -> None:
-        """Names what was left out on stderr. Raises UserError where that is all there was."""
+    def tell(self, title: str, needed: bool = True) -> None:
+        """Names what was left out on stderr. Raises UserError where that is all there was, and it is needed."""
         damaged = len(self.unreadable)
-        if damaged and not self.read:
+        if damaged and needed and not self.read:
             raise UserError(f"{title}: none of {damaged} records can be read. The first: {self.unreadable[0]}")
         if damaged:
             more = [f"and {damaged - NAMED} more"] * (damaged > NAMED)
@@ -123,13 +123,14 @@ def _read(source: Opened, order: Iterable[int], tally: Tally) -> Iterator[list]:
         pool.shutdown(cancel_futures=True)
 
 
-def records(source: Opened, title: str) -> Iterator[list]:
+def records(source: Opened, title: str, needed: bool = True) -> Iterator[list]:
     """All records in their order, but those that are Unreadable: these are counted and named on stderr at the
-    end, and so is how many records are pictures without a word. Raises UserError where none can be read.
+    end, and so is how many records are pictures without a word. Raises UserError where none can be read, if
+    they are needed.
     """
     tally = Tally()
     yield from _read(source, range(len(source)), tally)
-    tally.tell(title)
+    tally.tell(title, needed)
     if tally.alone:
         _say(f"{title}: {tally.alone} of {tally.read} records are pictures without text, learnt as such")
 
@@ -152,7 +153,7 @@ def pictures(sources: dict[str, Source], split: str, image_size: int,
                 parts = (part for record in shown for part in record if not isinstance(part, str))
                 found[name] = list(itertools.islice(parts, limit))
                 shown.close()
-            tally.tell(f"{name}/{split}")
+            tally.tell(f"{name}/{split}", needed=split == "train")
     found = {name: some for name, some in found.items() if some}
     if not found:
         raise UserError(f"data.sources = {', '.join(sources)}: none of these has pictures in its {split} "
