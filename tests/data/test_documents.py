@@ -6,7 +6,6 @@ import pytest
 from tests.conftest import replace
 from tfusion import config
 from tfusion.data import packing, pipeline, prepared
-from tfusion.data.sources import GlossesSource
 from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError
 from tfusion.types import BOS, EOS
@@ -34,9 +33,9 @@ KINDS = {  # records of every kind: (rng) -> parts
 }
 
 
-def spec(share: float) -> GlossesSource:
+def spec(share: float):
     """What is prepared is read alike, whatever it was made from."""
-    return GlossesSource("glosses", share)
+    return config.REGISTRY["source"]["glosses"]("glosses", share)
 
 
 def write(root, cfg, **sources):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tests.conftest import replace, tiny_autoencoder_config, with_shares
+from tests.data.test_documents import spec
 from tfusion.data import packing, pipeline, transforms
 from tfusion.data.heldout import HeldOut
-from tfusion.data.sources import GlossesSource
 from tfusion.errors import UserError
 from tfusion.objectives import kind_of
 from tfusion.types import BOS
@@ -209,7 +209,7 @@ ERRORS = {  # changes, what the message must name
     "other latents": (
         {"model.adapter": {"latent_channels": 8}}, ("(4, 4, 4)", "(4, 4, 8)", "model.adapter.latent_*")),
     "source that was not prepared": (
-        {"data": {"sources": {"photos": GlossesSource("glosses", 1.0)}}}, ("photos", "data.sources")),
+        {"data": {"sources": {"photos": spec(1.0)}}}, ("photos", "data.sources")),
     "folder that is not there": ({"data": {"prepared": "/nowhere"}}, ("/nowhere", "data.prepared")),
 }
 
