@@ -1,5 +1,6 @@
 """Eight fake CPU devices for every test, a one-device mesh around each."""
 
+import dataclasses
 import importlib
 import os
 from types import SimpleNamespace
@@ -86,6 +87,28 @@ def tiny_dict(root):
 
 def tiny_config(root):
     return config.from_dict(tiny_dict(root))
+
+
+def tiny_autoencoder_config(**changes):
+    """Of 4 x 4 latents, trained on the pictures of `tiny_dict`; changes are of its group `autoencoder`."""
+    tree, other = quickstart.get_config("autoencoder,smoke"), tiny_dict("")
+    tree.autoencoder.update(latent_channels=4, downsample=8, **changes)
+    tree.data.sources, tree.train = other.data.sources, other.train
+    return config.from_dict(tree)
+
+
+def replace(cfg, group: str, **changes):
+    """cfg with keys of a group changed, 'model.adapter' or 'data', and nothing checked."""
+    first, _, rest = group.partition(".")
+    old = getattr(cfg, first)
+    return dataclasses.replace(cfg, **{
+        first: replace(old, rest, **changes) if rest else dataclasses.replace(old, **changes)})
+
+
+def with_shares(cfg, **shares):
+    """cfg with these sources of its own, in this order."""
+    return replace(cfg, "data", sources={
+        name: dataclasses.replace(cfg.data.sources[name], share=share) for name, share in shares.items()})
 
 
 @pytest.fixture

@@ -1,15 +1,13 @@
 """Documents: whatever the records, laid out as their plan counted them; a text longer than a row goes on."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
+from tests.conftest import replace
 from tfusion import config
 from tfusion.data import packing, pipeline, prepared
 from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError
-from tfusion.objectives import make_objective
 from tfusion.types import BOS, EOS
 
 SPLITS = ("train", "heldout")
@@ -35,6 +33,11 @@ KINDS = {  # records of every kind: (rng) -> parts
 }
 
 
+def spec(share: float):
+    """What is prepared is read alike, whatever it was made from."""
+    return config.REGISTRY["source"]["glosses"]("glosses", share)
+
+
 def write(root, cfg, **sources):
     """Sources of the given records, the same in both splits: a byte a token, a picture its own latent."""
     def encode(images):
@@ -45,14 +48,13 @@ def write(root, cfg, **sources):
             prepared.write_source(root / name / split, records, lambda xs: [[ord(c) for c in x] for x in xs],
                                   encode)
     prepared.write_meta(root, load_tokenizer("byte"), "none", cfg.model.latent_shape)
-    data = dataclasses.replace(cfg.data, prepared=str(root), image_share=0.8,
-                               mixture=dict.fromkeys(sources, 1.0))
-    return dataclasses.replace(cfg, data=data)
+    return replace(cfg, "data", prepared=str(root), image_share=0.8,
+                   sources={name: spec(1.0) for name in sources})
 
 
 def open_rows(cfg, **data):
-    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **data))
-    return pipeline.open_rows(cfg, make_objective(cfg), "train")
+    cfg = replace(cfg, "data", **data)
+    return pipeline.PackedRows(cfg.rows, cfg.seed)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -126,7 +128,7 @@ def test_a_very_long_text_is_spread_over_the_run(cfg, tmp_path):
     rng = np.random.default_rng(0)
     short = [[text(rng, 5, 90)] for _ in range(2000)]
     cfg = write(tmp_path, cfg, long=[["X" * 1_000_000]], short=short)
-    rows = open_rows(cfg, window_rows=64, seq_len=96, mixture={"long": 0.3, "short": 0.7})
+    rows = open_rows(cfg, window_rows=64, seq_len=96, sources={"long": spec(0.3), "short": spec(0.7)})
     assert len(rows.sources[0]) == -(-1_000_001 // 95) and len(rows.sources[1]) == 2000
     placed = [document for window in range(4) for row in rows.plan(window).rows for document in row]
     pieces = {piece for source, _, _, piece in placed if source == 0}

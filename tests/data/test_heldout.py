@@ -6,17 +6,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tests.data.test_documents import picture, text, write
+from tests.conftest import replace, tiny_autoencoder_config, with_shares
+from tests.data.test_documents import picture, spec, text, write
 from tests.data.test_transforms import splitmix64_chain_state
 from tfusion.data import packing, pipeline
 from tfusion.data.heldout import HeldOut, open_heldout
 from tfusion.errors import UserError
-from tfusion.objectives import make_objective
+from tfusion.objectives import kind_of
 from tfusion.types import BOS
-
-
-def replace(cfg, group: str, **changes):
-    return dataclasses.replace(cfg, **{group: dataclasses.replace(getattr(cfg, group), **changes)})
 
 
 @pytest.fixture
@@ -30,7 +27,7 @@ def mixed(cfg, tmp_path):
 
 
 def heldout(cfg, source: str = "mixed", documents=None, **options):
-    return HeldOut(cfg, make_objective(cfg), source, documents, **options)
+    return HeldOut(cfg.rows, source, documents, **options)
 
 
 def documents_of(batch):
@@ -64,7 +61,7 @@ RUNS = {  # what may differ between runs, and must not matter
     "seed": lambda c: dataclasses.replace(c, seed=7),
     "dropout": lambda c: replace(c, "data", caption_dropout=1.0),
     "image first": lambda c: replace(c, "data", image_first_fraction=1.0, image_first_max_t=0.3),
-    "shares": lambda c: replace(c, "data", mixture={"other": 3.0, "mixed": 0.1}),
+    "shares": lambda c: replace(c, "data", sources={"other": spec(3.0), "mixed": spec(0.1)}),
     "window": lambda c: replace(c, "data", window_rows=2),
     "length": lambda c: replace(c, "data", seq_len=72),
     "slots": lambda c: replace(c, "data", image_share=0.04),
@@ -110,7 +107,7 @@ def test_noise_is_keyed_by_the_pictures_name(mixed):
 def test_image_first_where_it_is_asked_for(mixed):
     """For captions given pictures: BOI stands second, t goes up to 1, and the noise is as it was."""
     plain, first = (everything(heldout(mixed, "other", image_first=x)) for x in (False, True))
-    assert all(tokens[1] == mixed.model.boi and limits == (1.0,) for tokens, _, _, limits, _ in first)
+    assert all(tokens[1] == mixed.vocabulary.boi and limits == (1.0,) for tokens, _, _, limits, _ in first)
     assert {x[2:] for x in plain} == {x[2:] for x in first}
 
 
@@ -129,12 +126,12 @@ def test_sources_without_held_out_records_are_named_and_left_out(cfg, tmp_path, 
     for path in (tmp_path / "never" / "heldout").iterdir():
         path.unlink()
     (tmp_path / "never" / "heldout").rmdir()
-    found = open_heldout(cfg, make_objective(cfg))
+    found = open_heldout(cfg.rows)
     assert list(found) == ["some"] and found["some"].num_documents == 1
     said = capsys.readouterr().out
     assert f"{tmp_path}/none/heldout holds no records: 'none' is not evaluated\n" in said and "'never'" in said
-    with pytest.raises(UserError, match=r"none/train holds no records: .*data.mixture.none to 0"):
-        pipeline.open_rows(cfg, make_objective(cfg), "train")
+    with pytest.raises(UserError, match=r"none/train holds no records: .*data.sources.none.share to 0"):
+        pipeline.PackedRows(cfg.rows, cfg.seed)
 
 
 def test_documents_that_fit_no_row_are_refused(mixed):
@@ -144,17 +141,17 @@ def test_documents_that_fit_no_row_are_refused(mixed):
 
 def test_held_out_rows_of_the_prepared_data(cfg):
     """Of every source that has a share; batches keep the contract."""
-    cfg = replace(cfg, "data", mixture=cfg.data.mixture | {"stories": 0.0})
-    found = open_heldout(cfg, make_objective(cfg), 50)
+    cfg = with_shares(cfg, scenes=0.66, stories=0.0, glosses=0.12)
+    found = open_heldout(cfg.rows, 50)
     assert {name: held.num_documents for name, held in found.items()} == {"scenes": 50, "glosses": 50}
     for held in found.values():
         for batch in held.batches(8):
-            packing.check_batch(batch, cfg.model.vocab_size, cfg.model.num_patches)
+            packing.check_batch(batch, cfg.vocabulary)
 
 
-def test_pictures_for_the_autoencoder(cfg):
-    cfg = dataclasses.replace(replace(cfg, "autoencoder", downsample=8), objective="autoencoder")
-    (held,) = open_heldout(cfg, make_objective(cfg), 20).values()
+def test_pictures_for_the_autoencoder():
+    cfg = tiny_autoencoder_config()
+    (held,) = kind_of(cfg).open_heldout(cfg, 20).values()
     batches = list(held.batches(8))
     assert len(held) == 20 and len(batches) == 2
     seen = np.concatenate([batch.images_BHWC for batch in batches])

@@ -3,12 +3,15 @@
 T positions, I image slots, N patches per image.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from experiments import ablations
 from tfusion import config
-from tfusion.data import packing
+from tfusion.data import config as data_config
+from tfusion.data import layout, packing
 from tfusion.errors import UserError
 from tfusion.types import BOS, EOS, PAD, Example
 
@@ -125,12 +128,13 @@ def test_rows_of_the_presets_are_full(variant):
     texts = np.concatenate([np.full(np.sum((texts - 1) // (T - 1)), T), (texts - 1) % (T - 1) + 1])
     captions = np.exp(rng.normal(np.log(30) - 0.2, 0.6, 20_000)).astype(int) * (rng.random(20_000) > 0.1)
     sizes = {"glosses": (texts, 0), "scenes": (captions + cfg.model.num_patches + 4, 1)}
-    names = list(cfg.data.mixture)
+    shares = data_config.shares(cfg.data.sources)
+    names = list(shares)
     counts = packing.documents_per_window(
-        cfg.data.mixture.values(), [sizes[name][0].mean() for name in names], cfg.data.window_rows, T)
+        shares.values(), [sizes[name][0].mean() for name in names], cfg.data.window_rows, T)
     offered = [candidate(rng.choice(sizes[name][0], count), np.full(count, sizes[name][1]))
                for name, count in zip(names, counts)]
-    made = packing.plan_window(0, 0, offered, cfg.data.window_rows, T, cfg.image_slots)
+    made = packing.plan_window(0, 0, offered, cfg.data.window_rows, T, cfg.rows.image_slots)
     used = sum(offered[s].lengths[record] for row in made.rows for s, _, record, _ in row)
     assert used > 0.97 * cfg.data.window_rows * T and made.num_dropped < 0.02 * made.num_documents
 
@@ -139,6 +143,15 @@ def test_documents_per_window_gives_the_token_shares():
     counts = packing.documents_per_window([3, 1], [30.0, 10.0], 100, 400)
     assert counts == [1000, 1000]  # 30,000 and 10,000 positions of 40,000
     assert packing.documents_per_window([0.6, 0.2], [30.0, 10.0], 100, 400) == counts  # shares are relative
+
+
+VOCABULARY = layout.Vocabulary(20, 2)
+
+
+def row_format(seq_len: int = 20, slots: int = 4) -> data_config.RowFormat:
+    """So many positions and image slots; latents of (2, 2, 1)."""
+    data = SimpleNamespace(seq_len=seq_len, image_slots=lambda num_patches: slots)
+    return data_config.RowFormat(data, VOCABULARY, (2, 2, 1), layout.latent_patches(VOCABULARY))
 
 
 def example(tokens, ids, max_t=1.0):
@@ -157,7 +170,7 @@ SECOND = example([BOS, 8, PAD, PAD, PAD, PAD, EOS], [0, 0, 1, 1, 2, 2, 0])
 
 def test_pack_row_by_hand():
     """Documents end to end; image ids run on through the row, positions start again, padding is empty."""
-    row = packing.pack_row(77, [FIRST, TEXT, SECOND], 20, 4, (2, 2, 1))
+    row = packing.pack_row(77, [FIRST, TEXT, SECOND], row_format())
     assert int(row.row_ids_B) == 77
     np.testing.assert_array_equal(
         row.tokens_BT, [BOS, 7, 20, 0, 0, 21, EOS, BOS, 9, EOS, BOS, 8, 0, 0, 0, 0, EOS, 0, 0, 0])
@@ -174,20 +187,20 @@ def test_pack_row_by_hand():
 
 
 def test_no_position_is_scored_on_another_document_or_padding():
-    row = packing.pack_row(0, [FIRST, TEXT, SECOND], 20, 4, (2, 2, 1))
+    row = packing.pack_row(0, [FIRST, TEXT, SECOND], row_format())
     scored = np.flatnonzero(row.loss_mask_BT)
     assert (row.segment_ids_BT[scored] == row.segment_ids_BT[scored + 1]).all()
     assert (row.segment_ids_BT[scored] > 0).all()
 
 
 def test_empty_row_is_padding():
-    row = packing.pack_row(3, [], 8, 2, (2, 2, 1))
+    row = packing.pack_row(3, [], row_format(8, 2))
     assert not row.segment_ids_BT.any() and not row.loss_mask_BT.any() and not row.max_t_BI.any()
     assert (row.image_start_BI == 8).all()
 
 
 def test_stacked_rows_have_the_contracts_shapes_and_dtypes():
-    rows = [packing.pack_row(i, [FIRST, TEXT], 20, 4, (2, 2, 1)) for i in range(3)]
+    rows = [packing.pack_row(i, [FIRST, TEXT], row_format()) for i in range(3)]
     batch = packing.stack_rows(rows)
     expected = {
         "row_ids_B": ((3,), np.int32), "tokens_BT": ((3, 20), np.int32), "segment_ids_BT": ((3, 20), np.int32),
@@ -199,12 +212,12 @@ def test_stacked_rows_have_the_contracts_shapes_and_dtypes():
 
 
 def good_batch():
-    return packing.stack_rows([packing.pack_row(i, [FIRST, TEXT], 20, 4, (2, 2, 1)) for i in (40, 41)])
+    return packing.stack_rows([packing.pack_row(i, [FIRST, TEXT], row_format()) for i in (40, 41)])
 
 
 def test_check_batch_accepts_what_pack_row_makes():
     assert good_batch().loss_mask_BT.sum(axis=1).tolist() == [6, 6]
-    packing.check_batch(good_batch(), 22, 2)
+    packing.check_batch(good_batch(), VOCABULARY)
 
 
 def edited(field: str, row: int, position: int, value):
@@ -232,5 +245,5 @@ BAD = {  # batch, the message's parts
 @pytest.mark.parametrize("batch, parts", BAD.values(), ids=BAD.keys())
 def test_check_batch_names_row_and_position(batch, parts):
     with pytest.raises(UserError) as error:
-        packing.check_batch(batch, 22, 2)
+        packing.check_batch(batch, VOCABULARY)
     assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value)

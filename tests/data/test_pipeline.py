@@ -8,19 +8,17 @@ import shutil
 import numpy as np
 import pytest
 
+from tests.conftest import replace, tiny_autoencoder_config, with_shares
+from tests.data.test_documents import spec
 from tfusion.data import packing, pipeline, transforms
-from tfusion.data.sources import make_source
+from tfusion.data.heldout import HeldOut
 from tfusion.errors import UserError
-from tfusion.objectives import make_objective
+from tfusion.objectives import kind_of
 from tfusion.types import BOS
 
 
-def replace(cfg, group: str, **changes):
-    return dataclasses.replace(cfg, **{group: dataclasses.replace(getattr(cfg, group), **changes)})
-
-
-def open_rows(cfg, split: str = "train"):
-    return pipeline.open_rows(cfg, make_objective(cfg), split)
+def open_rows(cfg):
+    return kind_of(cfg).open_rows(cfg)
 
 
 def assert_same(a, b):
@@ -28,9 +26,8 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y, err_msg=name)
 
 
-def one_batch(cfg, number: int, split: str = "train"):
-    """The first `number` rows of a run."""
-    rows = open_rows(cfg, split)
+def one_batch(rows, number: int):
+    """The first `number` rows."""
     return packing.stack_rows([rows[row] for row in range(number)])
 
 
@@ -71,7 +68,7 @@ def test_shares_of_the_processes_make_the_global_batch(cfg, num_processes):
 
 def test_seeds_and_splits_give_other_rows(cfg):
     plain = open_rows(cfg)[0]
-    for other in (open_rows(dataclasses.replace(cfg, seed=1))[0], open_rows(cfg, "heldout")[0]):
+    for other in (open_rows(dataclasses.replace(cfg, seed=1))[0], HeldOut(cfg.rows, "scenes")[0]):
         assert (plain.tokens_BT != other.tokens_BT).any()
 
 
@@ -84,27 +81,27 @@ def placed_lengths(rows, windows: int) -> np.ndarray:
     return total
 
 
-@pytest.mark.parametrize("mixture", [
+@pytest.mark.parametrize("shares", [
     {"glosses": 0.12, "scenes": 0.66, "stories": 0.22}, {"glosses": 0.5, "scenes": 0.25, "stories": 0.25}])
-def test_window_gives_the_mixtures_token_shares(cfg, mixture):
+def test_window_gives_the_sources_token_shares(cfg, shares):
     """Within 4 % of the whole, what the window had to drop (no image slot left) included."""
-    cfg = replace(cfg, "data", mixture=mixture, window_rows=256, image_share=0.2)
+    cfg = replace(with_shares(cfg, **shares), "data", window_rows=256, image_share=0.2)
     placed = placed_lengths(open_rows(cfg), 1)
-    np.testing.assert_allclose(placed / placed.sum(), list(mixture.values()), atol=0.04)
+    np.testing.assert_allclose(placed / placed.sum(), list(shares.values()), atol=0.04)
     assert placed.sum() > 0.9 * 256 * cfg.data.seq_len
 
 
 def test_shares_do_not_forget_dropped_captions(cfg):
     """Without half of their captions pictures are short, so more of them make the same share."""
-    cfg = replace(cfg, "data", mixture={"glosses": 0.5, "scenes": 0.5}, window_rows=256, image_share=0.4,
+    cfg = replace(with_shares(cfg, glosses=0.5, scenes=0.5), "data", window_rows=256, image_share=0.4,
                   caption_dropout=0.5)
     placed = placed_lengths(open_rows(cfg), 1)
     np.testing.assert_allclose(placed / placed.sum(), 0.5, atol=0.04)
 
 
 def test_a_source_without_share_is_left_out(cfg):
-    mixture = {"glosses": 0.0, "scenes": 1.0, "stories": 0.0}
-    rows = open_rows(replace(cfg, "data", mixture=mixture, image_share=0.2))
+    cfg = with_shares(cfg, glosses=0.0, scenes=1.0, stories=0.0)
+    rows = open_rows(replace(cfg, "data", image_share=0.2))
     assert [source.name for source in rows.sources] == ["scenes"]
 
 
@@ -136,19 +133,20 @@ def test_caption_dropout_and_image_first_come_out(cfg):
     picture, with its noise limited to 0.5."""
     cfg = replace(cfg, "data", caption_dropout=0.3, image_first_fraction=0.4, image_first_max_t=0.5,
                   image_share=0.2)
-    seen = list(documents_of(one_batch(cfg, 256)))
+    seen = list(documents_of(one_batch(open_rows(cfg), 256)))
     dropped = [scored == 0 for scored, _, _ in seen]
     kept = [(token, limits) for scored, token, limits in seen if scored]
-    first = [token == cfg.model.boi for token, _ in kept]
+    first = [token == cfg.vocabulary.boi for token, _ in kept]
     assert len(seen) > 600
     assert abs(np.mean(dropped) - 0.3) < 0.05 and abs(np.mean(first) - 0.4) < 0.05
-    assert all(limits == ({0.5} if token == cfg.model.boi else {1.0}) for token, limits in kept)
-    assert all(token == cfg.model.boi and limits == {1.0} for scored, token, limits in seen if not scored)
+    assert all(limits == ({0.5} if token == cfg.vocabulary.boi else {1.0}) for token, limits in kept)
+    assert all(token == cfg.vocabulary.boi and limits == {1.0} for scored, token, limits in seen if not scored)
 
 
 def test_captions_are_dropped_in_training_only(cfg):
     cfg = replace(cfg, "data", caption_dropout=1.0, image_share=0.6)
-    train, heldout = (list(documents_of(one_batch(cfg, 8, split))) for split in ("train", "heldout"))
+    train, heldout = (list(documents_of(one_batch(rows, 8)))
+                      for rows in (open_rows(cfg), HeldOut(cfg.rows, "scenes")))
     assert train and all(scored == 0 for scored, _, _ in train)
     assert heldout and all(scored > 0 for scored, _, _ in heldout)
 
@@ -180,15 +178,15 @@ def test_sources_are_shuffled_apart(cfg):
 
 def test_rows_keep_the_contract(cfg):
     """Each document opens with BOS, patches hold the pad id and stand where their slot says."""
-    batch = one_batch(cfg, 32)
-    packing.check_batch(batch, cfg.model.vocab_size, cfg.model.num_patches)
+    batch = one_batch(open_rows(cfg), 32)
+    packing.check_batch(batch, cfg.vocabulary)
     starts = (batch.positions_BT == 0) & (batch.segment_ids_BT > 0)
     assert (batch.tokens_BT[starts] == BOS).all()
     assert (batch.tokens_BT[batch.image_ids_BT > 0] == 0).all()
     for row, slot in np.argwhere(batch.image_start_BI < cfg.data.seq_len):
         start = batch.image_start_BI[row, slot]
-        assert batch.tokens_BT[row, start - 1] == cfg.model.boi
-        assert batch.tokens_BT[row, start + cfg.model.num_patches] == cfg.model.eoi
+        assert batch.tokens_BT[row, start - 1] == cfg.vocabulary.boi
+        assert batch.tokens_BT[row, start + cfg.model.num_patches] == cfg.vocabulary.eoi
         assert batch.latents_BIhwc[row, slot].any() and batch.max_t_BI[row, slot] > 0
 
 
@@ -208,9 +206,10 @@ ERRORS = {  # changes, what the message must name
         {"data": {"image_share": 0.04}}, ("3 images", "2 image slots", "raise data.image_share to 0.08")),
     "another vocabulary": (
         {"model": {"text_vocab_size": 100}}, ("260 pieces", "model.text_vocab_size = 100", "prepare again")),
-    "other latents": ({"model": {"latent_channels": 8}}, ("(4, 4, 4)", "(4, 4, 8)", "model.latent_*")),
+    "other latents": (
+        {"model.adapter": {"latent_channels": 8}}, ("(4, 4, 4)", "(4, 4, 8)", "model.adapter.latent_*")),
     "source that was not prepared": (
-        {"data": {"mixture": {"scenes": 0.5, "photos": 0.5}}}, ("photos", "data.mixture")),
+        {"data": {"sources": {"photos": spec(1.0)}}}, ("photos", "data.sources")),
     "folder that is not there": ({"data": {"prepared": "/nowhere"}}, ("/nowhere", "data.prepared")),
 }
 
@@ -235,66 +234,62 @@ def test_a_broken_token_on_disk_is_refused_with_its_row(cfg, tmp_path):
         batches(replace(cfg, "data", prepared=str(root)), 0, 1)
 
 
-def image_cfg(cfg):
-    """Pictures are 32 pixels wide: latents of 4 at 8 pixels each."""
-    return dataclasses.replace(replace(cfg, "autoencoder", downsample=8), objective="autoencoder")
-
-
-def test_autoencoder_rows_show_every_picture_once_per_epoch(cfg):
+def test_autoencoder_rows_show_every_picture_once_per_epoch():
     """Of every source: 200 scenes, and the two or three of each of 50 stories."""
-    cfg = image_cfg(cfg)
+    cfg = tiny_autoencoder_config()
     rows = open_rows(cfg)
     count = len(rows.images)
-    stories = make_source("stories", cfg.data, "train")
+    stories = cfg.data.sources["stories"].open("train", 32)
     assert count == 200 + sum(len(stories[i]) // 2 for i in range(50)) and int(rows[7].row_ids_B) == 7
     np.testing.assert_array_equal(rows.images[200], stories[0][1])
 
     def epoch(number: int):
         return [rows[row].images_BHWC.tobytes() for row in range(number * count, (number + 1) * count)]
 
-    fewer = open_rows(replace(cfg, "data", num_scenes=100))
+    few = dataclasses.replace(cfg.data.sources["scenes"], num_records=100)
+    fewer = open_rows(replace(cfg, "data", sources=cfg.data.sources | {"scenes": few}))
     assert rows.identity == open_rows(cfg).identity != fewer.identity and list(rows.identity) == ["pictures"]
     stored = sorted(image.tobytes() for image in rows.images)
     assert sorted(epoch(0)) == sorted(epoch(1)) == stored and epoch(0) != epoch(1)
 
 
-def test_autoencoder_batches_are_shared_like_any_other(cfg):
-    cfg = image_cfg(cfg)
+def test_autoencoder_batches_are_shared_like_any_other():
+    cfg = tiny_autoencoder_config()
     (whole,), *parts = (batches(cfg, 3, 1, process=p, num_processes=n) for p, n in ((0, 1), (0, 2), (1, 2)))
     assert whole.images_BHWC.shape == (8, 32, 32, 3) and whole.images_BHWC.dtype == np.uint8
     assert_same(type(whole)(*(np.concatenate(x) for x in zip(*(part[0] for part in parts)))), whole)
 
 
-def test_autoencoder_of_another_picture_size_is_refused(cfg):
-    with pytest.raises(UserError, match=r"32 pixels wide.*= 16"):
-        open_rows(replace(image_cfg(cfg), "autoencoder", downsample=4))
+def test_autoencoder_of_another_picture_size_is_refused():
+    with pytest.raises(UserError, match=r"32 pixels high, 16 are wanted"):
+        open_rows(tiny_autoencoder_config(image_size=16))
 
 
 def test_noise_limit_where_the_picture_comes_first(cfg):
     """Only there, and as the config says."""
     cfg = replace(cfg, "data", image_first_fraction=1.0, caption_dropout=0.0, image_first_max_t=0.3)
-    limits = {limit for _, _, each in documents_of(one_batch(cfg, 8)) for limit in each}
+    limits = {limit for _, _, each in documents_of(one_batch(open_rows(cfg), 8)) for limit in each}
     assert limits == {float(np.float32(0.3))}
     assert transforms.puts_image_first(cfg.data, 0, 0, 0, np.arange(9)).all()
 
 
 def test_a_share_of_no_document_is_an_error(cfg):
     """A source that would never appear is told, not dropped."""
-    with pytest.raises(UserError, match=r"data.mixture.stories = 1e-06 is less than one document"):
-        open_rows(replace(cfg, "data", mixture={"scenes": 1.0, "stories": 1e-6}, image_share=0.2))
+    with pytest.raises(UserError, match=r"data.sources.stories.share = 1e-06 is less than one document"):
+        open_rows(replace(with_shares(cfg, scenes=1.0, stories=1e-6), "data", image_share=0.2))
 
 
-def test_choices_belong_to_the_source_not_to_its_place_in_the_mixture(cfg):
+def test_choices_belong_to_the_source_not_to_its_place_among_them(cfg):
     """Adding a source changes no other source's coins or order."""
-    alone = open_rows(replace(cfg, "data", mixture={"scenes": 1.0}, image_share=0.2))
-    beside = open_rows(replace(cfg, "data", mixture={"glosses": 0.5, "scenes": 0.5}))
+    alone = open_rows(replace(with_shares(cfg, scenes=1.0), "data", image_share=0.2))
+    beside = open_rows(with_shares(cfg, glosses=0.5, scenes=0.5))
     records = np.arange(50)
     np.testing.assert_array_equal(alone._drops(0, 0, records), beside._drops(1, 0, records))
     assert [alone._order[0][i] for i in range(50)] == [beside._order[1][i] for i in range(50)]
 
 
-def test_the_mixture_may_be_written_in_any_order(cfg):
+def test_sources_may_be_written_in_any_order(cfg):
     """A config is compared key by key at resume, which sees no order."""
-    turned = replace(cfg, "data", mixture=dict(reversed(cfg.data.mixture.items())))
-    assert list(turned.data.mixture) != list(cfg.data.mixture)
+    turned = replace(cfg, "data", sources=dict(reversed(cfg.data.sources.items())))
+    assert list(turned.data.sources) != list(cfg.data.sources)
     assert open_rows(turned).plan(0) == open_rows(cfg).plan(0)

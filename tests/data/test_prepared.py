@@ -48,10 +48,11 @@ def test_records_come_back_in_any_order(source, record):
     assert len(parts) == len(RECORDS[record])
     for got, part in zip(parts, RECORDS[record]):
         if isinstance(part, str):
-            assert got.dtype == np.int32 and got.tolist() == encode_text([part])[0]
+            assert got.kind == "text" and got.values.dtype == np.int32
+            assert got.values.tolist() == encode_text([part])[0]
         else:
-            assert got.dtype == np.float32
-            np.testing.assert_array_equal(got, encode_images(part[None])[0].astype(np.float32))
+            assert got.kind == "image" and got.values.dtype == np.float32
+            np.testing.assert_array_equal(got.values, encode_images(part[None])[0].astype(np.float32))
 
 
 def test_text_is_read_by_its_tokens(tmp_path):
@@ -79,22 +80,23 @@ def test_sizes_are_known_without_reading(source):
 
 def test_reading_twice_gives_fresh_arrays(source):
     """A reader that writes into its document must not change the next reader's, nor the file."""
-    source.read(0)[0][:] = 0
-    source.read(0)[1][:] = 0
-    assert source.read(0)[0].tolist() == [97, 98] and source.read(0)[1].max() == 1
+    source.read(0)[0].values[:] = 0
+    source.read(0)[1].values[:] = 0
+    assert source.read(0)[0].values.tolist() == [97, 98] and source.read(0)[1].values.max() == 1
 
 
 def test_text_only_source_has_no_latents(tmp_path):
     write_source(tmp_path / "words" / "heldout", [["ab"], ["c"]], encode_text, None)
     source = PreparedSource(tmp_path, "words", "heldout")
-    assert source.read(1)[0].tolist() == [99] and not source.images.any()
+    assert source.read(1)[0].values.tolist() == [99] and not source.images.any()
     assert not (tmp_path / "words" / "heldout" / "latents.npy").exists()
 
 
 def test_meta_round_trip(tmp_path):
-    write_meta(tmp_path, ByteTokenizer(), "def", (8, 8, 4))
+    write_meta(tmp_path, ByteTokenizer(), "def", (8, 8, 4), "runs/autoencoder")
     assert read_meta(tmp_path) == {"format_version": FORMAT_VERSION, "tokenizer": ByteTokenizer.fingerprint,
-                                   "codec": "def", "vocab_size": 260, "latent_shape": [8, 8, 4]}
+                                   "codec": "def", "vocab_size": 260, "latent_shape": [8, 8, 4],
+                                   "codec_run": "runs/autoencoder"}
     assert identity(read_meta(tmp_path)) == {"tokenizer": ByteTokenizer.fingerprint, "codec": "def"}
     assert load_saved(tmp_path).fingerprint == ByteTokenizer.fingerprint
     assert [path.name for path in assets(tmp_path)] == ["tokenizer.json"]
@@ -114,7 +116,7 @@ def test_missing_folder_is_named_with_what_to_run(tmp_path):
 
 def test_missing_source_is_named(tmp_path):
     text = message(PreparedSource, tmp_path, "stories", "train")
-    assert str(tmp_path / "stories" / "train") in text and "data.mixture" in text
+    assert str(tmp_path / "stories" / "train") in text and "data.sources" in text
 
 
 def test_other_format_version_is_refused(tmp_path):
@@ -178,7 +180,7 @@ def test_a_tokenizer_that_makes_no_ids_is_named(tmp_path, ids, text):
 
 def test_a_record_may_be_one_text(tmp_path):
     write_source(tmp_path / "s" / "train", ["abc"], encode_text, None)
-    assert PreparedSource(tmp_path, "s", "train").read(0)[0].tolist() == encode_text(["abc"])[0]
+    assert PreparedSource(tmp_path, "s", "train").read(0)[0].values.tolist() == encode_text(["abc"])[0]
 
 
 def test_an_encoder_that_loses_pictures_is_named(tmp_path):

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tfusion.data import transforms
+from tfusion.data import layout, transforms
 from tfusion.data.transforms import keyed_uniform
 
 MASK = 2**64 - 1
@@ -93,10 +93,10 @@ def test_the_two_coins_are_independent_and_change_with_the_epoch(cfg):
 
 
 def text(*ids):
-    return np.array(ids, np.int32)
+    return layout.text(ids)
 
 
-A, B = np.full((2, 2, 1), 1.0, np.float32), np.full((2, 2, 1), 2.0, np.float32)
+A, B = (layout.image(np.full((2, 2, 1), value, np.float32)) for value in (1.0, 2.0))
 ONE, TWO, WORDS = [text(5), A], [text(5), A, text(6, 7), B], [text(5, 6)]
 ARRANGED = {  # parts, drop caption, image first -> parts, max_t, score_text
     "as it is": (TWO, False, False, TWO, 1.0, True),
@@ -115,8 +115,10 @@ def test_arrange(parts, drop, first, expected, max_t, score):
     before = list(parts)
     document = transforms.arrange(parts, drop, first, 0.25)
     assert len(document.parts) == len(expected)
-    assert all(got is want or np.array_equal(got, want) for got, want in zip(document.parts, expected))
-    assert document.max_t == max_t and document.score_text is score
+    assert all(got.kind == want.kind and np.array_equal(got.values, want.values)
+               for got, want in zip(document.parts, expected))
+    assert all(part.max_t == (max_t if part.kind == "image" else 1.0) for part in document.parts)
+    assert document.score_text is score
     assert len(parts) == len(before) and all(x is y for x, y in zip(parts, before))  # not changed in place
 
 
@@ -133,7 +135,8 @@ def test_unconditional_share_of_documents_with_one_image(cfg, dropout, limit):
     drops = transforms.drops_caption(choices, 0, 1, 0, record)
     first = transforms.puts_image_first(choices, 0, 1, 0, record)
     documents = [transforms.arrange(ONE, *coins, limit) for coins in zip(drops.tolist(), first.tolist())]
-    alone = np.array([document.parts[0].ndim > 1 for document in documents])
-    above = np.array([1 - min(0.5 / document.max_t, 1) for document in documents])  # P(t > 0.5)
+    alone = np.array([document.parts[0].kind == "image" for document in documents])
+    limits = np.array([part.max_t for document in documents for part in document.parts if part.kind == "image"])
+    above = 1 - np.minimum(0.5 / limits, 1)  # P(t > 0.5)
     shares = alone.mean(), (alone * above).sum() / above.sum(), (alone * (1 - above)).sum() / (1 - above).sum()
     np.testing.assert_allclose(shares, UNCONDITIONAL[dropout, limit], atol=0.015)

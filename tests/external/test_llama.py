@@ -7,14 +7,14 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tests.external import inputs, write_references
-from tfusion.config import ModelConfig
-from tfusion.models.transfusion import Transfusion
+from tfusion.models.adapters.linear import LinearConfig
+from tfusion.models.transfusion import ModelConfig, Transfusion
 from tfusion.types import Batch
 
 CFG = ModelConfig(
     num_layers=inputs.L, d_model=inputs.D, num_heads=inputs.H, num_kv_heads=inputs.K, d_ff=inputs.F,
-    text_vocab_size=inputs.V - 2, latent_size=2, latent_channels=1, patch_size=2, adapter="linear",
-    patch_positions="none", image_attention="bidirectional", remat="none", compute_dtype="float32")
+    text_vocab_size=inputs.V - 2, image_attention="bidirectional", remat="none", compute_dtype="float32",
+    adapter=LinearConfig("linear", latent_size=2, latent_channels=1, patch_size=2, patch_positions="none"))
 
 
 def packed() -> Batch:

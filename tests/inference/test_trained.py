@@ -7,30 +7,26 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from tfusion.inference.autoencoder import LatentCodec
-from tfusion.models.autoencoder import Autoencoder
 
 from tests.conftest import tiny_config
-from tfusion import config, sharding
+from tfusion import sharding
 from tfusion.checkpoint import Checkpoints
-from tfusion.data import prepared
+from tfusion.data import layout, prepared
 from tfusion.data.tokenizers import ByteTokenizer, load_tokenizer
 from tfusion.errors import UserError
 from tfusion.inference import decode, trained
-from tfusion.objectives import make_objective
+from tfusion.models.codecs.kl import Autoencoder, AutoencoderConfig, KLCodec
 from tfusion.training import loop
 
 STEPS = 2
 
 
-def make_codec(cfg, seed: int) -> LatentCodec:
-    """An untrained autoencoder."""
-    tiny = dataclasses.replace(cfg.autoencoder, width=8, downsample=8)
-    size = cfg.model.latent_size * tiny.downsample
-    c = cfg.model.latent_channels
-    params = Autoencoder(tiny, c).init(jax.random.key(seed), np.zeros((1, size, size, 3)))
-    return LatentCodec(tiny, cfg.model.latent_size, params["params"], np.zeros(c, np.float32),
-                       np.ones(c, np.float32))
+def make_codec(seed: int) -> KLCodec:
+    """An untrained autoencoder of 32 x 32 pictures and 4 x 4 x 4 latents."""
+    tiny = AutoencoderConfig(image_size=32, latent_channels=4, downsample=8, width=8, num_blocks=1,
+                             kl_weight=1e-5)
+    params = Autoencoder(tiny).init(jax.random.key(seed), np.zeros((1, 32, 32, 3)))
+    return KLCodec(tiny, params["params"], np.zeros(4, np.float32), np.ones(4, np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +35,14 @@ def trained_once(prepared_root, tmp_path_factory):
     root, workdir = tmp_path_factory.mktemp("data") / "prepared", tmp_path_factory.mktemp("run")
     shutil.copytree(prepared_root, root)
     cfg = tiny_config(root)
-    codec = make_codec(cfg, 0)
+    codec = make_codec(0)
     codec.save(root / "codec.npz")
     prepared.write_meta(root, ByteTokenizer(), codec.fingerprint, cfg.model.latent_shape)
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(
         cfg.train, num_steps=STEPS, checkpoint_every=1, eval_every=0, diagnostics_every=0))
     mesh = sharding.parse_mesh(None)
     with jax.set_mesh(mesh):
-        state = jax.device_get(loop.train(cfg, make_objective(cfg), workdir, mesh))
+        state = jax.device_get(loop.train(cfg, workdir, mesh))
     shutil.rmtree(root)  # nothing of the data is left
     return workdir, state
 
@@ -61,10 +57,10 @@ def test_a_copy_without_its_data_has_all_that_sampling_needs(trained_once, copie
     for got, want in zip(jax.tree.leaves(run.params), jax.tree.leaves(trained_once[1].ema_params)):
         np.testing.assert_array_equal(got, want)
     assert run.tokenizer.fingerprint == load_tokenizer("byte").fingerprint
-    assert run.codec.fingerprint == make_codec(run.cfg, 0).fingerprint
-    prompt = [[np.array([run.cfg.model.boi])]]
+    assert run.codec.fingerprint == make_codec(0).fingerprint
+    prompt = [[layout.text([run.cfg.vocabulary.boi])]]
     drawn = decode.generate(run.cfg, run.params, prompt, max_new_tokens=0, max_images=1)
-    assert run.codec.decode(drawn[0][0][None]).shape == (1, 32, 32, 3)
+    assert run.codec.decode(drawn[0][0].values[None]).shape == (1, 32, 32, 3)
 
 
 def test_nothing_else_of_the_checkpoint_is_read(trained_once, copied):
@@ -95,13 +91,13 @@ def test_a_step_can_be_chosen(copied):
 def test_on_any_mesh(copied):
     """Placed in shards at once, and drawing the same pictures."""
     whole, mesh = trained.load(copied), sharding.parse_mesh("fsdp=4,tensor=2")
-    prompt = [[np.array([whole.cfg.model.boi])]]
-    want = decode.generate(whole.cfg, whole.params, prompt, max_new_tokens=0, max_images=1)[0][0]
+    prompt = [[layout.text([whole.cfg.vocabulary.boi])]]
+    want = decode.generate(whole.cfg, whole.params, prompt, max_new_tokens=0, max_images=1)[0][0].values
     run = trained.load(copied, mesh=mesh)
     table = run.params["token_embedding"]
     assert len(table.sharding.device_set) == 8 and table.addressable_shards[0].data.size * 8 == table.size
     with jax.set_mesh(mesh):
-        got = decode.generate(run.cfg, run.params, prompt, max_new_tokens=0, max_images=1)[0][0]
+        got = decode.generate(run.cfg, run.params, prompt, max_new_tokens=0, max_images=1)[0][0].values
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -117,7 +113,7 @@ def replace_tokenizer(workdir):
 
 
 def replace_codec(workdir):
-    make_codec(config.load(workdir), 1).save(workdir / "codec.npz")
+    make_codec(1).save(workdir / "codec.npz")
 
 
 @pytest.mark.parametrize("replace, name", [(replace_tokenizer, "tokenizer"), (replace_codec, "codec")])

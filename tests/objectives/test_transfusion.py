@@ -1,10 +1,11 @@
-"""The Transfusion objective: layout, noise, the two losses and their counts.
+"""The Transfusion objective: noise, the two losses and their counts.
 
-B batch, T tokens, V vocabulary, I image slots, N patches per image, h w c latent.
+B batch, T tokens, V vocabulary, I image slots, h w c latent.
 """
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +14,18 @@ import pytest
 from flax import linen as nn
 
 from experiments import quickstart
+from tests.conftest import replace
 from tfusion import config
 from tfusion.data import packing, pipeline
+from tfusion.data.layout import image, text
 from tfusion.diffusion.process import ddpm
 from tfusion.models.transfusion import Transfusion
-from tfusion.objectives import make_objective
+from tfusion.objectives import kind_of, make_objective
 from tfusion.objectives import transfusion as objective
+from tfusion.objectives.base import Aux
 from tfusion.types import BOS, EOS, PAD, Batch, Document
 
-N, BOI, EOI = 4, 20, 21
-PATCHES = [PAD] * N
-
+NO_AUX = Aux(0, {}, {})
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compiles():
@@ -31,72 +33,6 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-def image(value: float = 0.5):
-    return np.full((4, 4, 2), value, np.float32)
-
-
-def text(*ids: int):
-    return np.array(ids, np.int32)
-
-
-LAYOUTS = {  # parts, score_text -> tokens, image ids, scored positions
-    "caption first": (
-        [text(5, 6), image()], True,
-        [BOS, 5, 6, BOI, *PATCHES, EOI, EOS],
-        [0, 0, 0, 0, 1, 1, 1, 1, 0, 0],
-        [1, 1, 1, 0, 0, 0, 0, 0, 1, 0]),  # 6 predicts BOI; EOI predicts EOS
-    "image first": (
-        [image(), text(5, 6)], True,
-        [BOS, BOI, *PATCHES, EOI, 5, 6, EOS],
-        [0, 0, 1, 1, 1, 1, 0, 0, 0, 0],
-        [1, 0, 0, 0, 0, 0, 1, 1, 1, 0]),  # BOS predicts BOI; EOI predicts 5
-    "two captioned images": (
-        [text(5), image(1), text(7, 8), image(2)], True,
-        [BOS, 5, BOI, *PATCHES, EOI, 7, 8, BOI, *PATCHES, EOI, EOS],
-        [0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 2, 2, 2, 2, 0, 0],
-        [1, 1, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 1, 0]),
-    "two images side by side": (
-        [image(1), image(2)], True,
-        [BOS, BOI, *PATCHES, EOI, BOI, *PATCHES, EOI, EOS],
-        [0, 0, 1, 1, 1, 1, 0, 0, 2, 2, 2, 2, 0, 0],
-        [1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0]),  # the first EOI predicts the second BOI
-    "dropped caption": (
-        [image()], False,
-        [BOS, BOI, *PATCHES, EOI, EOS],
-        [0, 0, 1, 1, 1, 1, 0, 0],
-        [0, 0, 0, 0, 0, 0, 0, 0]),
-    "text only": (
-        [text(5, 6, 7)], True,
-        [BOS, 5, 6, 7, EOS],
-        [0, 0, 0, 0, 0],
-        [1, 1, 1, 1, 0]),
-    "empty": ([], True, [BOS, EOS], [0, 0], [1, 0]),
-}
-
-
-@pytest.mark.parametrize("parts, score, tokens, ids, scored", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_layout_by_hand(parts, score, tokens, ids, scored):
-    """DESIGN's rules: the token before BOI and EOI are scored; BOI, patches and the last position not."""
-    example = objective.layout(Document(tuple(parts), 0.7, score), N, BOI, EOI)
-    np.testing.assert_array_equal(example.tokens_L, tokens)
-    np.testing.assert_array_equal(example.image_ids_L, ids)
-    np.testing.assert_array_equal(example.loss_mask_L, np.array(scored, bool))
-    assert (example.tokens_L.dtype, example.image_ids_L.dtype) == (np.int32, np.int32)
-    images = [part for part in parts if part.ndim > 1]
-    assert len(example.latents_Ihwc) == len(example.max_t_I) == len(images)
-    for got, expected in zip(example.latents_Ihwc, images):
-        np.testing.assert_array_equal(got, expected)
-    np.testing.assert_array_equal(example.max_t_I, np.full(len(images), 0.7, np.float32))
-
-
-@pytest.mark.parametrize("parts, score, tokens, ids, scored", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_length_is_the_layouts(cfg, parts, score, tokens, ids, scored):
-    """The planner packs by `length` and never sees the layout: they must agree."""
-    words, images = sum(len(part) for part in parts if part.ndim == 1), sum(part.ndim > 1 for part in parts)
-    assert cfg.model.num_patches == N
-    assert make_objective(cfg).length(words, images) == len(tokens)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -207,32 +143,41 @@ def test_each_bin_holds_its_fifth_of_t():
     assert [float(losses[f"diffusion_loss_bin{i}"][1]) for i in range(5)] == [2.0] * 5
 
 
+def row_format(cfg, seq_len: int, slots: int):
+    """cfg's, of so many positions and image slots."""
+    data = SimpleNamespace(seq_len=seq_len, image_slots=lambda num_patches: slots)
+    return cfg.rows._replace(data=data)
+
+
 def small_batch(cfg):
     """Three documents on two rows: pictures with one free slot each, one clean picture (max_t = 0)."""
-    obj = make_objective(cfg)
     rng = np.random.default_rng(0)
-    pictures = [rng.standard_normal(cfg.model.latent_shape).astype(np.float32) for _ in range(3)]
-    documents = [Document((text(5, 6), pictures[0]), 1.0, True),
-                 Document((pictures[1],), 1.0, False), Document((text(9), pictures[2]), 0.5, True)]
-    examples = [obj.layout(document) for document in documents]
-    batch = packing.stack_rows([
-        packing.pack_row(row, these, 24, 3, cfg.model.latent_shape)
-        for row, these in enumerate((examples[:2], examples[2:]))])
+    pictures = [image(rng.standard_normal(cfg.model.latent_shape).astype(np.float32)) for _ in range(3)]
+    documents = [Document((text([5, 6]), pictures[0])), Document((pictures[1],), score_text=False),
+                 Document((text([9]), pictures[2]._replace(max_t=0.5)))]
+    form = row_format(cfg, 24, 3)
+    examples = [form.layout.lay(document) for document in documents]
+    batch = packing.stack_rows([packing.pack_row(row, these, form)
+                                for row, these in enumerate((examples[:2], examples[2:]))])
     max_t = batch.max_t_BI.copy()
     max_t[0, 1] = 0
     return batch._replace(max_t_BI=max_t)
 
 
+def jitted_loss(objective):
+    return jax.jit(lambda params, batch, key: objective.loss(params, NO_AUX, batch, key))
+
+
 @functools.cache
 def tiny():
-    """(cfg, objective, jitted loss, params without a zero matrix), compiled once."""
+    """(cfg, objective, jitted loss(params, batch, key), params without a zero matrix), compiled once."""
     tree = quickstart.get_config("smoke")
-    tree.model.update(num_layers=1, d_model=16, num_heads=2, num_kv_heads=2, d_ff=32, latent_size=4,
-                      latent_channels=4)
+    tree.model.update(num_layers=1, d_model=16, num_heads=2, num_kv_heads=2, d_ff=32)
+    tree.model.adapter.update(latent_size=4, latent_channels=4)
     cfg = config.from_dict(tree)
     obj = make_objective(cfg)
     params = jax.tree.map(lambda x: x + 0.1, jax.jit(obj.init)(jax.random.key(0)))
-    return cfg, obj, jax.jit(obj.loss), params
+    return cfg, obj, jitted_loss(obj), params
 
 
 def test_loss_counts_are_the_objectives_counts():
@@ -258,7 +203,7 @@ def test_counts_beyond_int32(cfg):
 
 def test_loss_counts_are_the_objectives_counts_on_real_rows(cfg):
     obj = make_objective(cfg)
-    batch = next(pipeline.batches(pipeline.open_rows(cfg, obj, "train"), 0, 1, 8))
+    batch = next(pipeline.batches(kind_of(cfg).open_rows(cfg), 0, 1, 8))
     counts = obj.counts(batch)
     assert counts["lm_loss"] == sum(row.sum() for row in batch.loss_mask_BT)
     assert counts["diffusion_loss"] == (batch.image_start_BI < cfg.data.seq_len).sum() * 64
@@ -291,7 +236,7 @@ def test_rows_add_up():
 def test_the_loss_noises_what_the_contract_says(cfg, prediction, monkeypatch):
     """The model is shown add_noise(latents, eps, alphabar(t)) and t; its output is held against the
     target. A fake model returns x_t itself, so the loss is known in closed form."""
-    cfg = dataclasses.replace(cfg, diffusion=dataclasses.replace(cfg.diffusion, prediction=prediction))
+    cfg = replace(cfg, "process", prediction=prediction)
     m = cfg.model
 
     def fake_apply(self, variables, batch=None, x_t=None, t=None, method=None):
@@ -301,9 +246,9 @@ def test_the_loss_noises_what_the_contract_says(cfg, prediction, monkeypatch):
 
     monkeypatch.setattr(Transfusion, "apply", fake_apply)
     batch, key = small_batch(cfg), jax.random.key(4)
-    got = jax.jit(make_objective(cfg).loss)({}, batch, key)
+    got = jitted_loss(make_objective(cfg))({}, batch, key)
     t, eps = jax.jit(objective.draw_noise, static_argnums=(0, 4))(
-        ddpm(prediction, cfg.diffusion.num_timesteps), key, batch.noise_ids_BI2, batch.max_t_BI,
+        ddpm(prediction, cfg.process.num_timesteps), key, batch.noise_ids_BI2, batch.max_t_BI,
         cfg.model.latent_shape)
     t, eps = np.asarray(t, np.float64)[..., None, None, None], np.asarray(eps)
     a = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2
@@ -320,19 +265,17 @@ def test_the_loss_noises_what_the_contract_says(cfg, prediction, monkeypatch):
 def test_every_patch_size_trains(cfg, patch_size, image_share, slots):
     """Image slots follow from the patch size; every parameter that the row can reach gets a gradient. Text
     alone has no slot."""
-    model = dataclasses.replace(cfg.model, latent_size=8, num_layers=1, patch_size=patch_size)
-    data = dataclasses.replace(cfg.data, seq_len=96, image_share=image_share)
-    cfg = dataclasses.replace(cfg, model=model, data=data)
-    assert cfg.image_slots == slots
-    made, picture = make_objective(cfg), np.ones(model.latent_shape, np.float32)
-    parts = [text(5, 6), picture, text(7)] if slots else [text(5, 6)]
-    rows = [packing.pack_row(i, [made.layout(Document(tuple(parts), 1.0, True))], 96, slots, model.latent_shape)
-            for i in range(2)]
+    cfg = replace(replace(cfg, "model", num_layers=1), "model.adapter", latent_size=8, patch_size=patch_size)
+    cfg = replace(cfg, "data", seq_len=96, image_share=image_share)
+    assert cfg.rows.image_slots == slots
+    made, picture = make_objective(cfg), image(np.ones(cfg.model.latent_shape, np.float32))
+    parts = [text([5, 6]), picture, text([7])] if slots else [text([5, 6])]
+    rows = [packing.pack_row(i, [cfg.rows.layout.lay(Document(tuple(parts)))], cfg.rows) for i in range(2)]
     batch = packing.stack_rows(rows)
-    packing.check_batch(batch, model.vocab_size, model.num_patches)
+    packing.check_batch(batch, cfg.vocabulary)
 
     def total(params):
-        losses = made.loss(params, batch, jax.random.key(0))
+        losses = made.loss(params, NO_AUX, batch, jax.random.key(0))
         return sum(losses[name][0] for name in made.weights)
 
     grads = jax.jit(jax.grad(total))(nn.meta.unbox(made.init(jax.random.key(1))))
@@ -342,11 +285,13 @@ def test_every_patch_size_trains(cfg, patch_size, image_share, slots):
 
 
 def test_weights_are_one_and_lambda(cfg):
-    cfg = dataclasses.replace(cfg, diffusion=dataclasses.replace(cfg.diffusion, loss_weight=7.5))
+    cfg = dataclasses.replace(cfg, loss_weight=7.5)
     assert make_objective(cfg).weights == {"lm_loss": 1.0, "diffusion_loss": 7.5}
 
 
-def test_specials_are_not_text(cfg):
-    """BOI and EOI of the layout are the model's, above every text id; EOS closes the document."""
-    example = make_objective(cfg).layout(Document((text(5), np.zeros(cfg.model.latent_shape)), 1.0, True))
+def test_the_layout_is_of_the_models_ids(cfg):
+    """BOI and EOI stand above every text id, an image has the model's patches; EOS closes the document."""
+    picture = image(np.zeros(cfg.model.latent_shape))
+    example = cfg.rows.layout.lay(Document((text([5]), picture)))
+    assert cfg.model.vocab_size == cfg.vocabulary.vocab_size == 262
     assert example.tokens_L.tolist() == [BOS, 5, 260, PAD, PAD, PAD, PAD, 261, EOS]

@@ -48,7 +48,7 @@ def check_image_share(image_share: float, shares, means, in_images) -> None:
 
 
 class PackedRows:
-    """Row k of the run, as a Batch without the batch axis: the mixture, planned and packed."""
+    """Row k of the run, as a Batch without the batch axis: the sources, planned and packed."""
 
     def __init__(self, format: RowFormat, seed: int):
         data, by_name = format.data, shares(format.data.sources)

@@ -230,7 +230,7 @@ class PreparedSource:
     def __init__(self, root, name: str, split: str):
         self.name, self.folder = name, Path(root) / name / split
         if not (self.folder / "meta.json").exists():
-            raise UserError(f"{self.folder} not found: data.mixture names '{name}'; run "
+            raise UserError(f"{self.folder} not found: data.sources names '{name}'; run "
                                     "`python -m tfusion.prepare` with the same config, or leave it out")
         self.meta = _read_json(self.folder / "meta.json")
         names = ("tokens", "parts", "records") + ("latents",) * (self.meta["images"] > 0)
@@ -267,7 +267,7 @@ class PreparedSource:
         """The record's parts in order."""
         first = self._records[record - 1, 0] if record else 0
         parts = self._parts[first : self._records[record, 0]]
-        return [layout.image(np.array(self._latents[b])) if a < 0 else layout.text(self._tokens[a:b])
+        return [layout.image(np.array(self._latents[b])) if a < 0 else layout.text(np.array(self._tokens[a:b]))
                 for a, b in parts]
 
     def read_text(self, record: int, start: int, stop: int):
