@@ -49,7 +49,7 @@ $(RUN)/report.html: $(RUN)/transfusion/evaluation/metrics.json
 
 smoke:  ## The quickstart shrunk to seconds of training, from scratch, in runs/smoke
 	@rm -rf runs/smoke
-	@$(MAKE) --no-print-directory quickstart RUN=runs/smoke EVALUATE=--num_scenes=16 \
+	@$(MAKE) --no-print-directory quickstart RUN=runs/smoke EVALUATE=--number=16 \
 		AUTOENCODER=experiments/quickstart.py:smoke,autoencoder TRANSFUSION=experiments/quickstart.py:smoke
 
 test: $(STAMP)  ## The fast tests (ARGS="-k masks" picks some)

@@ -1,28 +1,38 @@
 """What a model must beat: the best linear denoiser, and n-grams of the training tokens.
 
-Both are scored on exactly the positions, t and noise that the model is scored on. Of a large data set they
-see a sample, which is plenty for what they can learn.
+Both are scored on exactly the positions, t and noise that the model was scored on (evals/losses.py). Of a
+large data set they see a sample, which is plenty for what they can learn.
 """
+
+from pathlib import Path
 
 import jax
 import numpy as np
 
-from tfusion.data.config import shares
+from tfusion.config import Config
+from tfusion.data import pipeline
 from tfusion.data.documents import Documents
+from tfusion.data.heldout import open_heldout
 from tfusion.data.prepared import PreparedSource
 from tfusion.diffusion import process, schedule
-from tfusion.objectives.transfusion import TransfusionConfig, diffusion_losses, draw_noise
+from tfusion.evals import losses, statistics
+from tfusion.evals.base import Evaluator, LeftOut, Options, register, section, write_card
+from tfusion.evals.losses import NOTHING, Sums
+from tfusion.inference.trained import Trained
+from tfusion.objectives import make_objective
+from tfusion.objectives.transfusion import NUM_BINS, diffusion_losses, draw_noise
 from tfusion.training.step import eval_key
 
 LAMBDAS = np.linspace(0.05, 0.95, 19)
 MAX_LATENTS = 20_000  # of each source
 MAX_DOCUMENTS = 200_000  # of each source
+BINS = [f"diffusion_loss_bin{i}" for i in range(NUM_BINS)]
 
 
-def fit_gaussian(cfg: TransfusionConfig):
+def fit_gaussian(cfg: Config):
     """(mean (D,), eigenvalues (D,), eigenvectors (D, D)) of the training latents, D = h w c; None of none."""
     latents = []
-    for name in shares(cfg.data.sources):
+    for name in (name for name, share in cfg.data.mixture.items() if share > 0):
         source = PreparedSource(cfg.data.prepared, name, "train")
         if source.meta["images"]:
             latents.append(np.load(source.folder / "latents.npy", mmap_mode="r")[:MAX_LATENTS])
@@ -34,7 +44,7 @@ def fit_gaussian(cfg: TransfusionConfig):
     return mean, np.maximum(values, 0), vectors
 
 
-def linear_prediction(cfg: TransfusionConfig, gaussian, x_t, a):
+def linear_prediction(cfg: Config, gaussian, x_t, a):
     """The linear predictor of the diffusion target with least squared error, for data of that mean and
     covariance: E[x0 | x_t] = m + sqrt(a) S (a S + (1 - a) I)^-1 (x_t - sqrt(a) m), and from it the target.
     """
@@ -44,18 +54,18 @@ def linear_prediction(cfg: TransfusionConfig, gaussian, x_t, a):
     x0 = mean + ((flat - root * mean) @ vectors * gain) @ vectors.T
     eps = (flat - root * x0) / np.sqrt(1 - a)[..., None]
     x0, eps = (v.reshape(x_t.shape).astype(np.float32) for v in (x0, eps))
-    return process.target(cfg.process.prediction, x0, eps, a.astype(np.float32))
+    return process.target(cfg.diffusion.prediction, x0, eps, a.astype(np.float32))
 
 
-def linear_losses(cfg: TransfusionConfig, gaussian, batch) -> dict:
+def linear_losses(cfg: Config, gaussian, batch) -> dict:
     """{name: (sum, count)} of the linear predictor, as the model's diffusion losses on held-out rows."""
     t, eps = draw_noise(eval_key(), batch.noise_ids_BI2, batch.max_t_BI, cfg.model.latent_shape,
-                        cfg.process.num_timesteps)
+                        cfg.diffusion.num_timesteps)
     a = schedule.alpha_bar(t)
     x_t = process.add_noise(batch.latents_BIhwc, eps, a)
     used = np.where(batch.max_t_BI > 0, np.asarray(a, np.float64), 0.5)  # unused slots: t = 0 divides by 0
     prediction = linear_prediction(cfg, gaussian, x_t, used)
-    target = process.target(cfg.process.prediction, batch.latents_BIhwc, eps, a)
+    target = process.target(cfg.diffusion.prediction, batch.latents_BIhwc, eps, a)
     return jax.device_get(diffusion_losses(prediction, target, t, batch.max_t_BI))
 
 
@@ -85,7 +95,7 @@ class Ngrams:
         return float(-np.log(unigram).mean()), float(min(mixed))
 
 
-def documents_read(cfg: TransfusionConfig, rows, step: int) -> dict:
+def documents_read(cfg: Config, rows, step: int) -> dict:
     """{source: (its training documents, how many of them the run was given up to a step, each
     counted once)}.
 
@@ -96,7 +106,7 @@ def documents_read(cfg: TransfusionConfig, rows, step: int) -> dict:
             for source, count in zip(rows.sources, rows.per_window)}
 
 
-def count_ngrams(cfg: TransfusionConfig, source: Documents, number: int) -> Ngrams | None:
+def count_ngrams(cfg: Config, source: Documents, number: int) -> Ngrams | None:
     """N-grams of `number` of a source's training documents (at most MAX_DOCUMENTS), evenly spread, captions
     first, as held-out ones are laid out; None where they hold no text. A run's order is a shuffle, so as many
     as it has read are as good as those: the bigram knows no more text than the model.
@@ -107,4 +117,90 @@ def count_ngrams(cfg: TransfusionConfig, source: Documents, number: int) -> Ngra
         example = source.read(*document)
         pairs.append(scored_pairs(example.tokens_L, example.loss_mask_L))
     first, second = (np.concatenate(x) for x in zip(*pairs))
-    return Ngrams(cfg.vocabulary.vocab_size, first, second) if source.source.meta["tokens"] else None
+    return Ngrams(cfg.model.vocab_size, first, second) if source.source.meta["tokens"] else None
+
+
+def measure(cfg: Config, held, gaussian, source: str) -> tuple[Sums, list]:
+    """(the linear predictor's losses, (token, next token) at every scored position) of one source's held-out
+    documents."""
+    sums, pairs = NOTHING, []
+    for batch in losses.batches(held, source):
+        if images := losses.images_in(batch):
+            linear = linear_losses(cfg, gaussian, batch)
+            sums += Sums({name: [float(x) for x in pair] for name, pair in linear.items()}, images)
+        pairs.append(scored_pairs(batch.tokens_BT, batch.loss_mask_BT))
+    return sums, [np.concatenate(x) for x in zip(*pairs)]
+
+
+def text_figures(source: str, row: dict, tokens: int) -> dict:
+    """How much less a source's loss is than the n-grams'. row: nats per token of 'model', 'unigram', 'bigram'."""
+    title = f"LM loss on held-out {source}"
+    return {
+        f"{source}_vs_unigram": statistics.number(
+            f"{title} less a unigram's (nats per token)", row["model"] - row["unigram"], "lower", -0.5, tokens),
+        f"{source}_vs_bigram": statistics.number(
+            f"{title} less an interpolated bigram's (nats per token)", row["model"] - row["bigram"], "lower",
+            0.0, tokens)}
+
+
+def diffusion_figures(ours: Sums, theirs: Sums) -> dict:
+    """The model's diffusion loss as a share of the linear predictor's, and at which noise it is worst."""
+    used = [name for name in BINS if ours.mean(name) is not None]  # of a few images, none may fall in a bin
+    ratios = {name: ours.mean(name) / theirs.mean(name) for name in ("diffusion_loss", *used)}
+    title = "Diffusion loss / that of the best linear predictor, "
+    return {
+        "diffusion_vs_linear": statistics.number(
+            title + "all noise levels", ratios.pop("diffusion_loss"), "lower", 0.75, ours.images),
+        "diffusion_vs_linear_worst_bin": statistics.number(
+            title + "worst noise level", max(ratios.values()), "lower", 0.75, ours.images)}
+
+
+def linear_bars(ours: Sums, theirs: Sums) -> dict:
+    """The block of the report: by noise level, ours beside the linear predictor's."""
+    groups = []
+    for i, name in enumerate(BINS):
+        if ours.mean(name) is not None:
+            share = ours.mean(name) / theirs.mean(name)
+            groups.append({"name": f"t {i / NUM_BINS:.1f}\u2013{(i + 1) / NUM_BINS:.1f}\n\u00d7 {share:.2f}",
+                           "values": [theirs.mean(name), ours.mean(name)]})
+    return {"kind": "bars", "title": "Against the best linear predictor", "tone": "image",
+            "names": ["best linear predictor", "model"], "groups": groups,
+            "reading": "Held-out diffusion loss by noise level t, and the model's share of the linear predictor's. "
+                       "Where the coloured bar is below the grey one, the model knows more than means and "
+                       "covariances."}
+
+
+def ngram_bars(rows: dict[str, dict]) -> dict:
+    names = ["unigram", "bigram", "model"]
+    return {"kind": "bars", "title": "Against n-gram models", "tone": "text", "names": names, "across": True,
+            "groups": [{"name": source, "values": [row[name] for name in names]} for source, row in rows.items()],
+            "reading": "Held-out LM loss on each kind of text, in nats per token; shorter is better."}
+
+
+def run(run: Trained, folder: Path, options: Options) -> dict:
+    """N-grams for every source with text, the linear predictor where there are images."""
+    cfg, objective = run.cfg, make_objective(run.cfg)
+    sums, gaussian, figures, rows, linear = losses.read_sums(folder.parent / "losses"), None, {}, {}, NOTHING
+    total = sum(sums.values(), NOTHING)
+    if total.mean("diffusion_loss") is not None:
+        gaussian = fit_gaussian(cfg)
+    training = documents_read(cfg, pipeline.open_rows(cfg, objective, "train"), run.step)
+    for source, held in open_heldout(cfg, objective).items():
+        more, pairs = measure(cfg, held, gaussian, source)
+        linear += more
+        counts = count_ngrams(cfg, *training[source]) if len(pairs[0]) else None
+        if counts:
+            rows[source] = dict(zip(("unigram", "bigram"), counts.losses(*pairs)),
+                                model=sums[source].mean("lm_loss"))
+            figures |= text_figures(source, rows[source], len(pairs[0]))
+    blocks = [ngram_bars(rows)] if rows else []
+    if gaussian:
+        figures |= diffusion_figures(total, linear)
+        blocks.append(linear_bars(total, linear))
+    if not blocks:
+        raise LeftOut("the held-out data have neither text nor images")
+    write_card(folder, section("baselines", "What simpler models reach", *blocks))
+    return figures
+
+
+register(Evaluator("baselines", ("losses", "go_on"), run, order=60))

@@ -1,0 +1,76 @@
+"""The data's own held-out documents, whatever they are: captions drawn beside their own picture, pictures
+described beside their own caption, and whole documents from nothing. To look at; nothing is scored.
+"""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+from tfusion import inference
+from tfusion.data.sources import make_source
+from tfusion.errors import UserError
+from tfusion.evals.base import Evaluator, LeftOut, Options, register, section, sources, write_card
+from tfusion.inference.trained import Trained
+
+SHOWN = 24  # pairs
+WRITTEN, CHOSEN = 16, 4  # documents from nothing; those with the most pictures are shown
+
+
+def pairs(run: Trained, number: int) -> tuple[list[str], np.ndarray]:
+    """(captions, pictures uint8 (n, H, W, 3)) of held-out documents of one text and one picture, equally many
+    of each source. Scenes are left to their own evaluator. Raises LeftOut where there are none.
+    """
+    def found(source: str) -> list:
+        records = make_source(source, run.cfg.data, "heldout")
+        both = (sorted(records[i], key=lambda part: not isinstance(part, str)) for i in range(len(records)))
+        return list(itertools.islice((x for x in both if [isinstance(p, str) for p in x] == [True, False]), number))
+
+    try:
+        by_source = [some for source in sources(run.cfg) if source != "scenes" and (some := found(source))]
+    except UserError as e:
+        raise LeftOut(str(e)) from e
+    chosen = [pair for some in by_source for pair in some[: max(1, number // len(by_source))]]
+    if not chosen:
+        raise LeftOut("no held-out document is one text and one picture, but for scenes")
+    texts, pictures = zip(*chosen)
+    return list(texts), np.stack(pictures)
+
+
+def drawn(run: Trained, folder: Path, options: Options) -> dict:
+    texts, real = pairs(run, min(options.number, SHOWN))
+    made = inference.decoder(run).draw(run, texts, options.seed)
+    block = {"kind": "pairs", "above": "real", "below": "drawn", "items": [{"caption": text} for text in texts],
+             "reading": "Above, held-out pictures; below, what the model painted for their captions alone."}
+    write_card(folder, section("drawn", "Held-out captions, painted", block), real=real, drawn=made)
+    return {}
+
+
+def described(run: Trained, folder: Path, options: Options) -> dict:
+    texts, real = pairs(run, min(options.number, SHOWN))
+    told = inference.decoder(run).describe(run, real)
+    items = [{"caption": said, "remark": f"its own: {text}"} for text, said in zip(texts, told)]
+    block = {"kind": "gallery", "images": "real", "items": items, "of": len(items),
+             "reading": "Below each picture, what the model wrote, and in grey its own caption."}
+    write_card(folder, section("described", "Held-out pictures, described", block), real=real)
+    return {}
+
+
+def from_nothing(run: Trained, folder: Path, options: Options) -> dict:
+    """At temperature 1: text, pictures, text."""
+    made = inference.decoder(run).go_on(run, [[]] * WRITTEN, seed=options.seed, temperature=1.0)
+    made.sort(key=lambda parts: -sum(not isinstance(part, str) for part in parts))
+    pictures = [part for parts in made[:CHOSEN] for part in parts if not isinstance(part, str)]
+    number = iter(range(len(pictures)))
+    documents = [[{"text": part} if isinstance(part, str) else {"image": next(number)} for part in parts]
+                 for parts in made[:CHOSEN]]
+    block = {"kind": "documents", "images": "images", "documents": documents,
+             "reading": "Free running, from nothing: the model chose each word" + (
+                 ", when to open an image, painted it by diffusion, and wrote on after it." if pictures else ".")}
+    write_card(folder, section("interleaved", "Documents written by the model", block), images=np.array(pictures))
+    return {}
+
+
+register(Evaluator("drawn", ("data", "draw"), drawn, order=20))
+register(Evaluator("described", ("data", "describe"), described, order=21))
+register(Evaluator("documents", ("go_on",), from_nothing, order=22))
