@@ -45,7 +45,7 @@ $(RUN)/transfusion/evaluation/metrics.json: $(RUN)/transfusion/summary.json
 
 $(RUN)/report.html: $(RUN)/transfusion/evaluation/metrics.json
 	@echo; echo "[5/5] report: one HTML page of pictures, curves and figures"
-	$(PY) -m tfusion.report --workdir=$(RUN)
+	$(PY) -m tfusion.report --workdir=$(RUN)/transfusion --out=$(RUN)/report.html
 
 smoke:  ## The quickstart shrunk to seconds of training, from scratch, in runs/smoke
 	@rm -rf runs/smoke

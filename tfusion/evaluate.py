@@ -29,7 +29,7 @@ SEED = flags.DEFINE_integer("seed", 0, "of the sampling", lower_bound=0, upper_b
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the latest")
 MESH = flags.DEFINE_string("mesh", None, "devices to spread the model over, such as fsdp=4; default: one")
 FOLLOW = flags.DEFINE_bool("follow", False, "wait for new checkpoints and evaluate each, until the run is done")
-POLL = flags.DEFINE_float("poll_seconds", 30.0, "how long --follow waits before it looks again", lower_bound=0.1)
+POLL = flags.DEFINE_float("poll_seconds", 30.0, "how long --follow waits between looks", lower_bound=0.1)
 KINDS = typing.get_type_hints(config.DataConfig)
 with parsing():
     DATA = config_flags.DEFINE_config_dict(
@@ -43,7 +43,7 @@ def load(workdir: Path, step: int | None, mesh) -> trained.Trained:
     opened = trained.load(workdir, step, mesh)
     changes = DATA.value.data.to_dict()
     cfg = config.changed(opened.cfg, {f"data.{key}": value for key, value in changes.items()})
-    if opened.identity and (changes["prepared"] is not None or Path(cfg.data.prepared).exists()):
+    if opened.tokenizer and (changes["prepared"] is not None or Path(cfg.data.prepared).exists()):
         trained.check_data(opened, cfg.data.prepared)
     return opened._replace(cfg=cfg)
 

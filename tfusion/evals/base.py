@@ -64,8 +64,8 @@ def _unable(need: str):
     def reason(run: Trained) -> str | None:
         if need in inference.can(run):
             return None
-        why = "" if run.codec else ": it has no codec of pictures"
-        return f"the run cannot {CANNOT[need]}{why if need != 'go_on' else ''}"
+        why = ": it has no codec of pictures" if run.tokenizer and not run.codec else ""
+        return f"the run cannot {CANNOT[need]}{why}"
     return reason
 
 

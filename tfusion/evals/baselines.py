@@ -133,7 +133,7 @@ def measure(cfg: Config, held, gaussian, source: str) -> tuple[Sums, list]:
 
 
 def text_figures(source: str, row: dict, tokens: int) -> dict:
-    """How much less a source's loss is than the n-grams'. row: nats per token of 'model', 'unigram', 'bigram'."""
+    """How much less a source's loss is than the n-grams'. row: nats per token of model, unigram, bigram."""
     title = f"LM loss on held-out {source}"
     return {
         f"{source}_vs_unigram": statistics.number(
@@ -165,15 +165,15 @@ def linear_bars(ours: Sums, theirs: Sums) -> dict:
                            "values": [theirs.mean(name), ours.mean(name)]})
     return {"kind": "bars", "title": "Against the best linear predictor", "tone": "image",
             "names": ["best linear predictor", "model"], "groups": groups,
-            "reading": "Held-out diffusion loss by noise level t, and the model's share of the linear predictor's. "
-                       "Where the coloured bar is below the grey one, the model knows more than means and "
-                       "covariances."}
+            "reading": "Held-out diffusion loss by noise level t, and the model's share of the linear "
+                       "predictor's. Where the coloured bar is below the grey one, the model knows more than "
+                       "means and covariances."}
 
 
 def ngram_bars(rows: dict[str, dict]) -> dict:
     names = ["unigram", "bigram", "model"]
     return {"kind": "bars", "title": "Against n-gram models", "tone": "text", "names": names, "across": True,
-            "groups": [{"name": source, "values": [row[name] for name in names]} for source, row in rows.items()],
+            "groups": [{"name": source, "values": [row[x] for x in names]} for source, row in rows.items()],
             "reading": "Held-out LM loss on each kind of text, in nats per token; shorter is better."}
 
 

@@ -24,7 +24,8 @@ def pairs(run: Trained, number: int) -> tuple[list[str], np.ndarray]:
     def found(source: str) -> list:
         records = make_source(source, run.cfg.data, "heldout")
         both = (sorted(records[i], key=lambda part: not isinstance(part, str)) for i in range(len(records)))
-        return list(itertools.islice((x for x in both if [isinstance(p, str) for p in x] == [True, False]), number))
+        wanted = (pair for pair in both if [isinstance(part, str) for part in pair] == [True, False])
+        return list(itertools.islice(wanted, number))
 
     try:
         by_source = [some for source in sources(run.cfg) if source != "scenes" and (some := found(source))]
@@ -41,6 +42,7 @@ def drawn(run: Trained, folder: Path, options: Options) -> dict:
     texts, real = pairs(run, min(options.number, SHOWN))
     made = inference.decoder(run).draw(run, texts, options.seed)
     block = {"kind": "pairs", "above": "real", "below": "drawn", "items": [{"caption": text} for text in texts],
+             "made": "Painted by the model for held-out captions.",
              "reading": "Above, held-out pictures; below, what the model painted for their captions alone."}
     write_card(folder, section("drawn", "Held-out captions, painted", block), real=real, drawn=made)
     return {}
@@ -64,10 +66,12 @@ def from_nothing(run: Trained, folder: Path, options: Options) -> dict:
     number = iter(range(len(pictures)))
     documents = [[{"text": part} if isinstance(part, str) else {"image": next(number)} for part in parts]
                  for parts in made[:CHOSEN]]
+    drew = ", when to open an image, painted it by diffusion, and wrote on after it" if pictures else ""
     block = {"kind": "documents", "images": "images", "documents": documents,
-             "reading": "Free running, from nothing: the model chose each word" + (
-                 ", when to open an image, painted it by diffusion, and wrote on after it." if pictures else ".")}
-    write_card(folder, section("interleaved", "Documents written by the model", block), images=np.array(pictures))
+             "made": "Painted by the model in documents of its own.",
+             "reading": f"Free running, from nothing: the model chose each word{drew}."}
+    write_card(folder, section("interleaved", "Documents written by the model", block),
+               images=np.array(pictures))
     return {}
 
 

@@ -19,7 +19,7 @@ DONE = "metrics.json"
 def stoppable() -> Iterator[None]:
     """SIGTERM ends what runs inside by raising `Stopped`, as Ctrl-C does by KeyboardInterrupt."""
     def stop(*_):
-        raise Stopped("stopped by SIGTERM; the same command goes on with the checkpoints that are not evaluated")
+        raise Stopped("stopped by SIGTERM; the same command goes on with what is not evaluated")
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -55,7 +55,7 @@ def follow(workdir: Path, evaluate: Callable[[int, Path], object], wait: Callabl
     """
     folder, gone = workdir / "evaluation", set()
     while True:
-        finished = (workdir / "summary.json").exists()  # before the steps are listed: the last is then among them
+        finished = (workdir / "summary.json").exists()  # before the steps are listed: so the last is among them
         new = [step for step in list_steps(workdir)
                if step not in gone and not (folder / STEPS / str(step) / DONE).exists()]
         for step in new:

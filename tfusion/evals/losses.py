@@ -88,7 +88,8 @@ def text_figures(source: str, sums: Sums, size: int) -> dict:
     """Its loss per token and per byte; size: bytes of its texts."""
     title, (nats, tokens) = f"LM loss on held-out {source}", sums.losses["lm_loss"]
     return {
-        f"{source}_lm_loss": statistics.number(f"{title} (nats per token)", nats / tokens, "lower", n=int(tokens)),
+        f"{source}_lm_loss": statistics.number(
+            f"{title} (nats per token)", nats / tokens, "lower", n=int(tokens)),
         f"{source}_bits_per_byte": statistics.number(
             f"{title} (bits per byte)", nats / math.log(2) / max(size, 1), "lower", n=size)}
 
@@ -100,9 +101,9 @@ def other_figures(name: str, sums: dict[str, Sums], total: Sums) -> dict:
     def figure(title, some):
         return statistics.number(title, some.mean(name), "lower", n=some.images)
 
-    return {name: figure(title, total)} | {
-        f"{name}/{source}": figure(f"{title}, {source}", some) for source, some in sums.items()
-        if some.mean(name) is not None}
+    parts = {f"{name}/{source}": figure(f"{title}, {source}", some) for source, some in sums.items()
+             if some.mean(name) is not None}
+    return {name: figure(title, total)} | (parts if len(parts) > 1 else {})
 
 
 def table(sums: dict[str, Sums], weights, figures: dict) -> dict:
@@ -114,7 +115,7 @@ def table(sums: dict[str, Sums], weights, figures: dict) -> dict:
         rows.append([source, *(some.mean(name) for name in weights), *[bits] * per_byte])
     head = [word.replace("_", " ").replace("lm ", "LM ") for word in head] + ["bits per byte"] * per_byte
     return {"kind": "table", "title": "Held-out losses by source", "head": head, "rows": rows,
-            "reading": "Every held-out document, each once, on the same noise in every run."}
+            "reading": "Held-out documents: the same, on the same noise, in every run on these data."}
 
 
 def run(run: Trained, folder: Path, options: Options) -> dict:

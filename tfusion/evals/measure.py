@@ -38,6 +38,8 @@ def measure(run: Trained, folder: Path, options: Options) -> dict:
                 done.append(evaluator.name)
             except LeftOut as e:
                 why = str(e)
+                if not any(place.iterdir()):
+                    place.rmdir()
         if why:
             left_out[evaluator.name] = why
             print(f"left out: {evaluator.name} ({why})")

@@ -30,12 +30,13 @@ def run(run: Trained, folder: Path, options: Options) -> dict:
     real = held_out(run, options.number)
     again = inference.decoder(run).reconstruct(run, real)
     pairs = {"kind": "pairs", "above": "images", "below": "reconstructions",
+             "made": "Held-out pictures, coded to latents and back.",
              "reading": "Above, held-out originals; below, the same after coding to latents and back. No "
                         "generated picture can be sharper than these."}
     write_card(folder, section("reconstructions", "What the autoencoder keeps", pairs),
                images=real[:SHOWN], reconstructions=again[:SHOWN])
-    return {"autoencoder_psnr": statistics.number("Autoencoder: PSNR of held-out pictures (dB)", psnr(real, again),
-                                                  "higher", n=len(real))}
+    return {"autoencoder_psnr": statistics.number(
+        "Autoencoder: PSNR of held-out pictures (dB)", psnr(real, again), "higher", n=len(real))}
 
 
 register(Evaluator("reconstructions", ("reconstruct",), run, order=30))

@@ -107,7 +107,8 @@ def drawn_section(held: list, verdicts: list[dict]) -> dict:
         faults = [name for key, name in names.items() if verdict[key] is False]
         items.append({"caption": scene.caption, "wrong": bool(faults),
                       "remark": f"wrong {' and '.join(faults)}" if faults else ""})
-    gallery = {"kind": "gallery", "images": "drawn", "items": items, "of": len(held)}
+    gallery = {"kind": "gallery", "images": "drawn", "items": items, "of": len(held),
+               "made": "Painted by the model, the first of its answers to held-out prompts."}
     return section("pictures", "Held-out prompts, painted", gallery)
 
 
@@ -123,8 +124,8 @@ def told_section(held: list, told: list[str], verdicts: list[dict]) -> dict:
 def classes_section() -> dict:
     columns = {"generation_all": "drawn: all of it", "caption_all": "told: colour, sprites, relation",
                "caption_exact": "told: word for word"}
-    return section("classes", "By class of scene", {"kind": "parts", "head": "class of scene", "columns": columns,
-                                                    "parts": list(CLASSES.values())})
+    return section("classes", "By class of scene", {
+        "kind": "parts", "head": "class of scene", "columns": columns, "parts": list(CLASSES.values())})
 
 
 def write_verdicts(path: Path, scenes: list, verdicts: list[dict], **more) -> None:
