@@ -34,7 +34,7 @@ img.pixels { display: block; width: 100%; aspect-ratio: 1; image-rendering: pixe
   border-radius: 4px; }
 header.compared { padding: 56px 0 24px; } header.compared h1 { font-size: clamp(1.6rem, 4vw, 2.4rem); }
 h3 { font-size: 1.15rem; margin: 32px 0 .2em; }
-table.compared th.num, table.compared td.num { white-space: normal; }
+table.compared th.num, table.compared td.num { white-space: normal; min-width: 125px; }
 .path { color: var(--soft); overflow-wrap: anywhere; }
 .verdict { display: inline-block; border-radius: 99px; padding: .25em .95em; font-weight: 600;
   background: #e4efe8; color: var(--good); margin-bottom: .5em; }
