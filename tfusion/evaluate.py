@@ -9,7 +9,6 @@ Any run: what it cannot do, or has no data for, is named and left out.
 """
 
 import time
-import typing
 from pathlib import Path
 
 import jax
@@ -18,7 +17,7 @@ from ml_collections import ConfigDict, config_dict, config_flags
 
 from tfusion import config, distributed, paths, sharding
 from tfusion.errors import UserError, parsing, run
-from tfusion.evals.base import Options
+from tfusion.evals.base import Options, prepared_folder
 from tfusion.evals.follow import follow, stoppable
 from tfusion.evals.measure import evaluate
 from tfusion.inference import trained
@@ -30,21 +29,20 @@ STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the latest
 MESH = flags.DEFINE_string("mesh", None, "devices to spread the model over, such as fsdp=4; default: one")
 FOLLOW = flags.DEFINE_bool("follow", False, "wait for new checkpoints and evaluate each, until the run is done")
 POLL = flags.DEFINE_float("poll_seconds", 30.0, "how long --follow waits between looks", lower_bound=0.1)
-KINDS = typing.get_type_hints(config.DataConfig)
 with parsing():
     DATA = config_flags.DEFINE_config_dict(
-        "config", ConfigDict({"data": {name: config_dict.placeholder(kind) for name, kind in KINDS.items()
-                                       if kind in (str, int, float)}}),
-        help_string="--config.data.KEY=VALUE: other than in the run's config.json")
+        "config", ConfigDict({"data": {"prepared": config_dict.placeholder(str)}}),
+        help_string="--config.data.prepared=DIR: where the data are now")
 
 
 def load(workdir: Path, step: int | None, mesh) -> trained.Trained:
     """The run, its config with the flags put in. Data that are there, or named by flag, must be the run's."""
     opened = trained.load(workdir, step, mesh)
-    changes = DATA.value.data.to_dict()
-    cfg = config.changed(opened.cfg, {f"data.{key}": value for key, value in changes.items()})
-    if opened.tokenizer and (changes["prepared"] is not None or Path(cfg.data.prepared).exists()):
-        trained.check_data(opened, cfg.data.prepared)
+    named = DATA.value.data.prepared
+    cfg = config.changed(opened.cfg, {"data.prepared": named})
+    folder = prepared_folder(cfg)
+    if folder and (named or folder.exists()):
+        trained.check_data(opened, folder)
     return opened._replace(cfg=cfg)
 
 

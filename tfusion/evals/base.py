@@ -11,13 +11,16 @@ a run lacks is named in a line; one that finds out for itself raises `LeftOut`.
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tfusion import inference
 from tfusion.config import replace_text
+from tfusion.data.config import shares
+from tfusion.errors import UserError
 from tfusion.inference.trained import Trained
+from tfusion.objectives import kind_of
 
 
 class Options(NamedTuple):
@@ -45,19 +48,42 @@ def register(evaluator: Evaluator) -> None:
     EVALUATORS[evaluator.name] = evaluator
 
 
-def sources(cfg) -> list[str]:
-    """The names of the data's sources that take part."""
-    return [name for name, share in cfg.data.mixture.items() if share > 0]
+def sources(cfg) -> dict[str, Any]:
+    """{name: spec} of the raw sources that take part; none of a kind of training that names none."""
+    found = getattr(getattr(cfg, "data", None), "sources", {})
+    return {name: found[name] for name in shares(found)}
 
 
-def data_gone(cfg) -> str | None:
-    """Why the run's data cannot be looked at."""
-    if not Path(cfg.data.prepared).exists():
-        return f"{cfg.data.prepared} is gone: --config.data.prepared=DIR names the data"
+def scenes_source(cfg):
+    """The spec of the composed scenes, whose labels are known; None where they take no part."""
+    return next((spec for spec in sources(cfg).values() if spec.kind == "scenes"), None)
+
+
+def prepared_folder(cfg) -> Path | None:
+    """Where the run's prepared data are, or were; None of a kind of training that reads sources as they are."""
+    folder = getattr(getattr(cfg, "data", None), "prepared", None)
+    return Path(folder) if folder else None
+
+
+def open_heldout(cfg) -> dict[str, Any]:
+    """{source: held-out rows}. Raises LeftOut where raw sources cannot be read, UserError where prepared data
+    are not as they should be."""
+    try:
+        return kind_of(cfg).open_heldout(cfg)
+    except UserError as e:
+        if prepared_folder(cfg):
+            raise
+        raise LeftOut(str(e)) from e
+
+
+def _no_data(run: Trained) -> str | None:
+    folder = prepared_folder(run.cfg)
+    if folder and not folder.exists():
+        return f"{folder} is gone: --config.data.prepared=DIR names the data"
 
 
 def _no_scenes(run: Trained) -> str | None:
-    return None if "scenes" in sources(run.cfg) else "the data have no 'scenes', whose captions can be scored"
+    return None if scenes_source(run.cfg) else "data.sources has no 'scenes', whose captions can be scored"
 
 
 def _unable(need: str):
@@ -70,7 +96,7 @@ def _unable(need: str):
 
 
 NEEDS = {  # (run) -> why it is not given, None where it is
-    "data": lambda run: data_gone(run.cfg), "scenes": _no_scenes, **{need: _unable(need) for need in CANNOT}}
+    "data": _no_data, "scenes": _no_scenes, **{need: _unable(need) for need in CANNOT}}
 
 
 def lacking(evaluator: Evaluator, run: Trained, done) -> str | None:

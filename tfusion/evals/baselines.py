@@ -9,18 +9,25 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tfusion.config import Config
-from tfusion.data import pipeline
+from tfusion.config import RunConfig
 from tfusion.data.documents import Documents
-from tfusion.data.heldout import open_heldout
 from tfusion.data.prepared import PreparedSource
 from tfusion.diffusion import process, schedule
+from tfusion.diffusion.losses import NUM_BINS, diffusion_losses, draw_noise
 from tfusion.evals import losses, statistics
-from tfusion.evals.base import Evaluator, LeftOut, Options, register, section, write_card
+from tfusion.evals.base import (
+    Evaluator,
+    LeftOut,
+    Options,
+    open_heldout,
+    register,
+    section,
+    sources,
+    write_card,
+)
 from tfusion.evals.losses import NOTHING, Sums
 from tfusion.inference.trained import Trained
-from tfusion.objectives import make_objective
-from tfusion.objectives.transfusion import NUM_BINS, diffusion_losses, draw_noise
+from tfusion.objectives import kind_of
 from tfusion.training.step import eval_key
 
 LAMBDAS = np.linspace(0.05, 0.95, 19)
@@ -29,10 +36,10 @@ MAX_DOCUMENTS = 200_000  # of each source
 BINS = [f"diffusion_loss_bin{i}" for i in range(NUM_BINS)]
 
 
-def fit_gaussian(cfg: Config):
+def fit_gaussian(cfg: RunConfig):
     """(mean (D,), eigenvalues (D,), eigenvectors (D, D)) of the training latents, D = h w c; None of none."""
     latents = []
-    for name in (name for name, share in cfg.data.mixture.items() if share > 0):
+    for name in sources(cfg):
         source = PreparedSource(cfg.data.prepared, name, "train")
         if source.meta["images"]:
             latents.append(np.load(source.folder / "latents.npy", mmap_mode="r")[:MAX_LATENTS])
@@ -44,7 +51,7 @@ def fit_gaussian(cfg: Config):
     return mean, np.maximum(values, 0), vectors
 
 
-def linear_prediction(cfg: Config, gaussian, x_t, a):
+def linear_prediction(cfg: RunConfig, gaussian, x_t, a):
     """The linear predictor of the diffusion target with least squared error, for data of that mean and
     covariance: E[x0 | x_t] = m + sqrt(a) S (a S + (1 - a) I)^-1 (x_t - sqrt(a) m), and from it the target.
     """
@@ -54,18 +61,18 @@ def linear_prediction(cfg: Config, gaussian, x_t, a):
     x0 = mean + ((flat - root * mean) @ vectors * gain) @ vectors.T
     eps = (flat - root * x0) / np.sqrt(1 - a)[..., None]
     x0, eps = (v.reshape(x_t.shape).astype(np.float32) for v in (x0, eps))
-    return process.target(cfg.diffusion.prediction, x0, eps, a.astype(np.float32))
+    return process.target(cfg.process.prediction, x0, eps, a.astype(np.float32))
 
 
-def linear_losses(cfg: Config, gaussian, batch) -> dict:
+def linear_losses(cfg: RunConfig, gaussian, batch) -> dict:
     """{name: (sum, count)} of the linear predictor, as the model's diffusion losses on held-out rows."""
     t, eps = draw_noise(eval_key(), batch.noise_ids_BI2, batch.max_t_BI, cfg.model.latent_shape,
-                        cfg.diffusion.num_timesteps)
+                        cfg.process.num_timesteps)
     a = schedule.alpha_bar(t)
     x_t = process.add_noise(batch.latents_BIhwc, eps, a)
     used = np.where(batch.max_t_BI > 0, np.asarray(a, np.float64), 0.5)  # unused slots: t = 0 divides by 0
     prediction = linear_prediction(cfg, gaussian, x_t, used)
-    target = process.target(cfg.diffusion.prediction, batch.latents_BIhwc, eps, a)
+    target = process.target(cfg.process.prediction, batch.latents_BIhwc, eps, a)
     return jax.device_get(diffusion_losses(prediction, target, t, batch.max_t_BI))
 
 
@@ -95,7 +102,7 @@ class Ngrams:
         return float(-np.log(unigram).mean()), float(min(mixed))
 
 
-def documents_read(cfg: Config, rows, step: int) -> dict:
+def documents_read(cfg: RunConfig, rows, step: int) -> dict:
     """{source: (its training documents, how many of them the run was given up to a step, each
     counted once)}.
 
@@ -106,7 +113,7 @@ def documents_read(cfg: Config, rows, step: int) -> dict:
             for source, count in zip(rows.sources, rows.per_window)}
 
 
-def count_ngrams(cfg: Config, source: Documents, number: int) -> Ngrams | None:
+def count_ngrams(cfg: RunConfig, source: Documents, number: int) -> Ngrams | None:
     """N-grams of `number` of a source's training documents (at most MAX_DOCUMENTS), evenly spread, captions
     first, as held-out ones are laid out; None where they hold no text. A run's order is a shuffle, so as many
     as it has read are as good as those: the bigram knows no more text than the model.
@@ -117,17 +124,17 @@ def count_ngrams(cfg: Config, source: Documents, number: int) -> Ngrams | None:
         example = source.read(*document)
         pairs.append(scored_pairs(example.tokens_L, example.loss_mask_L))
     first, second = (np.concatenate(x) for x in zip(*pairs))
-    return Ngrams(cfg.model.vocab_size, first, second) if source.source.meta["tokens"] else None
+    return Ngrams(cfg.vocabulary.vocab_size, first, second) if source.source.meta["tokens"] else None
 
 
-def measure(cfg: Config, held, gaussian, source: str) -> tuple[Sums, list]:
+def measure(cfg: RunConfig, held, gaussian, source: str) -> tuple[Sums, list]:
     """(the linear predictor's losses, (token, next token) at every scored position) of one source's held-out
     documents."""
     sums, pairs = NOTHING, []
     for batch in losses.batches(held, source):
-        if images := losses.images_in(batch):
+        if (batch.max_t_BI > 0).any():
             linear = linear_losses(cfg, gaussian, batch)
-            sums += Sums({name: [float(x) for x in pair] for name, pair in linear.items()}, images)
+            sums += Sums({name: [float(x) for x in pair] for name, pair in linear.items()}, 0)
         pairs.append(scored_pairs(batch.tokens_BT, batch.loss_mask_BT))
     return sums, [np.concatenate(x) for x in zip(*pairs)]
 
@@ -179,13 +186,13 @@ def ngram_bars(rows: dict[str, dict]) -> dict:
 
 def run(run: Trained, folder: Path, options: Options) -> dict:
     """N-grams for every source with text, the linear predictor where there are images."""
-    cfg, objective = run.cfg, make_objective(run.cfg)
-    sums, gaussian, figures, rows, linear = losses.read_sums(folder.parent / "losses"), None, {}, {}, NOTHING
+    cfg, gaussian, figures, rows, linear = run.cfg, None, {}, {}, NOTHING
+    sums = losses.read_sums(folder.parent / "losses")
     total = sum(sums.values(), NOTHING)
     if total.mean("diffusion_loss") is not None:
         gaussian = fit_gaussian(cfg)
-    training = documents_read(cfg, pipeline.open_rows(cfg, objective, "train"), run.step)
-    for source, held in open_heldout(cfg, objective).items():
+    training = documents_read(cfg, kind_of(cfg).open_rows(cfg), run.step)
+    for source, held in open_heldout(cfg).items():
         more, pairs = measure(cfg, held, gaussian, source)
         linear += more
         counts = count_ngrams(cfg, *training[source]) if len(pairs[0]) else None

@@ -2,13 +2,13 @@
 described beside their own caption, and whole documents from nothing. To look at; nothing is scored.
 """
 
+import contextlib
 import itertools
 from pathlib import Path
 
 import numpy as np
 
 from tfusion import inference
-from tfusion.data.sources import make_source
 from tfusion.errors import UserError
 from tfusion.evals.base import Evaluator, LeftOut, Options, register, section, sources, write_card
 from tfusion.inference.trained import Trained
@@ -21,19 +21,27 @@ def pairs(run: Trained, number: int) -> tuple[list[str], np.ndarray]:
     """(captions, pictures uint8 (n, H, W, 3)) of held-out documents of one text and one picture, equally many
     of each source. Scenes are left to their own evaluator. Raises LeftOut where there are none.
     """
-    def found(source: str) -> list:
-        records = make_source(source, run.cfg.data, "heldout")
-        both = (sorted(records[i], key=lambda part: not isinstance(part, str)) for i in range(len(records)))
-        wanted = (pair for pair in both if [isinstance(part, str) for part in pair] == [True, False])
+    size = inference.decoder(run).image_size
+
+    def read(records):
+        for i in range(len(records)):
+            with contextlib.suppress(UserError):  # `prepare` named those that cannot be read
+                yield sorted(records[i], key=lambda part: not isinstance(part, str))
+
+    def found(spec) -> list:
+        wanted = (pair for pair in read(spec.open("heldout", size))
+                  if [isinstance(part, str) for part in pair] == [True, False])
         return list(itertools.islice(wanted, number))
 
-    try:
-        by_source = [some for source in sources(run.cfg) if source != "scenes" and (some := found(source))]
-    except UserError as e:
-        raise LeftOut(str(e)) from e
+    by_source, why = [], "no held-out document is one text and one picture, but for scenes"
+    for spec in (spec for spec in sources(run.cfg).values() if spec.kind != "scenes"):
+        try:
+            by_source += [some] if (some := found(spec)) else []
+        except UserError as e:
+            why = str(e)
     chosen = [pair for some in by_source for pair in some[: max(1, number // len(by_source))]]
     if not chosen:
-        raise LeftOut("no held-out document is one text and one picture, but for scenes")
+        raise LeftOut(why)
     texts, pictures = zip(*chosen)
     return list(texts), np.stack(pictures)
 

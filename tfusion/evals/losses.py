@@ -8,6 +8,7 @@ text itself (UTF-8), so that models with different tokenizers can be compared.
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,11 +18,10 @@ from tqdm import tqdm
 
 from tfusion import sharding
 from tfusion.config import replace_text
-from tfusion.data.heldout import open_heldout
 from tfusion.evals import statistics
-from tfusion.evals.base import Evaluator, Options, register, section, write_card
+from tfusion.evals.base import Evaluator, Options, open_heldout, register, section, write_card
 from tfusion.inference.trained import Trained
-from tfusion.objectives import make_objective
+from tfusion.objectives import kind_of, make_objective
 from tfusion.training.step import make_eval_step
 
 POSITIONS = 8192  # looked at at once by each share of the devices: the figures do not depend on it
@@ -52,7 +52,8 @@ NOTHING = Sums({}, 0)
 def rows_at_once(held) -> int:
     """A row's positions, or a picture's side, decide how many go at once."""
     longest = max((size for x in held[0] for size in np.shape(x)), default=1)
-    return max(1, POSITIONS // longest) * sharding.num_shards("batch")
+    shards = sharding.num_shards("batch")
+    return max(1, min(POSITIONS // longest, len(held) // shards)) * shards
 
 
 def batches(held, source: str):
@@ -60,16 +61,13 @@ def batches(held, source: str):
     return tqdm(held.batches(rows), desc=f"held out: {source}", unit="batch", total=-(-len(held) // rows))
 
 
-def images_in(batch) -> int:
-    return int((batch.max_t_BI > 0).sum()) if hasattr(batch, "max_t_BI") else len(batch.row_ids_B)
-
-
-def measure(params, held, eval_step, source: str) -> Sums:
+def measure(run: Trained, held, eval_step, totals, source: str) -> Sums:
     """The losses of one source's held-out documents."""
     sums = NOTHING
     for batch in batches(held, source):
-        losses = jax.device_get(eval_step(params, batch))
-        sums += Sums({name: [float(x) for x in pair] for name, pair in losses.items()}, images_in(batch))
+        losses, found = jax.device_get((eval_step(run.params, run.aux, batch), totals(batch)))
+        sums += Sums({name: [float(x) for x in pair] for name, pair in losses.items()},
+                     int(found.get("images", 0)))
     return sums
 
 
@@ -81,7 +79,7 @@ def read_sums(folder: Path) -> dict[str, Sums]:
 def text_bytes(held, tokenizer) -> int:
     """UTF-8 bytes of a source's held-out texts, as far as they are looked at: whole records."""
     parts = (part for record in range(len(held.source.source)) for part in held.source.source.read(record))
-    return sum(len(tokenizer.decode(part.tolist()).encode()) for part in parts if part.ndim == 1)
+    return sum(len(tokenizer.decode(part.values.tolist()).encode()) for part in parts if part.kind == "text")
 
 
 def text_figures(source: str, sums: Sums, size: int) -> dict:
@@ -99,7 +97,7 @@ def other_figures(name: str, sums: dict[str, Sums], total: Sums) -> dict:
     title = f"Held-out {name.replace('_', ' ')}"
 
     def figure(title, some):
-        return statistics.number(title, some.mean(name), "lower", n=some.images)
+        return statistics.number(title, some.mean(name), "lower", n=some.images or None)
 
     parts = {f"{name}/{source}": figure(f"{title}, {source}", some) for source, some in sums.items()
              if some.mean(name) is not None}
@@ -120,10 +118,10 @@ def table(sums: dict[str, Sums], weights, figures: dict) -> dict:
 
 def run(run: Trained, folder: Path, options: Options) -> dict:
     """Sources without held-out documents are named and left out (data/heldout.py)."""
-    objective = make_objective(run.cfg)
-    eval_step, sums, figures = jax.jit(make_eval_step(objective)), {}, {}
-    for source, held in open_heldout(run.cfg, objective).items():
-        sums[source] = some = measure(run.params, held, eval_step, source)
+    objective, sums, figures = make_objective(run.cfg), {}, {}
+    eval_step, totals = jax.jit(make_eval_step(objective)), jax.jit(partial(kind_of(run.cfg).totals, run.cfg))
+    for source, held in open_heldout(run.cfg).items():
+        sums[source] = some = measure(run, held, eval_step, totals, source)
         if some.mean("lm_loss") is not None:
             figures |= text_figures(source, some, text_bytes(held, run.tokenizer))
     total = sum(sums.values(), NOTHING)

@@ -6,8 +6,18 @@ import numpy as np
 
 from tfusion import inference
 from tfusion.data.sources import pictures
+from tfusion.errors import UserError
 from tfusion.evals import scenes, statistics
-from tfusion.evals.base import Evaluator, Options, register, section, sources, write_card
+from tfusion.evals.base import (
+    Evaluator,
+    LeftOut,
+    Options,
+    register,
+    scenes_source,
+    section,
+    sources,
+    write_card,
+)
 from tfusion.inference.trained import Trained
 
 SHOWN = 16
@@ -20,10 +30,16 @@ def psnr(images, reconstructions) -> float:
 
 
 def held_out(run: Trained, number: int):
-    """Held-out pictures, uint8 (n, H, W, 3): scenes where they take part, else equally many of each source."""
-    if "scenes" in sources(run.cfg):
+    """Held-out pictures, uint8 (n, H, W, 3): scenes where they take part, else equally many of each source.
+
+    Raises LeftOut where there are none.
+    """
+    if scenes_source(run.cfg):
         return scenes.held_out(run.cfg, number)[2]
-    return pictures(run.cfg.data, "heldout", number)
+    try:
+        return pictures(sources(run.cfg), "heldout", inference.decoder(run).image_size, number)
+    except UserError as e:
+        raise LeftOut(str(e)) from e
 
 
 def run(run: Trained, folder: Path, options: Options) -> dict:

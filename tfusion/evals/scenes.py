@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from tfusion import inference
-from tfusion.config import Config, replace_text
+from tfusion.config import RunConfig, replace_text
 from tfusion.data.scenes import parse_caption, render
-from tfusion.data.sources import scenes as scenes_source
 from tfusion.evals import statistics
-from tfusion.evals.base import Evaluator, Options, register, section, write_card
+from tfusion.evals.base import Evaluator, Options, register, scenes_source, section, write_card
 from tfusion.evals.scene_matcher import judge_caption, judge_picture, see
 from tfusion.inference.trained import Trained
 
@@ -37,11 +36,11 @@ RELATION_CHANCE = {"generation": {"two": 1 / 2, "left of": 1 / 4, "above": 1 / 4
                    "caption": {"two": 1 / 3, "left of": 1 / 4, "above": 1 / 4}}
 
 
-def held_out(cfg: Config, n: int):
+def held_out(cfg: RunConfig, n: int):
     """(world, n held-out scenes of different captions, their pictures uint8 (n, H, W, 3)); fewer than n
     where the source has no more.
     """
-    source = scenes_source(cfg.data, "heldout")
+    source = scenes_source(cfg).open("heldout")
     distinct = {}
     for i in range(len(source)):
         scene = source.scenes(i)[0]
