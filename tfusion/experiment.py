@@ -19,7 +19,7 @@ def define():
 def read(holder) -> config.RunConfig:
     """The config that the flags give. Raises UserError where it is not valid, or a flag changes a kind."""
     flag = flags.FLAGS["config"] if isinstance(holder, flags.FlagHolder) else None
-    for key in config_flags.get_override_values(flag) if flag else ():
+    for key in config_flags.get_override_values(flag) if flag is not None else ():
         if key == "objective" or key.rsplit(".", 1)[-1] == "kind":
             raise UserError(f"--config.{key}: a kind brings keys of its own, a variant of the experiment file "
                             f"chooses it; {_variants(config_flags.get_config_filename(flag))}")
