@@ -45,11 +45,11 @@ $(RUN)/transfusion/evaluation/metrics.json: $(RUN)/transfusion/summary.json
 
 $(RUN)/report.html: $(RUN)/transfusion/evaluation/metrics.json
 	@echo; echo "[5/5] report: one HTML page of pictures, curves and figures"
-	$(PY) -m tfusion.report --workdir=$(RUN)
+	$(PY) -m tfusion.report --workdir=$(RUN)/transfusion --out=$(RUN)/report.html
 
 smoke:  ## The quickstart shrunk to seconds of training, from scratch, in runs/smoke
 	@rm -rf runs/smoke
-	@$(MAKE) --no-print-directory quickstart RUN=runs/smoke EVALUATE=--num_scenes=16 \
+	@$(MAKE) --no-print-directory quickstart RUN=runs/smoke EVALUATE=--number=16 \
 		AUTOENCODER=experiments/quickstart.py:smoke,autoencoder TRANSFUSION=experiments/quickstart.py:smoke
 
 test: $(STAMP)  ## The fast tests (ARGS="-k masks" picks some)

@@ -35,12 +35,12 @@ def lines(path: Path) -> list[dict]:
 
 
 def samples(run: Path) -> None:
-    folder = run / "transfusion" / "evaluation"
-    images, records = np.load(folder / "generations.npz")["images"], lines(folder / "generations.jsonl")
+    folder = run / "transfusion" / "evaluation" / "scenes"
+    images, records = np.load(folder / "card.npz")["drawn"], lines(folder / "drawn.jsonl")
     fig, axes = plt.subplots(4, 8, figsize=(14, 8.4))
     for ax, image, record in zip(axes.flat, images, records):
         ax.imshow(image, interpolation="nearest")
-        ax.set_title(record["prompt"].replace(" on a", "\non a"), fontsize=8)
+        ax.set_title(record["scene"].replace(" on a", "\non a"), fontsize=8)
         ax.axis("off")
     fig.tight_layout()
     fig.savefig(ROOT / "images" / "quickstart_samples.png", dpi=80)
@@ -71,8 +71,9 @@ def curves(run: Path) -> None:
 
 
 def mask(run: Path) -> None:
-    folder = run / "transfusion" / "evaluation"
-    data, pieces = np.load(folder / "mask.npz"), json.loads((folder / "mask.json").read_text())["pieces"]
+    folder = run / "transfusion" / "evaluation" / "mask"
+    data, card = np.load(folder / "card.npz"), json.loads((folder / "card.json").read_text())
+    pieces = card["sections"][0]["blocks"][0]["pieces"]
     visible, T = data["mask"], len(pieces)
     later = visible & np.triu(np.ones((T, T), bool), 1)
     fig, ax = plt.subplots(figsize=(9, 9))
@@ -124,14 +125,18 @@ def tables(found: dict) -> str:
         lines.append(f"| {title} | {cell(m)} | {chance} | {reached(m)} |")
     lines += ["", "| class of scene | n | drawn: all of it | told: all of it | told: word for word |",
               "|---|---|---|---|---|"]
-    for name, figures in found["classes"].items():
-        cells = [cell(m) + (f" ({reached(m)})" if m["want"] is not None else "") for m in figures.values()]
-        lines.append(f"| {name} | {max(m['n'] for m in figures.values())} | {' | '.join(cells)} |")
+    for part in ("one", "two", "left of", "above"):
+        figures = [metrics[f"{name}/{part}"] for name in ("generation_all", "caption_all", "caption_exact")]
+        cells = [cell(m) + (f" ({reached(m)})" if m["want"] is not None else "") for m in figures]
+        lines.append(f"| {part} | {max(m['n'] for m in figures)} | {' | '.join(cells)} |")
     lines += ["", "| held-out text | LM loss, nats per token | unigram | bigram | bits per byte |",
               "|---|---|---|---|---|"]
-    for name, row in found["ngrams"].items():
-        lines.append(f"| {name} | {row['model']:.3f} | {row['unigram']:.3f} | {row['bigram']:.3f} | "
-                     f"{found['held_out'][name]['bits_per_byte']:.3f} |")
+    for source in (name.removesuffix("_vs_unigram") for name in metrics if name.endswith("_vs_unigram")):
+        value = {name: metrics[f"{source}_{name}"]["value"]
+                 for name in ("lm_loss", "vs_unigram", "vs_bigram", "bits_per_byte")}
+        unigram, bigram = (value["lm_loss"] - value[f"vs_{name}"] for name in ("unigram", "bigram"))
+        lines.append(f"| {source} | {value['lm_loss']:.3f} | {unigram:.3f} | {bigram:.3f} | "
+                     f"{value['bits_per_byte']:.3f} |")
     return "\n".join(lines)
 
 

@@ -19,11 +19,11 @@ import pytest
 from tests.conftest import tiny_config
 from tfusion import config, sharding
 from tfusion.data import packing, pipeline
+from tfusion.diffusion.losses import NUM_BINS, diffusion_losses, draw_noise
 from tfusion.diffusion.process import ddpm
 from tfusion.models import lm_head
 from tfusion.models.transfusion import Transfusion
 from tfusion.objectives import make_objective
-from tfusion.objectives.transfusion import NUM_BINS, diffusion_losses, draw_noise
 from tfusion.training import loop
 from tfusion.training import state as states
 from tfusion.training import step as steps

@@ -23,20 +23,24 @@ class Stopped(UserError):
     status = 143  # 128 + SIGTERM
 
 
-def run(main) -> None:
-    """`app.run(main)` for a verb: UserError and file errors end in one line on stderr."""
+def run(main, words: bool = False) -> None:
+    """`app.run(main)` for a verb: UserError and file errors end in one line on stderr.
+
+    words: it takes arguments that are no flags, among the flags: main(list of str).
+    """
 
     def parse(argv):
         with parsing():
+            flags.FLAGS.set_gnu_getopt(words)
             return flags.FLAGS(argv)
 
     def guarded(argv):
-        if len(argv) > 1:
+        if len(argv) > 1 and not words:
             _fail(f"unexpected argument '{argv[1]}'; flags look like --workdir=DIR (--help lists them)")
         logging.set_verbosity(logging.WARNING)  # orbax is talkative
         _hush_orbax()
         try:
-            main()
+            main(argv[1:]) if words else main()
         except BrokenPipeError:  # `... | head`: who read it has seen enough
             _flush()
             sys.exit(1)

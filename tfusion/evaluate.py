@@ -1,10 +1,13 @@
-"""Measures a trained Transfusion and writes `<workdir>/evaluation/`: metrics.json, samples, pictures' data.
+"""Measures a trained run and writes `<workdir>/evaluation/`: metrics.json, and what the report shows.
 
   python -m tfusion.evaluate --workdir=runs/quickstart/transfusion
   python -m tfusion.evaluate --workdir=/mnt/copied --config.data.prepared=/mnt/data     where the data are now
+  python -m tfusion.evaluate --workdir=runs/quickstart/transfusion --follow     each checkpoint of a run under
+      way, into evaluation/steps/<step>/, until the run is done
+
+Any run: what it cannot do, or has no data for, is named and left out.
 """
 
-import json
 import time
 from pathlib import Path
 
@@ -13,51 +16,66 @@ from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
 from tfusion import config, distributed, paths, sharding
-from tfusion.config import replace_text
 from tfusion.errors import UserError, parsing, run
-from tfusion.evals.measure import measure
+from tfusion.evals.base import Options, prepared_folder
+from tfusion.evals.follow import follow, stoppable
+from tfusion.evals.measure import evaluate
 from tfusion.inference import trained
-from tfusion.training.metrics import write_timing
 
-WORKDIR = paths.define("workdir", None, "workdir of a trained Transfusion")
-NUM_SCENES = flags.DEFINE_integer("num_scenes", 256, "held-out scenes to draw and to describe",
-                                  lower_bound=1)
+WORKDIR = paths.define("workdir", None, "workdir of a run")
+NUMBER = flags.DEFINE_integer("number", 256, "of pictures, captions and documents looked at", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "of the sampling", lower_bound=0, upper_bound=2**32 - 1)
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the latest")
 MESH = flags.DEFINE_string("mesh", None, "devices to spread the model over, such as fsdp=4; default: one")
+FOLLOW = flags.DEFINE_bool("follow", False, "wait for new checkpoints and evaluate each, until the run is done")
+POLL = flags.DEFINE_float("poll_seconds", 30.0, "how long --follow waits between looks", lower_bound=0.1)
 with parsing():
     DATA = config_flags.DEFINE_config_dict(
         "config", ConfigDict({"data": {"prepared": config_dict.placeholder(str)}}),
-        help_string="--config.data.KEY=VALUE: other than in the run's config.json")
+        help_string="--config.data.prepared=DIR: where the data are now")
 
 
-def main() -> None:
-    if WORKDIR.value is None:
-        raise UserError("--workdir=DIR is needed: the workdir of a trained Transfusion")
-    distributed.start_process()
-    began, workdir = time.perf_counter(), Path(WORKDIR.value)
-    mesh = sharding.parse_mesh(MESH.value)
-    jax.set_mesh(mesh)
-    run_ = trained.load(workdir, STEP.value, mesh)
-    cfg = config.changed(run_.cfg, {"data.prepared": DATA.value.data.prepared})
-    if cfg.objective != "transfusion":
-        raise UserError(f"{workdir} holds a run with objective = '{cfg.objective}', not 'transfusion'")
-    folder = workdir / "evaluation"
-    folder.mkdir(exist_ok=True)
-    needs_data = DATA.value.data.prepared is not None
-    result = measure(run_, cfg, folder, NUM_SCENES.value, SEED.value, needs_data)
-    tree = cfg.to_dict()
-    result |= {"seed": SEED.value, "step": run_.step, "data": tree["data"], "sampling": tree["sampling"],
-               "jax": jax.__version__}
-    write_timing(folder, "evaluate", time.perf_counter() - began)
-    replace_text(folder / "metrics.json", json.dumps(result, indent=1) + "\n")  # last: all is there
-    by_class = result.get("classes", {}).values()
-    for m in (*result["metrics"].values(), *(m for figures in by_class for m in figures.values())):
+def load(workdir: Path, step: int | None, mesh) -> trained.Trained:
+    """The run, its config with the flags put in. Data that are there, or named by flag, must be the run's."""
+    opened = trained.load(workdir, step, mesh)
+    named = DATA.value.data.prepared
+    cfg = config.changed(opened.cfg, {"data.prepared": named})
+    folder = prepared_folder(cfg)
+    if folder and (named or folder.exists()):
+        trained.check_data(opened, folder)
+    return opened._replace(cfg=cfg)
+
+
+def show(metrics: dict) -> None:
+    for m in metrics.values():
         interval = f"  [{m['low']:.3f}, {m['high']:.3f}]" if m["low"] is not None else ""
         chance = f"  chance {m['chance']:.3f}" if m["chance"] is not None else ""
         count = f"  n {m['n']}" if m["n"] is not None else ""
         value = "    none" if m["value"] is None else f"{m['value']:8.3f}"
         print(f"{value}  {m['title']}{count}{interval}{chance}")
+
+
+def main() -> None:
+    if WORKDIR.value is None:
+        raise UserError("--workdir=DIR is needed: the workdir of a run")
+    if FOLLOW.value and STEP.value is not None:
+        raise UserError("--follow and --step exclude each other")
+    distributed.start_process()
+    workdir, mesh = Path(WORKDIR.value), sharding.parse_mesh(MESH.value)
+    jax.set_mesh(mesh)
+    options = Options(SEED.value, NUMBER.value)
+
+    def one(step: int | None, folder: Path) -> None:
+        opened = load(workdir, step, mesh)
+        print(f"step {opened.step}")
+        show(evaluate(opened, folder, options)["metrics"])
+
+    if not FOLLOW.value:
+        return one(STEP.value, workdir / "evaluation")
+    if not workdir.is_dir():
+        raise UserError(f"there is no run at {workdir}")
+    with stoppable():
+        follow(workdir, one, lambda: time.sleep(POLL.value))
 
 
 if __name__ == "__main__":

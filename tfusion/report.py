@@ -1,33 +1,44 @@
-"""Writes the report of a run: one HTML file, pictures, curves and figures included.
+"""Writes the report of a run, of any kind, or compares several: one HTML file with all pictures in it.
 
-    python -m tfusion.report --workdir=runs/quickstart
-    python -m tfusion.report --workdir=runs/quickstart --out=/tmp/quickstart.html
+  python -m tfusion.report --workdir=runs/quickstart/transfusion
+  python -m tfusion.report --workdir=runs/quickstart/transfusion --out=/tmp/quickstart.html
+  python -m tfusion.report --compare runs/a runs/b runs/c     side by side: curves, figures, differing config
 
-Needs metrics.jsonl, config.json and evaluation/metrics.json of the run; other parts that are absent are left
-out of the page and named at its foot.
+Needs config.json and metrics.jsonl of a run; other parts that are absent, the evaluation too, are left out of
+the page and named at its foot.
 """
 
 from pathlib import Path
 
+from absl import flags
+
 from tfusion import paths
 from tfusion.errors import UserError, run
-from tfusion.reporting.quickstart import write_report
+from tfusion.reporting.compare import write_comparison
 from tfusion.reporting.records import ReportError
+from tfusion.reporting.run_page import write_report
 
-_WORKDIR = paths.define("workdir", None, "The run to report on, as `make quickstart` leaves it.", required=True)
-_OUT = paths.define("out", None, "The HTML file to write; default: WORKDIR/report.html.")
+WORKDIR = paths.define("workdir", None, "The run to report on.")
+COMPARE = flags.DEFINE_list("compare", [], "Runs to put side by side: --compare A B C, or --compare=A,B,C.")
+OUT = paths.define("out", None, "The HTML file to write; default: WORKDIR/report.html, or ./compare.html.")
 
 
-def main() -> None:
-    """Writes the page, or says in one line why it cannot."""
-    root = Path(_WORKDIR.value)
-    out = Path(_OUT.value) if _OUT.value else root / "report.html"
+def main(words: list[str]) -> None:
+    """Writes the page, or says in one line why it cannot. words: the runs that follow `--compare A`."""
+    if bool(WORKDIR.value) == bool(COMPARE.value):
+        raise UserError("one of --workdir=RUN and --compare RUN RUN ... is needed; see --help")
+    if words and not COMPARE.value:
+        raise UserError(f"unexpected argument '{words[0]}'; flags look like --workdir=DIR (--help lists them)")
+    out = Path(OUT.value or ("compare.html" if COMPARE.value else f"{WORKDIR.value}/report.html"))
     try:
-        write_report(root, out)
+        if COMPARE.value:
+            write_comparison([Path(paths.local(word)) for word in (*COMPARE.value, *words)], out)
+        else:
+            write_report(Path(WORKDIR.value), out)
     except ReportError as error:
         raise UserError(str(error)) from error
     print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, words=True)

@@ -10,11 +10,11 @@ import pytest
 from tfusion.data import packing, pipeline, prepared
 from tfusion.data.documents import Documents
 from tfusion.data.prepared import PreparedSource
+from tfusion.diffusion.losses import NUM_BINS, draw_noise
 from tfusion.diffusion.process import ddpm
 from tfusion.diffusion.schedule import alpha_bar
 from tfusion.evals import baselines
 from tfusion.objectives import make_objective
-from tfusion.objectives.transfusion import NUM_BINS, draw_noise
 from tfusion.training.step import eval_key
 from tfusion.types import BOS, EOS, Batch
 

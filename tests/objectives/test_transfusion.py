@@ -18,10 +18,10 @@ from tests.conftest import replace
 from tfusion import config
 from tfusion.data import packing, pipeline
 from tfusion.data.layout import image, text
+from tfusion.diffusion import losses as diffusion_losses
 from tfusion.diffusion.process import ddpm
 from tfusion.models.transfusion import Transfusion
 from tfusion.objectives import kind_of, make_objective
-from tfusion.objectives import transfusion as objective
 from tfusion.objectives.base import Aux
 from tfusion.types import BOS, EOS, PAD, Batch, Document
 
@@ -37,7 +37,7 @@ def quick_compiles():
 
 @functools.partial(jax.jit, static_argnums=0)
 def draw_jitted(process, seed, ids, max_t):
-    return objective.draw_noise(process, jax.random.key(seed), ids, max_t, (2, 2, 3))
+    return diffusion_losses.draw_noise(process, jax.random.key(seed), ids, max_t, (2, 2, 3))
 
 
 def draw(rows, max_t, seed: int = 0, num_timesteps: int = 1000):
@@ -99,7 +99,7 @@ def test_t_is_never_zero_at_the_ends_of_u(monkeypatch, u, expected):
     """u is in [0, 1): its 0 must become the largest t, not the clean t = 0 of a slot without loss."""
     monkeypatch.setattr(jax.random, "uniform", lambda key: jnp.float32(u))
     limit = np.full((2, 1), 0.5, np.float32)
-    t, _ = objective.draw_noise(ddpm("eps", 1000), jax.random.key(0), packing.noise_ids(np.arange(2), 1), limit,
+    t, _ = diffusion_losses.draw_noise(ddpm("eps", 1000), jax.random.key(0), packing.noise_ids(np.arange(2), 1), limit,
                                 (1,))
     np.testing.assert_allclose(t, expected, rtol=1e-5)
 
@@ -119,7 +119,7 @@ def random_images(seed: int, rows: int = 6, slots: int = 4):
 
 def test_diffusion_loss_is_squared_error_per_element_of_scored_slots():
     prediction, target, t, max_t = random_images(0)
-    losses = objective.diffusion_losses(*map(jnp.asarray, (prediction, target, t, max_t)))
+    losses = diffusion_losses.diffusion_losses(*map(jnp.asarray, (prediction, target, t, max_t)))
     total, count = losses["diffusion_loss"]
     errors = [((prediction[b, i] - target[b, i]).astype(np.float64) ** 2).sum()
               for b, i in np.ndindex(*t.shape) if max_t[b, i] > 0]
@@ -129,8 +129,8 @@ def test_diffusion_loss_is_squared_error_per_element_of_scored_slots():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_bins_add_up_to_the_whole(seed):
-    losses = objective.diffusion_losses(*map(jnp.asarray, random_images(seed)))
-    bins = [losses[f"diffusion_loss_bin{i}"] for i in range(objective.NUM_BINS)]
+    losses = diffusion_losses.diffusion_losses(*map(jnp.asarray, random_images(seed)))
+    bins = [losses[f"diffusion_loss_bin{i}"] for i in range(diffusion_losses.NUM_BINS)]
     for whole, parts in zip(losses["diffusion_loss"], zip(*bins)):
         assert float(sum(parts)) == pytest.approx(float(whole), rel=1e-5)
 
@@ -139,7 +139,7 @@ def test_each_bin_holds_its_fifth_of_t():
     """Bin i holds i/5 < t <= (i + 1)/5; the borders n/1000 on float32 included."""
     t = np.float32([0.001, 0.2, 0.201, 0.4, 0.401, 0.6, 0.601, 0.8, 0.801, 1.0])[None]
     prediction, target = np.zeros((1, 10, 1, 1, 1), np.float32), np.ones((1, 10, 1, 1, 1), np.float32)
-    losses = objective.diffusion_losses(*map(jnp.asarray, (prediction, target, t, np.ones_like(t))))
+    losses = diffusion_losses.diffusion_losses(*map(jnp.asarray, (prediction, target, t, np.ones_like(t))))
     assert [float(losses[f"diffusion_loss_bin{i}"][1]) for i in range(5)] == [2.0] * 5
 
 
@@ -247,7 +247,7 @@ def test_the_loss_noises_what_the_contract_says(cfg, prediction, monkeypatch):
     monkeypatch.setattr(Transfusion, "apply", fake_apply)
     batch, key = small_batch(cfg), jax.random.key(4)
     got = jitted_loss(make_objective(cfg))({}, batch, key)
-    t, eps = jax.jit(objective.draw_noise, static_argnums=(0, 4))(
+    t, eps = jax.jit(diffusion_losses.draw_noise, static_argnums=(0, 4))(
         ddpm(prediction, cfg.process.num_timesteps), key, batch.noise_ids_BI2, batch.max_t_BI,
         cfg.model.latent_shape)
     t, eps = np.asarray(t, np.float64)[..., None, None, None], np.asarray(eps)

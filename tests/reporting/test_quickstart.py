@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-
 from tfusion.reporting.quickstart import SECTIONS, write_report
+
 from tfusion.reporting.records import ReportError
 
 REPOSITORY = Path(__file__).parents[2]

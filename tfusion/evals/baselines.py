@@ -1,28 +1,45 @@
 """What a model must beat: the best linear denoiser, and n-grams of the training tokens.
 
-Both are scored on exactly the positions, t and noise that the model is scored on. Of a large data set they
-see a sample, which is plenty for what they can learn.
+Both are scored on exactly the positions, t and noise that the model was scored on (evals/losses.py). Of a
+large data set they see a sample, which is plenty for what they can learn.
 """
+
+from pathlib import Path
 
 import jax
 import numpy as np
 
-from tfusion.data.config import shares
+from tfusion.config import RunConfig
 from tfusion.data.documents import Documents
 from tfusion.data.prepared import PreparedSource
+from tfusion.diffusion.losses import NUM_BINS, diffusion_losses, draw_noise
 from tfusion.diffusion.process import Process
-from tfusion.objectives.transfusion import TransfusionConfig, diffusion_losses, draw_noise
+from tfusion.evals import losses, statistics
+from tfusion.evals.base import (
+    Evaluator,
+    LeftOut,
+    Options,
+    open_heldout,
+    register,
+    section,
+    sources,
+    write_card,
+)
+from tfusion.evals.losses import NOTHING, Sums
+from tfusion.inference.trained import Trained
+from tfusion.objectives import kind_of
 from tfusion.training.step import eval_key
 
 LAMBDAS = np.linspace(0.05, 0.95, 19)
 MAX_LATENTS = 20_000  # of each source
 MAX_DOCUMENTS = 200_000  # of each source
+BINS = [f"diffusion_loss_bin{i}" for i in range(NUM_BINS)]
 
 
-def fit_gaussian(cfg: TransfusionConfig):
+def fit_gaussian(cfg: RunConfig):
     """(mean (D,), eigenvalues (D,), eigenvectors (D, D)) of the training latents, D = h w c; None of none."""
     latents = []
-    for name in shares(cfg.data.sources):
+    for name in sources(cfg):
         source = PreparedSource(cfg.data.prepared, name, "train")
         if source.meta["images"]:
             latents.append(np.load(source.folder / "latents.npy", mmap_mode="r")[:MAX_LATENTS])
@@ -49,7 +66,7 @@ def linear_prediction(process: Process, gaussian, x_t, t):
     return process.target(x0, eps, t)
 
 
-def linear_losses(cfg: TransfusionConfig, gaussian, batch) -> dict:
+def linear_losses(cfg: RunConfig, gaussian, batch) -> dict:
     """{name: (sum, count)} of the linear predictor, as the model's diffusion losses on held-out rows."""
     process = cfg.process.make()
     t, eps = draw_noise(process, eval_key(), batch.noise_ids_BI2, batch.max_t_BI, cfg.model.latent_shape)
@@ -86,7 +103,7 @@ class Ngrams:
         return float(-np.log(unigram).mean()), float(min(mixed))
 
 
-def documents_read(cfg: TransfusionConfig, rows, step: int) -> dict:
+def documents_read(cfg: RunConfig, rows, step: int) -> dict:
     """{source: (its training documents, how many of them the run was given up to a step, each
     counted once)}.
 
@@ -97,7 +114,7 @@ def documents_read(cfg: TransfusionConfig, rows, step: int) -> dict:
             for source, count in zip(rows.sources, rows.per_window)}
 
 
-def count_ngrams(cfg: TransfusionConfig, source: Documents, number: int) -> Ngrams | None:
+def count_ngrams(cfg: RunConfig, source: Documents, number: int) -> Ngrams | None:
     """N-grams of `number` of a source's training documents (at most MAX_DOCUMENTS), evenly spread, captions
     first, as held-out ones are laid out; None where they hold no text. A run's order is a shuffle, so as many
     as it has read are as good as those: the bigram knows no more text than the model.
@@ -109,3 +126,89 @@ def count_ngrams(cfg: TransfusionConfig, source: Documents, number: int) -> Ngra
         pairs.append(scored_pairs(example.tokens_L, example.loss_mask_L))
     first, second = (np.concatenate(x) for x in zip(*pairs))
     return Ngrams(cfg.vocabulary.vocab_size, first, second) if source.source.meta["tokens"] else None
+
+
+def measure(cfg: RunConfig, held, gaussian, source: str) -> tuple[Sums, list]:
+    """(the linear predictor's losses, (token, next token) at every scored position) of one source's held-out
+    documents."""
+    sums, pairs = NOTHING, []
+    for batch in losses.batches(held, source):
+        if (batch.max_t_BI > 0).any():
+            linear = linear_losses(cfg, gaussian, batch)
+            sums += Sums({name: [float(x) for x in pair] for name, pair in linear.items()}, 0)
+        pairs.append(scored_pairs(batch.tokens_BT, batch.loss_mask_BT))
+    return sums, [np.concatenate(x) for x in zip(*pairs)]
+
+
+def text_figures(source: str, row: dict, tokens: int) -> dict:
+    """How much less a source's loss is than the n-grams'. row: nats per token of model, unigram, bigram."""
+    title = f"LM loss on held-out {source}"
+    return {
+        f"{source}_vs_unigram": statistics.number(
+            f"{title} less a unigram's (nats per token)", row["model"] - row["unigram"], "lower", -0.5, tokens),
+        f"{source}_vs_bigram": statistics.number(
+            f"{title} less an interpolated bigram's (nats per token)", row["model"] - row["bigram"], "lower",
+            0.0, tokens)}
+
+
+def diffusion_figures(ours: Sums, theirs: Sums) -> dict:
+    """The model's diffusion loss as a share of the linear predictor's, and at which noise it is worst."""
+    used = [name for name in BINS if ours.mean(name) is not None]  # of a few images, none may fall in a bin
+    ratios = {name: ours.mean(name) / theirs.mean(name) for name in ("diffusion_loss", *used)}
+    title = "Diffusion loss / that of the best linear predictor, "
+    return {
+        "diffusion_vs_linear": statistics.number(
+            title + "all noise levels", ratios.pop("diffusion_loss"), "lower", 0.75, ours.images),
+        "diffusion_vs_linear_worst_bin": statistics.number(
+            title + "worst noise level", max(ratios.values()), "lower", 0.75, ours.images)}
+
+
+def linear_bars(ours: Sums, theirs: Sums) -> dict:
+    """The block of the report: by noise level, ours beside the linear predictor's."""
+    groups = []
+    for i, name in enumerate(BINS):
+        if ours.mean(name) is not None:
+            share = ours.mean(name) / theirs.mean(name)
+            groups.append({"name": f"t {i / NUM_BINS:.1f}\u2013{(i + 1) / NUM_BINS:.1f}\n\u00d7 {share:.2f}",
+                           "values": [theirs.mean(name), ours.mean(name)]})
+    return {"kind": "bars", "title": "Against the best linear predictor", "tone": "image",
+            "names": ["best linear predictor", "model"], "groups": groups,
+            "reading": "Held-out diffusion loss by noise level t, and the model's share of the linear "
+                       "predictor's. Where the coloured bar is below the grey one, the model knows more than "
+                       "means and covariances."}
+
+
+def ngram_bars(rows: dict[str, dict]) -> dict:
+    names = ["unigram", "bigram", "model"]
+    return {"kind": "bars", "title": "Against n-gram models", "tone": "text", "names": names, "across": True,
+            "groups": [{"name": source, "values": [row[x] for x in names]} for source, row in rows.items()],
+            "reading": "Held-out LM loss on each kind of text, in nats per token; shorter is better."}
+
+
+def run(run: Trained, folder: Path, options: Options) -> dict:
+    """N-grams for every source with text, the linear predictor where there are images."""
+    cfg, gaussian, figures, rows, linear = run.cfg, None, {}, {}, NOTHING
+    sums = losses.read_sums(folder.parent / "losses")
+    total = sum(sums.values(), NOTHING)
+    if total.mean("diffusion_loss") is not None:
+        gaussian = fit_gaussian(cfg)
+    training = documents_read(cfg, kind_of(cfg).open_rows(cfg), run.step)
+    for source, held in open_heldout(cfg).items():
+        more, pairs = measure(cfg, held, gaussian, source)
+        linear += more
+        counts = count_ngrams(cfg, *training[source]) if len(pairs[0]) else None
+        if counts:
+            rows[source] = dict(zip(("unigram", "bigram"), counts.losses(*pairs)),
+                                model=sums[source].mean("lm_loss"))
+            figures |= text_figures(source, rows[source], len(pairs[0]))
+    blocks = [ngram_bars(rows)] if rows else []
+    if gaussian:
+        figures |= diffusion_figures(total, linear)
+        blocks.append(linear_bars(total, linear))
+    if not blocks:
+        raise LeftOut("the held-out data have neither text nor images")
+    write_card(folder, section("baselines", "What simpler models reach", *blocks))
+    return figures
+
+
+register(Evaluator("baselines", ("losses", "go_on"), run, order=60))

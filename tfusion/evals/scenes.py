@@ -5,18 +5,20 @@ how many of the other held-out scenes would pass for each, what a model would ge
 valid scenes and ignores what it is given. No two scenes share a caption, so that of a whole one is 0.
 """
 
-import numpy as np
-from tqdm import tqdm
+import json
+from pathlib import Path
 
-from tfusion.data import layout
+import numpy as np
+
+from tfusion import inference
+from tfusion.config import RunConfig, replace_text
 from tfusion.data.scenes import parse_caption, render
 from tfusion.evals import statistics
+from tfusion.evals.base import Evaluator, Options, register, scenes_source, section, write_card
 from tfusion.evals.scene_matcher import judge_caption, judge_picture, see
-from tfusion.inference import decode
-from tfusion.objectives.transfusion import TransfusionConfig
+from tfusion.inference.trained import Trained
 
-CHUNK = 64  # prompts decoded at once
-MAX_CAPTION_TOKENS = 24
+SHOWN = 48  # pictures kept for the report
 CLASSES = {"": "one", "two": "two", "left of": "left of", "above": "above"}  # by a scene's relation
 # What is scored: a verdict's name, its title, the value wanted.
 DRAWN = (("canvas", "Drawn: the canvas has the colour asked for", 0.98),
@@ -34,46 +36,17 @@ RELATION_CHANCE = {"generation": {"two": 1 / 2, "left of": 1 / 4, "above": 1 / 4
                    "caption": {"two": 1 / 3, "left of": 1 / 4, "above": 1 / 4}}
 
 
-def in_chunks(cfg: TransfusionConfig, params, prompts: list, title: str, **options) -> list:
-    """`decode.generate` over CHUNK prompts at a time, with a progress bar; noise is keyed by the number among
-    all prompts.
-    """
-    out = []
-    for start in tqdm(range(0, len(prompts), CHUNK), desc=title, unit="chunk"):
-        chunk = prompts[start : start + CHUNK]
-        filled = chunk + [chunk[-1]] * (CHUNK - len(chunk))  # one compiled shape
-        out += decode.generate(cfg, params, filled, first_row=start, **options)[: len(chunk)]
-    return out
-
-
-def held_out(cfg: TransfusionConfig, n: int):
+def held_out(cfg: RunConfig, n: int):
     """(world, n held-out scenes of different captions, their pictures uint8 (n, H, W, 3)); fewer than n
     where the source has no more.
     """
-    source = cfg.data.sources["scenes"].open("heldout")
+    source = scenes_source(cfg).open("heldout")
     distinct = {}
     for i in range(len(source)):
         scene = source.scenes(i)[0]
         distinct.setdefault(scene.caption, scene)
     scenes = list(distinct.values())[:n]
     return source.world, scenes, np.stack([render(source.world, scene) for scene in scenes])
-
-
-def draw(cfg: TransfusionConfig, params, codec, tokenizer, scenes: list, seed: int):
-    """Pictures for the scenes' captions, uint8 (n, H, W, 3): diffusion mode straight after the caption."""
-    prompts = [[layout.text([*tokenizer.encode(scene.caption), cfg.vocabulary.boi])] for scene in scenes]
-    room = max(len(p[0].values) for p in prompts) + cfg.model.num_patches + 2
-    parts = in_chunks(cfg, params, prompts, "draw", seed=seed, max_new_tokens=0, max_images=1, max_len=room)
-    return codec.decode(np.stack([p[0].values for p in parts]))
-
-
-def describe(cfg: TransfusionConfig, params, codec, tokenizer, images) -> list[str]:
-    """Greedy captions of pictures."""
-    prompts = [[layout.image(latent)] for latent in codec.encode(images)]
-    room = cfg.model.num_patches + 3 + MAX_CAPTION_TOKENS
-    parts = in_chunks(cfg, params, prompts, "describe", max_new_tokens=MAX_CAPTION_TOKENS, max_images=0,
-                      max_len=room)
-    return [tokenizer.decode(p[0].values.tolist()) if p else "" for p in parts]
 
 
 def judge_captions(world, scenes: list, captions: list) -> list[dict]:
@@ -124,3 +97,63 @@ def metrics(prefix: str, figures: tuple, scenes: list, verdicts: list, level: di
                for name, title, _ in figures if f"{prefix}_{name}" in BY_CLASS}
         for relation, word in CLASSES.items()}
     return whole, classes
+
+
+def drawn_section(held: list, verdicts: list[dict]) -> dict:
+    names = {"canvas": "background", "sprites": "objects", "relation": "places"}
+    items = []
+    for scene, verdict in zip(held[:SHOWN], verdicts):
+        faults = [name for key, name in names.items() if verdict[key] is False]
+        items.append({"caption": scene.caption, "wrong": bool(faults),
+                      "remark": f"wrong {' and '.join(faults)}" if faults else ""})
+    gallery = {"kind": "gallery", "images": "drawn", "items": items, "of": len(held),
+               "made": "Painted by the model, the first of its answers to held-out prompts."}
+    return section("pictures", "Held-out prompts, painted", gallery)
+
+
+def told_section(held: list, told: list[str], verdicts: list[dict]) -> dict:
+    items = [{"caption": text, "wrong": not verdict["all"],
+              "remark": "" if text.strip() == scene.caption else f"reference: {scene.caption}"}
+             for scene, text, verdict in zip(held[:SHOWN], told, verdicts)]
+    gallery = {"kind": "gallery", "images": "real", "items": items, "of": len(held),
+               "reading": "A reference in grey says the same in other words."}
+    return section("captions", "Held-out images, described", gallery)
+
+
+def classes_section() -> dict:
+    columns = {"generation_all": "drawn: all of it", "caption_all": "told: colour, sprites, relation",
+               "caption_exact": "told: word for word"}
+    return section("classes", "By class of scene", {
+        "kind": "parts", "head": "class of scene", "columns": columns, "parts": list(CLASSES.values())})
+
+
+def write_verdicts(path: Path, scenes: list, verdicts: list[dict], **more) -> None:
+    """A line of JSON for each scene: its caption, what was made of it, the verdict."""
+    replace_text(path, "".join(
+        json.dumps({"scene": scene.caption, **{name: x[i] for name, x in more.items()}, **verdict}) + "\n"
+        for i, (scene, verdict) in enumerate(zip(scenes, verdicts))))
+
+
+def run(run: Trained, folder: Path, options: Options) -> dict:
+    """Draws the held-out captions, describes the held-out pictures; and judges the codec as what draws them."""
+    decoder, (world, held, real) = inference.decoder(run), held_out(run.cfg, options.number)
+    level = chance(held)
+    drawn = decoder.draw(run, [scene.caption for scene in held], options.seed)
+    told = decoder.describe(run, real)
+    right = judge_pictures(world, held, drawn)
+    figures, classes = metrics("generation", DRAWN, held, right, level["generation"])
+    truths = judge_captions(world, held, told)
+    more, by_class = metrics("caption", TOLD, held, truths, level["caption"])
+    again = judge_pictures(world, held, decoder.reconstruct(run, real))
+    ceiling, _ = metrics("generation", DRAWN, held, again, level["generation"])
+    figures |= more | {"autoencoder_sprites": ceiling["generation_sprites"] | {
+        "title": "Ceiling: the same of the autoencoder's reconstructions", "want": None}}
+    write_verdicts(folder / "drawn.jsonl", held, right)
+    write_verdicts(folder / "told.jsonl", held, truths, told=told)
+    write_card(folder, classes_section(), drawn_section(held, right), told_section(held, told, truths),
+               drawn=drawn[:SHOWN], real=real[:SHOWN])
+    return figures | {f"{name}/{word}": figure for word in classes
+                      for name, figure in (classes[word] | by_class[word]).items()}
+
+
+register(Evaluator("scenes", ("scenes", "draw", "describe", "reconstruct"), run, order=10))

@@ -19,6 +19,7 @@ class Decoder(NamedTuple):
     go_on: Callable | None = None  # (run, documents, *, seed, temperature, max_images, draw_first) -> new parts
     reconstruct: Callable | None = None  # (run, pictures) -> pictures
     make_codec: Callable | None = None  # (run, read) -> codec, normalised over the pictures read(image_size)
+    image_size: int | None = None  # of the pictures that it takes: their side, in pixels
 
 
 DECODERS: dict[str, Callable[[Trained], Decoder]] = {}
@@ -37,4 +38,4 @@ def decoder(run: Trained) -> Decoder:
 
 def can(run: Trained) -> set[str]:
     """The names of what a run can do."""
-    return {name for name, function in decoder(run)._asdict().items() if function}
+    return {name for name, function in decoder(run)._asdict().items() if callable(function)}

@@ -20,7 +20,9 @@ def decoder(run: Trained) -> Decoder:
     """Without a codec there are no pictures; without a tokenizer, nothing."""
     if run.tokenizer is None:
         return Decoder()
-    return Decoder(draw, describe, go_on, reconstruct) if run.codec else Decoder(go_on=go_on)
+    if run.codec is None:
+        return Decoder(go_on=go_on)
+    return Decoder(draw, describe, go_on, reconstruct, image_size=run.codec.image_size)
 
 
 def in_chunks(run: Trained, prompts: list, title: str, **options) -> list:

@@ -10,8 +10,7 @@ from tfusion.models.codecs.kl import KLCodec
 
 
 def decoder(run: Trained) -> Decoder:
-    del run
-    return Decoder(reconstruct=reconstruct, make_codec=make_codec)
+    return Decoder(reconstruct=reconstruct, make_codec=make_codec, image_size=run.cfg.autoencoder.image_size)
 
 
 def reconstruct(run: Trained, pictures):

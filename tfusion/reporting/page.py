@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 STYLE = """
@@ -31,6 +32,10 @@ header.hero { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 400
 .mosaic figcaption { grid-column: 1 / -1; color: var(--faint); font-size: .8rem; }
 img.pixels { display: block; width: 100%; aspect-ratio: 1; image-rendering: pixelated;
   border-radius: 4px; }
+header.compared { padding: 56px 0 24px; } header.compared h1 { font-size: clamp(1.6rem, 4vw, 2.4rem); }
+h3 { font-size: 1.15rem; margin: 32px 0 .2em; }
+table.compared th.num, table.compared td.num { white-space: normal; min-width: 125px; }
+.path { color: var(--soft); overflow-wrap: anywhere; }
 .verdict { display: inline-block; border-radius: 99px; padding: .25em .95em; font-weight: 600;
   background: #e4efe8; color: var(--good); margin-bottom: .5em; }
 .verdict.short { background: #f8e9e3; color: var(--bad); border-radius: 16px; }
@@ -77,6 +82,7 @@ svg.scale { display: block; width: 190px; height: 26px; }
 .document img { width: 192px; margin-bottom: 14px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr));
   gap: 20px; margin-top: 20px; align-items: stretch; }
+.cards.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); }
 .card { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   padding: 18px 20px 14px; min-width: 0; display: flex; flex-direction: column; }
 .card figcaption { font-size: .86rem; color: var(--soft); line-height: 1.4; margin-bottom: 10px;
@@ -142,6 +148,20 @@ def document(title: str, body: str) -> str:
 def section(name: str, title: str, body: str) -> str:
     """One section of the page; `name` is its anchor."""
     return f'<section id="{name}"><h2>{escape(title)}</h2>\n{body}\n</section>'
+
+
+def write(path: Path, title: str, body: str) -> None:
+    """Writes a page, in one move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(document(title, body))
+    unfinished.replace(path)
+
+
+def navigation(names: Iterable[str]) -> str:
+    """Links to the sections of a page, by their anchors."""
+    links = (f'<a href="#{name}">{escape(name.replace("-", " ").capitalize())}</a>' for name in names)
+    return f"<nav>{''.join(links)}</nav>"
 
 
 def card(title: str, reading: str, body: str) -> str:

@@ -4,12 +4,13 @@ import io
 import itertools
 import re
 from collections.abc import Callable, Sequence
+from html import escape
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from tfusion.reporting.records import Series, smooth, thin
 
@@ -18,11 +19,12 @@ IMAGE, IMAGE_LIGHT = "#c4703c", "#ecc9b2"
 INK, GREY, LIGHT_GREY = "#22303c", "#8f9ba4", "#cfd5d9"
 # From nearly clean (light) to pure noise (dark).
 NOISE = ("#e3b04b", "#d58a4a", "#b8615a", "#83486b", "#443a63")
-NUM_BINS = len(NOISE)
+RUNS = ("#3d5a80", "#c4703c", "#4f8a5b", "#7f5c9c", "#b04a35", "#3f8f84", "#c79a2a", "#61707c")  # compared
 
 RC = {
     "font.size": 9,
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "axes.edgecolor": "#c9cfd3",
     "axes.linewidth": 0.8,
     "axes.labelcolor": "#61707c",
@@ -49,11 +51,6 @@ RC = {
 }
 
 
-def bin_name(k: int) -> str:
-    """The range of noise levels of bin k, as written on axes."""
-    return f"{k / NUM_BINS:.1f}–{(k + 1) / NUM_BINS:.1f}"
-
-
 def svg(name: str, draw: Callable[[Axes], None], size: tuple[float, float] = (5.2, 2.9)) -> str:
     """What `draw` puts on one pair of axes, as an <svg> element; `name` keeps its ids apart from
     those of the other plots on the page."""
@@ -77,7 +74,7 @@ def svg(name: str, draw: Callable[[Axes], None], size: tuple[float, float] = (5.
     )
     head, tail = text.split(">", 1)
     head = re.sub(r' (width|height|version)="[^"]*"', "", head)
-    return f'{head} role="img" aria-label="{name}">{tail}'
+    return f'{head} role="img" aria-label="{escape(name)}">{tail}'
 
 
 def _step_axis(ax: Axes) -> None:
@@ -138,11 +135,11 @@ def loss(
                 label="held out",
             )
             shown.append(held_out.values)
-        for source, series in by_source.items():
+        for i, (source, series) in enumerate(by_source.items(), start=1):
             ax.plot(*series, color=GREY, linewidth=0.9, linestyle=":")
             ax.annotate(
                 source,
-                (series.steps[-1], series.values[-1]),
+                (series.steps[-i], series.values[-i]) if i <= len(series.steps) else (0, series.values[0]),
                 xytext=(0, 3),
                 textcoords="offset points",
                 ha="right",
@@ -150,9 +147,7 @@ def loss(
                 color=GREY,
             )
             shown.append(series.values)
-        settled = np.concatenate([values[max(1, len(values) // 40) - 1 :] for values in shown])
-        low, high = min(train.values.min(), settled.min()), settled.max()
-        ax.set_ylim(low - 0.04 * (high - low), high + 0.06 * (high - low) + 1e-9)
+        _settled(ax, [*shown, np.full(2, train.values.min())])
         _step_axis(ax)
         _legend(ax, 3)
 
@@ -160,24 +155,20 @@ def loss(
 
 
 def noise_bins(name: str, curves: dict[int, Series], held_out: dict[int, Series]) -> str:
-    """Diffusion loss per noise bin: running mean in training, held-out values as dots."""
+    """A loss by bins of t in (0, 1]: running mean in training, held-out values as dots."""
+    number = max(curves) + 1
+    shades = [NOISE[k * len(NOISE) // number] for k in range(number)]
 
     def draw(ax: Axes) -> None:
         for k, curve in sorted(curves.items()):
-            ax.plot(*smooth(curve), color=NOISE[k], label=bin_name(k))
+            ax.plot(*smooth(curve), color=shades[k], label=f"{k / number:.1f}–{(k + 1) / number:.1f}")
         for k, curve in held_out.items():
-            ax.plot(
-                *curve,
-                color=NOISE[k],
-                linestyle="none",
-                marker="o",
-                markersize=3.4,
-                markeredgecolor="white",
-                markeredgewidth=0.5,
-            )
+            if k in curves:
+                ax.plot(*curve, color=shades[k], linestyle="none", marker="o", markersize=3.4,
+                        markeredgecolor="white", markeredgewidth=0.5)
         _log_axis(ax, [smooth(c).values for c in curves.values()])
         _step_axis(ax)
-        _legend(ax, NUM_BINS)
+        _legend(ax, min(number, 6))
 
     return svg(name, draw)
 
@@ -230,65 +221,95 @@ def dots(name: str, series: Series, colour: str, unit: str) -> str:
     return svg(name, draw)
 
 
-def against_linear(name: str, model: Sequence[float], linear: Sequence[float]) -> str:
-    """Held-out diffusion loss per noise bin, the model's bar beside the linear predictor's."""
+Groups = Sequence[tuple[str, Sequence[float]]]  # each a name and a value for each bar
+
+
+def standing_bars(name: str, names: Sequence[str], groups: Groups, tone: str) -> str:
+    """Groups of bars side by side, the last of each in `tone`, its value above it."""
 
     def draw(ax: Axes) -> None:
-        place = np.arange(len(model))
-        ax.bar(place - 0.2, linear, 0.36, color=LIGHT_GREY, label="best linear predictor")
-        ax.bar(place + 0.2, model, 0.36, color=NOISE[: len(model)], label="model")
-        ends = [*zip(place - 0.2, linear, strict=True), *zip(place + 0.2, model, strict=True)]
-        for x, value in ends:
-            ax.annotate(
-                f"{value:.2f}",
-                (x, value),
-                xytext=(0, 3),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-                color=INK,
-            )
-        names = [
-            f"{bin_name(k)}\n× {m / b:.2f}"
-            for k, (m, b) in enumerate(zip(model, linear, strict=True))
-        ]
-        ax.set_xticks(place, names)
+        place, width = np.arange(len(groups)), 0.8 / len(names)
+        greys = [LIGHT_GREY, GREY] * len(names)
+        for i, label in enumerate(names):
+            left = place + (i - (len(names) - 1) / 2) * width
+            values = [values[i] for _, values in groups]
+            colour = tone if i == len(names) - 1 else greys[i]
+            ax.bar(left, values, 0.9 * width, color=colour, label=label)
+            for x, value in zip(left, values, strict=True):
+                ax.annotate(f"{value:.2f}", (x, value), xytext=(0, 3), textcoords="offset points", ha="center",
+                            fontsize=8, color=INK)
+        ax.set_xticks(place, [label for label, _ in groups])
         ax.margins(y=0.1)
-        ax.set_xlabel("noise level t, and the model's share of the linear predictor's loss")
-        _legend(ax, 2)
-        ax.get_legend().legend_handles[1].set_facecolor(NOISE[2])
+        _legend(ax, len(names))
 
     return svg(name, draw)
 
 
-def against_ngrams(name: str, tables: dict[str, dict[str, float]]) -> str:
-    """LM loss on each kind of text beside n-gram models: horizontal bars, value at the end."""
-    rows = [
-        (kind, label, table[label])
-        for kind, table in tables.items()
-        for label in sorted(table, key=table.get, reverse=True)
-    ]
+def lying_bars(name: str, names: Sequence[str], groups: Groups, tone: str) -> str:
+    """Horizontal bars group by group, the last of each in `tone`, the value at the end."""
+    rows = [(group, *bar) for group, values in groups for bar in zip(names, values, strict=True)]
     gaps = np.cumsum([0.0] + [1.6 if a[0] != b[0] else 1.0 for a, b in itertools.pairwise(rows)])
 
     def draw(ax: Axes) -> None:
-        shade = [TEXT if label == "model" else LIGHT_GREY for _, label, _ in rows]
-        ax.barh(gaps, [value for *_, value in rows], 0.74, color=shade)
-        top = max(value for *_, value in rows)
-        for y, (_, label, value) in zip(gaps, rows, strict=True):
-            ax.annotate(
-                f"{value:.2f}",
-                (value, y),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                color=INK,
-                weight="bold" if label == "model" else "normal",
-            )
-        ax.set_yticks(gaps, [f"{kind}, {label}" for kind, label, _ in rows])
-        ax.set_xlim(0, top * 1.12)
+        last = [label == names[-1] for _, label, _ in rows]
+        ax.barh(gaps, [value for *_, value in rows], 0.74, color=[tone if x else LIGHT_GREY for x in last])
+        for y, (*_, value), bold in zip(gaps, rows, last, strict=True):
+            ax.annotate(f"{value:.2f}", (value, y), xytext=(4, 0), textcoords="offset points", va="center",
+                        color=INK, weight="bold" if bold else "normal")
+        ax.set_yticks(gaps, [f"{group}, {label}" for group, label, _ in rows])
+        ax.set_xlim(0, max(value for *_, value in rows) * 1.12)
         ax.invert_yaxis()
         ax.grid(visible=False)
         ax.spines["bottom"].set_visible(False)
         ax.set_xticks([])
 
     return svg(name, draw)
+
+
+def figure_over_steps(name: str, series: Series, ends: Sequence[tuple[float, float, float]],
+                      chance: float | None, want: float | None) -> str:
+    """A figure at the checkpoints that were evaluated; ends: (step, low, high) of its intervals."""
+
+    def draw(ax: Axes) -> None:
+        ax.plot(*series, color=TEXT, marker="o", markersize=3.6)
+        if ends:
+            ax.fill_between(*zip(*ends, strict=True), color=TEXT, alpha=0.15, linewidth=0)
+        for level, style in ((chance, (0, (3, 2))), (want, "-")):
+            if level is not None:
+                ax.axhline(level, color=GREY if level == chance else INK, linewidth=0.9, linestyle=style)
+        ax.annotate(f"{series.values[-1]:.3g}", (series.steps[-1], series.values[-1]), xytext=(-2, 7),
+                    textcoords="offset points", ha="right", color=INK)
+        ax.margins(y=0.18)
+        _step_axis(ax)
+
+    return svg(name, draw, (3.6, 2.1))
+
+
+def compared(name: str, lines: Sequence[tuple[str, Series, Series | None, str]], unit: str) -> str:
+    """A loss of several runs, each (label, running mean in training, held out or None, colour), over any axis.
+    The axis leaves out the first moments, which would flatten the rest."""
+
+    def draw(ax: Axes) -> None:
+        shown = []
+        for label, train, held_out, colour in lines:
+            ax.plot(*train, color=colour, linewidth=1.0, alpha=0.55 if held_out else 1.0,
+                    label=None if held_out else label)
+            shown.append(train.values)
+            if held_out is not None:
+                ax.plot(*held_out, color=colour, marker="o", markersize=3.4, label=label)
+                shown.append(held_out.values)
+        _settled(ax, shown)
+        ax.set_xlim(0, ax.dataLim.x1 * 1.01)
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.xaxis.set_major_formatter(EngFormatter())
+        ax.set_xlabel(unit)
+        _legend(ax, 3)
+
+    return svg(name, draw)
+
+
+def _settled(ax: Axes, shown: Sequence[np.ndarray]) -> None:
+    """Limits of y that fit the curves but for their first moments."""
+    settled = np.concatenate([values[max(1, len(values) // 40) - 1 :] for values in shown])
+    low, high = settled.min(), settled.max()
+    ax.set_ylim(low - 0.04 * (high - low), high + 0.06 * (high - low) + 1e-9)

@@ -1,25 +1,23 @@
-"""Reads the files that a quickstart run leaves behind, and says plainly which one is not there."""
+"""Reads the files that a run leaves behind, and says plainly which one is not there."""
 
 import json
 import math
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-TRAIN = "transfusion/metrics.jsonl"
-CONFIG = "transfusion/config.json"
-AUTOENCODER = "autoencoder/metrics.jsonl"
-EVALUATION = "transfusion/evaluation"
-METRICS = f"{EVALUATION}/metrics.json"
+LOG, CONFIG, SUMMARY, TIMING = "metrics.jsonl", "config.json", "summary.json", "timing.json"
+EVALUATION = "evaluation"
+FIGURES = f"{EVALUATION}/metrics.json"
+STEPS = f"{EVALUATION}/steps"
+Made = TypeVar("Made")
 
-# Which command writes the files below a folder; the longest prefix that fits counts.
-MADE_BY = {
-    "": "make quickstart",
-    "transfusion/evaluation/": "python -m tfusion.evaluate --workdir={root}/transfusion",
-}
+# Which command writes the files below a run's folder; the longest prefix that fits counts.
+MADE_BY = {"": "python -m tfusion.train --workdir={root}",
+           f"{EVALUATION}/": "python -m tfusion.evaluate --workdir={root}"}
 
 
 class ReportError(Exception):
@@ -42,21 +40,20 @@ class Series(NamedTuple):
 
 
 class RunFiles:
-    """The files of one run. Readers raise `Missing` for what is absent; `notes` collects what was
-    left out of the page for that reason, as (title, reason)."""
+    """The files of one run, of any kind. Readers raise `Missing` for what is absent; `notes` collects what
+    was left out of the page for that reason, as (title, reason)."""
 
     def __init__(self, root: Path):
-        self.root = root
+        self.root, self.name = root, root.resolve().name
         self.notes: list[tuple[str, str]] = []
-        self._lines: dict[str, list[dict[str, Any]]] = {}
+        self._log: list[dict[str, Any]] | None = None
 
     def path(self, name: str) -> Path:
         """The path of file `name`, which must exist."""
         path = self.root / name
         if not path.is_file():
             prefix = max((p for p in MADE_BY if name.startswith(p)), key=len)
-            command = MADE_BY[prefix].format(root=self.root)
-            raise Missing(f"{path} is missing; `{command}` makes it")
+            raise Missing(f"{path} is missing; `{MADE_BY[prefix].format(root=self.root)}` makes it")
         return path
 
     def json(self, name: str) -> Any:
@@ -82,10 +79,10 @@ class RunFiles:
         self.notes += [note] if note not in self.notes else []
         return None
 
-    def jsonl(self, name: str) -> list[dict[str, Any]]:
-        """A file of one JSON object a line, without a last line that is still being written; read once."""
-        if name not in self._lines:
-            path = self.path(name)
+    def log(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, without a last one that is still being written; read once."""
+        if self._log is None:
+            path = self.path(LOG)
             rows = []
             whole = path.read_text(errors="replace").rpartition("\n")[0]
             for number, line in enumerate(whole.splitlines(), start=1):
@@ -93,8 +90,8 @@ class RunFiles:
                     rows.append(json.loads(line))
                 except ValueError as error:
                     raise ReportError(f"{path}, line {number} is not JSON: {error}") from error
-            self._lines[name] = rows
-        return self._lines[name]
+            self._log = rows
+        return self._log
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
         """Every array of an .npz file."""
@@ -105,57 +102,72 @@ class RunFiles:
         except (ValueError, OSError, zipfile.BadZipFile) as error:
             raise ReportError(f"{path} is not a readable .npz file: {error}") from error
 
-    def judged_images(self, stem: str) -> list[tuple[np.ndarray, dict[str, Any]]]:
-        """Pairs of an image from `stem`.npz and the record of the same number in `stem`.jsonl."""
-        images = self.arrays(f"{stem}.npz")["images"]
-        records = self.jsonl(f"{stem}.jsonl")
-        if len(images) != len(records):
-            raise ReportError(
-                f"{self.root / stem}: {len(images)} images in the .npz but "
-                f"{len(records)} lines in the .jsonl; write both anew"
-            )
-        return list(zip(images, records, strict=True))
-
-    def series(self, name: str, key: str) -> Series:
-        """The finite values of `key` in a metrics.jsonl, in the order of their steps."""
-        points = {
-            row["step"]: row[key]
-            for row in self.jsonl(name)
-            if row.get(key) is not None and math.isfinite(row[key])
-        }
+    def series(self, key: str) -> Series:
+        """The finite values of `key` in the log, in the order of their steps."""
+        points = {row["step"]: row[key] for row in self.log()
+                  if row.get(key) is not None and math.isfinite(row[key])}
         if not points:
-            raise Missing(f"{self.root / name} holds no value of {key}")
+            raise Missing(f"{self.root / LOG} holds no value of {key}")
         steps = sorted(points)
         return Series(np.array(steps, float), np.array([points[s] for s in steps], float))
 
-    def optional_series(self, name: str, key: str) -> Series | None:
-        """The series, or None where the file is absent or holds no value of `key`."""
+    def optional_series(self, key: str) -> Series | None:
+        """The series, or None where the log is absent or holds no value of `key`."""
         try:
-            return self.series(name, key)
+            return self.series(key)
         except Missing:
             return None
 
-    def sources(self, name: str) -> list[str]:
-        """The sources of data whose held-out loss `name` was measured in training."""
-        keys = {key for row in self.jsonl(TRAIN) for key in row}
-        found = [key.split("/")[1] for key in sorted(keys) if key.endswith(f"/{name}")]
-        return [source for source in found if f"eval/{source}/{name}" in keys]
+    def logged(self, prefix: str) -> list[str]:
+        """What follows the prefix in the names of all that was logged, with at least one value."""
+        found = {key for row in self.log() for key, value in row.items()
+                 if key.startswith(prefix) and value is not None}
+        return sorted(key.removeprefix(prefix) for key in found)
 
-    def attempt(self, title: str, build: Callable[["RunFiles"], str]) -> str:
+    def attempt(self, title: str, build: Callable[["RunFiles"], Made], otherwise: Made = "") -> Made:
         """What `build` makes of these files; nothing, and a note, when something is missing."""
         try:
             return build(self)
         except Missing as error:
             self.notes.append((title, str(error)))
-            return ""
+            return otherwise
+
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """Every figure of the newest evaluation, by name."""
+        return self.json(FIGURES)["metrics"]
+
+    def evaluated_steps(self) -> dict[int, dict[str, dict[str, Any]]]:
+        """{step: its figures} of the checkpoints that were evaluated one by one, in order."""
+        paths = (self.root / STEPS).glob("[0-9]*/metrics.json")
+        steps = sorted(int(path.parent.name) for path in paths if path.parent.name.isdecimal())
+        found = {step: self.optional_json(f"{STEPS}/{step}/metrics.json", "metrics") for step in steps}
+        return {step: evaluation["metrics"] for step, evaluation in found.items() if evaluation}
+
+    def data(self) -> Path | None:
+        """The folder of prepared data that the run was trained from, where it is still there."""
+        config = self.optional_json(CONFIG) or {}
+        prepared = config.get("data", {}).get("prepared")
+        return Path(prepared) if prepared and Path(prepared).is_dir() else None
+
+    def codec_run(self) -> "RunFiles | None":
+        """The run that trained the codec of the data's pictures, where they say which, and it is there."""
+        data = self.data()
+        meta = RunFiles(data).optional_json("meta.json") if data else None
+        root = Path((meta or {}).get("codec_run") or "/nowhere")
+        return RunFiles(root) if (root / LOG).is_file() and root.resolve() != self.root.resolve() else None
 
     def stages(self) -> list[dict[str, Any]]:
-        """Every timed stage of the run, in order, with the part it belongs to; perhaps none."""
-        found = []
-        for part in ("data", "autoencoder", "transfusion", "transfusion/evaluation"):
-            if timing := self.optional_json(f"{part}/timing.json", "stages"):
-                found += [{"part": part.split("/")[-1], **stage} for stage in timing["stages"]]
-        return found
+        """Every timed stage behind this run, in order, with the part it belongs to; perhaps none."""
+        data, codec = self.data(), self.codec_run()
+        parts = [(codec.name, codec, TIMING)] if codec else []
+        parts += [("data", RunFiles(data), TIMING)] if data else []
+        parts += [(self.name, self, TIMING), ("evaluation", self, f"{EVALUATION}/{TIMING}")]
+        return [{"part": part, **stage} for part, files, name in parts
+                if (timing := files.optional_json(name, "stages")) for stage in timing["stages"]]
+
+
+def series_of(steps, values) -> Series:
+    return Series(np.array(list(steps), float), np.array(list(values), float))
 
 
 def smooth(series: Series, points: int = 250) -> Series:

@@ -1,0 +1,75 @@
+"""Watches a run and has every new checkpoint evaluated, until the run is done."""
+
+import contextlib
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tfusion.checkpoint import Checkpoints
+from tfusion.config import replace_text
+from tfusion.errors import Stopped, UserError
+
+STEPS = "steps"  # evaluation/steps/<step>: the evaluation of each checkpoint
+DONE = "metrics.json"
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM ends what runs inside by raising `Stopped`, as Ctrl-C does by KeyboardInterrupt."""
+    def stop(*_):
+        raise Stopped("stopped by SIGTERM; the same command goes on with what is not evaluated")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def steps_of(workdir: Path) -> list[int]:
+    """Those of its whole checkpoints, in order; none as long as the folder is not there."""
+    return Checkpoints(workdir).steps() if (workdir / "checkpoints").is_dir() else []
+
+
+def publish(step_folder: Path, folder: Path) -> None:
+    """Makes a step's evaluation the newest: its files in `folder`, metrics.json last."""
+    for path in step_folder.iterdir():
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+        elif path.name != DONE:
+            shutil.copyfile(path, folder / path.name)
+    replace_text(folder / DONE, (step_folder / DONE).read_text())
+
+
+def follow(workdir: Path, evaluate: Callable[[int, Path], object], wait: Callable[[], object],
+           list_steps: Callable[[Path], list[int]] = steps_of) -> None:
+    """Calls `evaluate(step, folder)` for each checkpoint that has none of evaluation/steps/<step>/metrics.json,
+    and `wait()` when there is nothing to do. Ends when summary.json is there and all is evaluated.
+
+    A checkpoint that is gone before it could be read is named and passed over.
+    """
+    folder, gone = workdir / "evaluation", set()
+    while True:
+        finished = (workdir / "summary.json").exists()  # before the steps are listed: so the last is among them
+        new = [step for step in list_steps(workdir)
+               if step not in gone and not (folder / STEPS / str(step) / DONE).exists()]
+        for step in new:
+            place = folder / STEPS / str(step)
+            try:
+                evaluate(step, place)
+            except (UserError, OSError):
+                if step in list_steps(workdir):
+                    raise
+                print(f"step {step}: the checkpoint is gone, it is not evaluated")
+                gone.add(step)
+            else:
+                publish(place, folder)
+        if not new:
+            if finished:
+                return
+            wait()
