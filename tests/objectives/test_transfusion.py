@@ -99,8 +99,8 @@ def test_t_is_never_zero_at_the_ends_of_u(monkeypatch, u, expected):
     """u is in [0, 1): its 0 must become the largest t, not the clean t = 0 of a slot without loss."""
     monkeypatch.setattr(jax.random, "uniform", lambda key: jnp.float32(u))
     limit = np.full((2, 1), 0.5, np.float32)
-    t, _ = diffusion_losses.draw_noise(ddpm("eps", 1000), jax.random.key(0), packing.noise_ids(np.arange(2), 1), limit,
-                                (1,))
+    ids = packing.noise_ids(np.arange(2), 1)
+    t, _ = diffusion_losses.draw_noise(ddpm("eps", 1000), jax.random.key(0), ids, limit, (1,))
     np.testing.assert_allclose(t, expected, rtol=1e-5)
 
 
