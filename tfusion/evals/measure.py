@@ -8,7 +8,7 @@ import numpy as np
 from tfusion.config import replace_text
 from tfusion.data.config import shares
 from tfusion.evals import losses, scenes, statistics
-from tfusion.inference import decode, trained
+from tfusion.inference import trained, transfusion
 from tfusion.inference.trained import Trained
 from tfusion.models.masks import dense_mask
 from tfusion.objectives import kind_of
@@ -54,7 +54,7 @@ def both_ways(run: Trained, cfg: TransfusionConfig, folder: Path, num_scenes: in
 def write_documents(run: Trained, cfg: TransfusionConfig, folder: Path, seed: int) -> None:
     """Whole documents from nothing at temperature 1: text, pictures, text."""
     _, params, codec, tokenizer, *_ = run
-    rows = decode.generate(cfg, params, [[]] * DOCUMENTS, seed=seed, temperature=1.0)
+    rows = transfusion.generate(cfg, params, [[]] * DOCUMENTS, seed=seed, temperature=1.0)
     rows = sorted(rows, key=lambda parts: -sum(p.kind == "image" for p in parts))[:4]
     latents = [part.values for parts in rows for part in parts if part.kind == "image"]
     number, documents = iter(range(len(latents))), []

@@ -12,7 +12,7 @@ from tfusion.data import layout
 from tfusion.data.scenes import parse_caption, render
 from tfusion.evals import statistics
 from tfusion.evals.scene_matcher import judge_caption, judge_picture, see
-from tfusion.inference import decode
+from tfusion.inference import transfusion
 from tfusion.objectives.transfusion import TransfusionConfig
 
 CHUNK = 64  # prompts decoded at once
@@ -35,14 +35,14 @@ RELATION_CHANCE = {"generation": {"two": 1 / 2, "left of": 1 / 4, "above": 1 / 4
 
 
 def in_chunks(cfg: TransfusionConfig, params, prompts: list, title: str, **options) -> list:
-    """`decode.generate` over CHUNK prompts at a time, with a progress bar; noise is keyed by the number among
-    all prompts.
+    """`transfusion.generate` over CHUNK prompts at a time, with a progress bar; noise is keyed by the number
+    among all prompts.
     """
     out = []
     for start in tqdm(range(0, len(prompts), CHUNK), desc=title, unit="chunk"):
         chunk = prompts[start : start + CHUNK]
         filled = chunk + [chunk[-1]] * (CHUNK - len(chunk))  # one compiled shape
-        out += decode.generate(cfg, params, filled, first_row=start, **options)[: len(chunk)]
+        out += transfusion.generate(cfg, params, filled, first_row=start, **options)[: len(chunk)]
     return out
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tfusion.data import layout
-from tfusion.inference import decode
+from tfusion.inference import transfusion
 from tfusion.inference.base import Decoder
 from tfusion.inference.trained import Trained
 
@@ -24,12 +24,12 @@ def decoder(run: Trained) -> Decoder:
 
 
 def in_chunks(run: Trained, prompts: list, title: str, **options) -> list:
-    """`decode.generate` over CHUNK prompts at a time, with a progress bar."""
+    """`transfusion.generate` over CHUNK prompts at a time, with a progress bar."""
     out = []
     for start in tqdm(range(0, len(prompts), CHUNK), desc=title, unit="chunk"):
         chunk = prompts[start : start + CHUNK]
         filled = chunk + [chunk[-1]] * (CHUNK - len(chunk))
-        out += decode.generate(run.cfg, run.params, filled, first_row=start, **options)[: len(chunk)]
+        out += transfusion.generate(run.cfg, run.params, filled, first_row=start, **options)[: len(chunk)]
     return out
 
 
@@ -60,7 +60,7 @@ def go_on(run: Trained, documents: list[list], *, seed: int = 0, temperature: fl
     begin = [layout.text([run.cfg.vocabulary.boi])] if draw_first else []
     prompts = [[layout.text(run.tokenizer.encode(part)) if isinstance(part, str) else
                 layout.image(next(latents)) for part in parts] + begin for parts in documents]
-    rows = decode.generate(run.cfg, run.params, prompts, seed=seed, temperature=temperature,
+    rows = transfusion.generate(run.cfg, run.params, prompts, seed=seed, temperature=temperature,
                            max_images=max_images if run.codec else 0)
     drawn = [part.values for parts in rows for part in parts if part.kind == "image"]
     images = iter(run.codec.decode(np.stack(drawn)) if drawn else ())
