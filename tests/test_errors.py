@@ -31,7 +31,7 @@ FOLDERS = ("TMP", "PREPARED", "BROKEN")  # in arguments: replaced by paths
 DRIVER = """
 import json, os, runpy, sys
 import jax
-import ml_collections.config_flags, tfusion.inference.autoencoder, tfusion.inference.decode
+import ml_collections.config_flags, tfusion.inference.pictures, tfusion.inference.transfusion
 import tfusion.training.loop
 
 for name, verb, args in json.load(sys.stdin):

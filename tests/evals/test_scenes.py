@@ -7,7 +7,7 @@ import pytest
 from tfusion.data.scenes import is_held_out, make_caption, render
 from tfusion.data.sources import scenes as scenes_source
 from tfusion.evals import scenes
-from tfusion.inference import decode
+from tfusion.inference import transfusion
 
 
 def only(held, images, wanted):
@@ -140,7 +140,7 @@ def test_chunks_have_one_shape_and_keep_the_order(cfg, monkeypatch):
         asked.append((len(prompts), options))
         return [[prompt[0] * 10] for prompt in prompts]
 
-    monkeypatch.setattr(decode, "generate", generate)
+    monkeypatch.setattr(transfusion, "generate", generate)
     n = scenes.CHUNK + 5
     out = scenes.in_chunks(cfg, None, [[np.array([i])] for i in range(n)], "title", seed=3)
     assert [int(parts[0][0]) for parts in out] == [10 * i for i in range(n)]
@@ -153,10 +153,10 @@ def test_every_prompt_has_noise_of_its_own_whatever_the_chunk(cfg, monkeypatch):
     """What a row is keyed by, over two chunks and over one: all different, and the same both times."""
 
     def generate(cfg, params, prompts, **options):
-        rows = decode.start_rows(cfg, prompts, options["seed"], 8, options["first_row"])
+        rows = transfusion.start_rows(cfg, prompts, options["seed"], 8, options["first_row"])
         return [bytes(key) for key in np.asarray(jax.random.key_data(rows.key_B))]
 
-    monkeypatch.setattr(decode, "generate", generate)
+    monkeypatch.setattr(transfusion, "generate", generate)
     keys = []
     for size in (4, 9):
         monkeypatch.setattr(scenes, "CHUNK", size)

@@ -14,7 +14,7 @@ from tfusion.checkpoint import Checkpoints
 from tfusion.data import layout, prepared
 from tfusion.data.tokenizers import ByteTokenizer, load_tokenizer
 from tfusion.errors import UserError
-from tfusion.inference import decode, trained
+from tfusion.inference import trained, transfusion
 from tfusion.models.codecs.kl import Autoencoder, AutoencoderConfig, KLCodec
 from tfusion.training import loop
 
@@ -59,7 +59,7 @@ def test_a_copy_without_its_data_has_all_that_sampling_needs(trained_once, copie
     assert run.tokenizer.fingerprint == load_tokenizer("byte").fingerprint
     assert run.codec.fingerprint == make_codec(0).fingerprint
     prompt = [[layout.text([run.cfg.vocabulary.boi])]]
-    drawn = decode.generate(run.cfg, run.params, prompt, max_new_tokens=0, max_images=1)
+    drawn = transfusion.generate(run.cfg, run.params, prompt, max_new_tokens=0, max_images=1)
     assert run.codec.decode(drawn[0][0].values[None]).shape == (1, 32, 32, 3)
 
 
@@ -92,12 +92,12 @@ def test_on_any_mesh(copied):
     """Placed in shards at once, and drawing the same pictures."""
     whole, mesh = trained.load(copied), sharding.parse_mesh("fsdp=4,tensor=2")
     prompt = [[layout.text([whole.cfg.vocabulary.boi])]]
-    want = decode.generate(whole.cfg, whole.params, prompt, max_new_tokens=0, max_images=1)[0][0].values
+    want = transfusion.generate(whole.cfg, whole.params, prompt, max_new_tokens=0, max_images=1)[0][0].values
     run = trained.load(copied, mesh=mesh)
     table = run.params["token_embedding"]
     assert len(table.sharding.device_set) == 8 and table.addressable_shards[0].data.size * 8 == table.size
     with jax.set_mesh(mesh):
-        got = decode.generate(run.cfg, run.params, prompt, max_new_tokens=0, max_images=1)[0][0].values
+        got = transfusion.generate(run.cfg, run.params, prompt, max_new_tokens=0, max_images=1)[0][0].values
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 

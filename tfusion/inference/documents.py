@@ -8,12 +8,12 @@ import numpy as np
 from tqdm import tqdm
 
 from tfusion.data import layout
-from tfusion.inference import decode
+from tfusion.inference import transfusion
 from tfusion.inference.base import Decoder
 from tfusion.inference.trained import Trained
 
 CHUNK = 64
-MAX_CAPTION_TOKENS = 24
+MAX_CAPTION_TOKENS = 128  # of a description, as far as the row has room
 
 
 def decoder(run: Trained) -> Decoder:
@@ -26,12 +26,12 @@ def decoder(run: Trained) -> Decoder:
 
 
 def in_chunks(run: Trained, prompts: list, title: str, **options) -> list:
-    """`decode.generate` over CHUNK prompts at a time, with a progress bar."""
+    """`transfusion.generate` over CHUNK prompts at a time, with a progress bar."""
     out = []
     for start in tqdm(range(0, len(prompts), CHUNK), desc=title, unit="chunk"):
         chunk = prompts[start : start + CHUNK]
         filled = chunk + [chunk[-1]] * (CHUNK - len(chunk))
-        out += decode.generate(run.cfg, run.params, filled, first_row=start, **options)[: len(chunk)]
+        out += transfusion.generate(run.cfg, run.params, filled, first_row=start, **options)[: len(chunk)]
     return out
 
 
@@ -46,8 +46,8 @@ def draw(run: Trained, texts: list[str], seed: int):
 def describe(run: Trained, pictures) -> list[str]:
     """Greedy captions of pictures, uint8 (n, H, W, 3)."""
     prompts = [[layout.image(latent)] for latent in run.codec.encode(pictures)]
-    room = run.cfg.model.num_patches + 3 + MAX_CAPTION_TOKENS
-    parts = in_chunks(run, prompts, "describe", max_new_tokens=MAX_CAPTION_TOKENS, max_images=0, max_len=room)
+    room = min(run.cfg.model.num_patches + 3 + MAX_CAPTION_TOKENS, run.cfg.data.seq_len)
+    parts = in_chunks(run, prompts, "describe", max_images=0, max_len=room)
     return [run.tokenizer.decode(p[0].values.tolist()) if p else "" for p in parts]
 
 
@@ -62,8 +62,8 @@ def go_on(run: Trained, documents: list[list], *, seed: int = 0, temperature: fl
     begin = [layout.text([run.cfg.vocabulary.boi])] if draw_first else []
     prompts = [[layout.text(run.tokenizer.encode(part)) if isinstance(part, str) else
                 layout.image(next(latents)) for part in parts] + begin for parts in documents]
-    rows = decode.generate(run.cfg, run.params, prompts, seed=seed, temperature=temperature,
-                           max_images=max_images if run.codec else 0)
+    rows = transfusion.generate(run.cfg, run.params, prompts, seed=seed, temperature=temperature,
+                                max_images=max_images if run.codec else 0)
     drawn = [part.values for parts in rows for part in parts if part.kind == "image"]
     images = iter(run.codec.decode(np.stack(drawn)) if drawn else ())
     return [[next(images) if part.kind == "image" else run.tokenizer.decode(part.values.tolist())

@@ -5,7 +5,8 @@ current one, so that each behaviour can be called up.
 """
 
 import dataclasses
-from functools import cache, partial
+import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +15,20 @@ import pytest
 from flax import linen as nn
 
 from tests.conftest import tiny_config
-from tfusion.data import packing
+from tfusion import config
+from tfusion.data import layout, packing
 from tfusion.diffusion import sampler
 from tfusion.errors import UserError
-from tfusion.inference import decode
-from tfusion.models import lm_head
+from tfusion.inference import cache, transfusion
 from tfusion.models.transfusion import Transfusion
 from tfusion.objectives import make_objective
 from tfusion.types import BOS, EOS, PAD, Document
 
 CFG = tiny_config("unused")  # DDPM, as it draws noise at every step
 CFG = dataclasses.replace(CFG, sampling=dataclasses.replace(CFG.sampling, sampler="ddpm"))
-MODEL, N, I = CFG.model, CFG.model.num_patches, CFG.image_slots
-BOI, EOI = MODEL.boi, MODEL.eoi
+MODEL, N, I = CFG.model, CFG.model.num_patches, CFG.rows.image_slots
+NETWORK, PROCESS = Transfusion(MODEL, CFG.data.seq_len), CFG.process.make()
+BOI, EOI = CFG.vocabulary.boi, CFG.vocabulary.eoi
 A, B, C, D = 10, 11, 12, 13  # text ids
 STEPS = CFG.sampling.num_inference_steps
 T, ROWS = 48, 3  # one shape for all tests, so that each function compiles once
@@ -54,7 +56,7 @@ def random_params():
     return make_random_params()
 
 
-@cache
+@functools.cache
 def make_random_params():
     rng = np.random.default_rng(0)
 
@@ -77,10 +79,29 @@ def bigram(table: dict):
     return params
 
 
-def generate(params, prompts, **options):
-    """One list of parts per prompt; padded with empty prompts to the shape that is compiled."""
-    padded = [*prompts, *[[]] * (ROWS - len(prompts))]
-    return decode.generate(CFG, params, padded, max_len=T, **options)[: len(prompts)]
+def parts_of(prompt):
+    """Lists of ids are texts, arrays pictures."""
+    return [layout.image(x) if isinstance(x, np.ndarray) else layout.text(x) for x in prompt]
+
+
+def start_rows(prompts, seed: int = 0, max_len: int = T):
+    return transfusion.start_rows(CFG, list(map(parts_of, prompts)), seed, max_len)
+
+
+def write_text(params, rows):
+    return transfusion.write_text(NETWORK, params, rows, jnp.full(ROWS, T), jnp.float32(0))
+
+
+def draw_images(params, rows, scale: float, variance: str = "fixed_small", fn=transfusion.draw_images):
+    return fn(NETWORK, PROCESS, "ddpm", STEPS, params, rows, jnp.bool_(variance == "fixed_large"),
+              jnp.float32(scale))
+
+
+def generate(params, prompts, cfg=CFG, rows: int = ROWS, **options):
+    """The values of the parts of each prompt; padded with empty prompts to the shape that is compiled."""
+    padded = [parts_of(prompt) for prompt in prompts] + [[]] * (rows - len(prompts))
+    made = transfusion.generate(cfg, params, padded, **{"max_len": T} | options)
+    return [[part.values for part in parts] for parts in made[: len(prompts)]]
 
 
 def described(parts) -> list:
@@ -137,12 +158,12 @@ def test_greedy_is_deterministic_and_temperature_depends_on_the_seed(random_para
 
 def test_boi_switches_to_diffusion_and_eoi_back():
     params = bigram({BOS: A, A: BOI, EOI: B, B: EOS})
-    rows = decode.start_rows(CFG, [[], [[B]], [[A]]], 0, T)
-    rows = decode.write_text(CFG, params, rows, jnp.full(ROWS, T), jnp.float32(0))
-    assert rows.mode_B.tolist() == [decode.DRAW, decode.DONE, decode.DRAW]
+    rows = start_rows([[], [[B]], [[A]]])
+    rows = write_text(params, rows)
+    assert rows.mode_B.tolist() == [transfusion.DRAW, transfusion.DONE, transfusion.DRAW]
     assert rows.length_B.tolist() == [3, 3, 3]
-    drawn = decode.draw_images(CFG, params, rows, "ddpm", "fixed_small", STEPS, jnp.float32(1))
-    assert drawn.mode_B.tolist() == [decode.WRITE, decode.DONE, decode.WRITE]
+    drawn = draw_images(params, rows, 1)
+    assert drawn.mode_B.tolist() == [transfusion.WRITE, transfusion.DONE, transfusion.WRITE]
     assert drawn.length_B.tolist() == [3 + N + 1, 3, 3 + N + 1]
     assert drawn.tokens_BT[0, : 3 + N + 1].tolist() == [BOS, A, BOI] + [PAD] * N + [EOI]
     assert drawn.image_ids_BT[0].tolist() == [0] * 3 + [1] * N + [0] * (T - 3 - N)
@@ -188,20 +209,20 @@ def test_no_boi_without_room():
 def test_only_the_picture_being_drawn_is_noisy(monkeypatch):
     """Those before it are clean, t = 0, for the conditional model; the unconditional one sees none."""
     (x, noisy), t = latents(6, 2), np.float32(0.7)
-    rows = decode.start_rows(CFG, [[[A], x, [B, BOI]]], 0, T)
+    rows = start_rows([[[A], x, [B, BOI]]])
 
     @jax.jit
     def seen(rows):
         calls = []
 
-        def forward(cfg, params, rows, x_BIhwc, t_BI):
+        def predict(model, params, rows, x_BIhwc, t_BI):
             calls.append((x_BIhwc, t_BI, rows.tokens_BT))
-            return None, jnp.zeros(x_BIhwc.shape)
+            return jnp.zeros(x_BIhwc.shape)
 
-        monkeypatch.setattr(decode, "forward", forward)
+        monkeypatch.setattr(transfusion, "predict", predict)
         monkeypatch.setattr(sampler, "sample",
                             lambda process, denoise, *_: denoise(noisy[None], jnp.full(1, t))[0])
-        decode.draw_images.__wrapped__(CFG, None, rows, "ddpm", "fixed_small", STEPS, jnp.float32(2))
+        draw_images(None, rows, 2, fn=transfusion.draw_images.__wrapped__)
         return calls
 
     (x_BI, t_BI, _), (x_alone, t_alone, tokens) = seen(rows)
@@ -211,32 +232,32 @@ def test_only_the_picture_being_drawn_is_noisy(monkeypatch):
     assert t_alone.tolist() == [[t]] and tokens.tolist() == [[BOS, BOI, *[PAD] * N]]
 
 
-def drawn(fn, params, prompts, scale: float, variance: str = "fixed_small"):
+def drawn(params, prompts, *options):
     """The pictures that prompts ending with BOI start with."""
-    rows = decode.start_rows(CFG, prompts, 3, T)
-    return np.asarray(fn(CFG, params, rows, "ddpm", variance, STEPS, jnp.float32(scale)).latents_BIhwc[:, 0])
+    return np.asarray(draw_images(params, start_rows(prompts, 3), *options).latents_BIhwc[:, 0])
 
 
 def test_guidance_one_is_the_conditional_model(random_params, monkeypatch):
     prompts = [[[A, BOI]], [[B, C, BOI]], [[D, BOI]]]
-    one, three = (drawn(decode.draw_images, random_params, prompts, scale) for scale in (1.0, 3.0))
+    one, three = (drawn(random_params, prompts, scale) for scale in (1.0, 3.0))
     monkeypatch.setattr(sampler, "guide", lambda cond, uncond, scale: cond)
-    fresh = jax.jit(decode.draw_images.__wrapped__, static_argnums=(0, 3, 4, 5))
-    np.testing.assert_allclose(one, drawn(fresh, random_params, prompts, 1.0), rtol=1e-4, atol=1e-4)
+    fresh = jax.jit(transfusion.draw_images.__wrapped__, static_argnums=(0, 1, 2, 3))
+    cond = drawn(random_params, prompts, 1.0, "fixed_small", fresh)
+    np.testing.assert_allclose(one, cond, rtol=1e-4, atol=1e-4)
     assert np.abs(one - three).max() > 1e-2
 
 
 def test_variance_reaches_the_sampler_and_few_steps_are_said_once(random_params, capsys):
     """The pictures of `generate` are those of the config's variance."""
     prompts, pictures = [[[A, BOI]]] * ROWS, {}
-    decode.warn_once.cache_clear()
+    transfusion.warn_once.cache_clear()
     for variance in ("fixed_small", "fixed_large"):
         cfg = dataclasses.replace(CFG, sampling=dataclasses.replace(
             CFG.sampling, variance=variance, guidance_scale=1.0))
         for _ in range(2):
-            parts = decode.generate(cfg, random_params, prompts, seed=3, max_images=1, max_len=T)
+            parts = generate(random_params, prompts, cfg, seed=3, max_images=1)
         pictures[variance] = np.stack([row[0] for row in parts])
-        np.testing.assert_allclose(pictures[variance], drawn(decode.draw_images, random_params, prompts, 1.0,
+        np.testing.assert_allclose(pictures[variance], drawn(random_params, prompts, 1.0,
                                                              variance), rtol=1e-4, atol=1e-4)
     assert np.abs(pictures["fixed_small"] - pictures["fixed_large"]).max() > 1e-2
     assert capsys.readouterr().err.splitlines() == [
@@ -246,7 +267,7 @@ def test_variance_reaches_the_sampler_and_few_steps_are_said_once(random_params,
 def test_guidance_zero_does_not_see_the_prompt(random_params):
     one, other = ([[[x, BOI]]] * ROWS for x in (A, B))
     for scale, same in ((0.0, True), (1.0, False)):
-        x, y = (drawn(decode.draw_images, random_params, prompts, scale) for prompts in (one, other))
+        x, y = (drawn(random_params, prompts, scale) for prompts in (one, other))
         assert np.allclose(x, y, rtol=1e-5, atol=1e-5) == same
 
 
@@ -280,9 +301,9 @@ def test_a_row_does_not_depend_on_its_neighbours(random_params):
 
 def test_a_batch_of_one_is_row_zero(random_params):
     prompt = some_prompts()[0]
-    options = dict(seed=5, max_new_tokens=4, max_images=1, max_len=T)
-    alone = decode.generate(CFG, random_params, [prompt], **options)[0]
-    batch = decode.generate(CFG, random_params, [prompt, [[A]], []], **options)[0]
+    options = dict(seed=5, max_new_tokens=4, max_images=1)
+    alone = generate(random_params, [prompt], rows=1, **options)[0]
+    batch = generate(random_params, [prompt, [[A]], []], **options)[0]
     assert described(alone) == described(batch) and described(alone)[0] == "image"
     for x, y in zip(alone, batch):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
@@ -305,48 +326,98 @@ def test_text_is_drawn_anew_at_every_position():
 
 
 def test_forward_equals_the_training_forward(random_params):
-    """A finished document as decoding lays it out, and the same document packed behind another one."""
-    objective, (x, y), noisy = make_objective(CFG), latents(2, 2), latents(4, 2)
-    parts = [np.array([A, B], np.int32), x, np.array([C], np.int32), y, np.array([D, D], np.int32)]
-    example = objective.layout(Document(tuple(parts), 1.0, True))
-    first = objective.layout(Document((np.array([D, C], np.int32), latents(3)[0]), 1.0, True))
-    packed = packing.stack_rows([packing.pack_row(0, [first, example], T, I, MODEL.latent_shape)])
+    """A finished document as decoding lays it out, and the same document packed behind another one: what is
+    predicted of its pictures, noisy, and of each next token, its pictures clean."""
+    (x, y), noisy, lay = latents(2, 2), np.stack(latents(4, 2)), CFG.rows.layout.lay
+    params = {"params": random_params}
+    parts = [[A, B], x, [C], y, [D, D]]
+    example = lay(Document(tuple(parts_of(parts)), True))
+    first = lay(Document(tuple(parts_of([[D, C], latents(3)[0]])), True))
+    packed = packing.stack_rows([packing.pack_row(0, [first, example], CFG.rows)])
     start, n = len(first.tokens_L), len(example.tokens_L)
-    rows = decode.start_rows(CFG, [[*parts[:-1], [D, D, EOS]]], 0, T)
+    rows = start_rows([[*parts[:-1], [D, D, EOS]]])
     np.testing.assert_array_equal(rows.tokens_BT[0, :n], example.tokens_L)
     np.testing.assert_array_equal(rows.image_ids_BT[0, :n], example.image_ids_L)
     np.testing.assert_array_equal(rows.latents_BIhwc[0, :2], [x, y])
-    training = jax.jit(Transfusion(MODEL, CFG.data.seq_len).apply)
-    decoding = jax.jit(decode.forward, static_argnums=0)
 
-    def inputs(latents_BIhwc, slots, t):
-        x_BIhwc, t_BI = np.array(latents_BIhwc), np.zeros((1, I), np.float32)
-        x_BIhwc[0, slots], t_BI[0, slots] = noisy, t
-        return x_BIhwc, t_BI
+    @jax.jit
+    def training(images, t):
+        x_BI = jnp.asarray(packed.latents_BIhwc).at[0, 1:3].set(images)
+        h_BTD, out = NETWORK.apply(params, packed, x_BI, jnp.zeros((1, I)).at[0, 1:3].set(t))
+        return NETWORK.apply(params, h_BTD, method="logits")[0, start : start + n], out[0, 1:3]
 
-    for t in (0.0, 0.37):
-        h_packed, want = training({"params": random_params}, packed,
-                                  *inputs(packed.latents_BIhwc, slice(1, 3), t))
-        h, got = decoding(CFG, random_params, rows, *inputs(rows.latents_BIhwc, slice(2), t))
-        logits, logits_packed = (lm_head.logits(x, random_params["lm_head_kernel"], MODEL.vocab_size)
-                                 for x in (h, h_packed))
-        np.testing.assert_allclose(logits[0, :n], logits_packed[0, start : start + n], rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(got[0, :2], want[0, 1:3], rtol=1e-4, atol=1e-4)
-        assert np.abs(want[0, 1:3]).max() > 0.1
+    _, want = training(noisy, 0.37)
+    x_BI, t_BI = rows.latents_BIhwc.at[0, :2].set(noisy), jnp.zeros((1, I)).at[0, :2].set(0.37)
+    got = jax.jit(transfusion.predict, static_argnums=0)(NETWORK, random_params, rows, x_BI, t_BI)
+    np.testing.assert_allclose(got[0, :2], want, rtol=1e-4, atol=1e-4)
+    assert np.abs(want).max() > 0.1
+
+    kept = jax.jit(transfusion.read, static_argnums=0)(NETWORK, random_params, rows)
+    step = jax.jit(cache.step, static_argnums=0)
+    logits, _ = training(jnp.stack([x, y]), 0.0)
+    for p in np.flatnonzero(example.image_ids_L == 0):
+        h_BD, kept = step(NETWORK, random_params, kept, rows.tokens_BT[:, p], jnp.full(1, p))
+        here = NETWORK.apply(params, h_BD, method="logits")
+        np.testing.assert_allclose(here[0], logits[p], rtol=1e-4, atol=1e-4)
+
+
+def test_writing_on_after_a_prompt_is_the_full_forward(random_params):
+    """Each token is the likeliest by one pass over the finished rows, of unequal lengths and with pictures."""
+    x, y = latents(2, 2)
+    start = start_rows([[[A, B, C]], [[A], x, [B], y, [D]], []])
+    rows = transfusion.write_text(NETWORK, random_params, start, start.length_B + 8, jnp.float32(0))
+
+    @jax.jit
+    def full(rows):
+        apply = functools.partial(NETWORK.apply, {"params": random_params})
+        x_BTD, _ = apply(rows.tokens_BT, rows.image_start_BI, rows.latents_BIhwc, jnp.zeros((ROWS, I)),
+                         method="embed")
+        h_BTD, _ = apply(x_BTD, transfusion.sight(NETWORK, rows), method="hidden")
+        return apply(h_BTD, method="logits").at[..., jnp.array([PAD, BOS, EOI])].set(-jnp.inf).argmax(-1)
+
+    tokens, likeliest = np.asarray(rows.tokens_BT), np.asarray(full(rows))
+    assert (rows.length_B - start.length_B).sum() > 12
+    for row, (begin, end) in enumerate(zip(start.length_B, rows.length_B)):
+        np.testing.assert_array_equal(tokens[row, begin:end], likeliest[row, begin - 1 : end - 1])
+
+
+# ---------------------------------------------------------------- what is compiled
+
+COMPILED = []  # a program each
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, *_, **__: COMPILED.append(name) if name.endswith("backend_compile_duration") else None)
+
+
+def test_other_numbers_compile_nothing_anew(random_params):
+    """Guidance, variance, temperature, seed, the optimizer's and the loss's settings are no part of a program;
+    the number of steps and the sampler are."""
+    prompts = [[[A, BOI]], [[B]], []]
+
+    def programs(cfg, **options):
+        before = len(COMPILED)
+        generate(random_params, prompts, cfg, max_new_tokens=3, max_images=1, **options)
+        return len(COMPILED) - before
+
+    programs(CFG, seed=1, temperature=1.0)
+    changes = {"sampling.guidance_scale": 7.0, "sampling.variance": "fixed_large", "loss_weight": 2.0,
+               "optimizer.learning_rate": 0.5, "optimizer.ema_decay": 0.3, "train.num_steps": 1, "seed": 9}
+    assert programs(config.changed(CFG, changes), seed=2, temperature=0.3) == 0
+    assert programs(config.changed(CFG, {"sampling.sampler": "ddim"})) == 1
+    assert programs(config.changed(CFG, {"sampling.num_inference_steps": 2})) == 1
 
 
 # ---------------------------------------------------------------- mistakes
 
 def test_prompt_too_long():
-    decode.start_rows(CFG, [[[A] * (T - 1)]], 0, T)
+    start_rows([[[A] * (T - 1)]])
     with pytest.raises(UserError, match=f"prompt 1 is {T + 1} positions long, there is room for {T}"):
-        decode.start_rows(CFG, [[], [[A] * T]], 0, T)
+        start_rows([[], [[A] * T]])
 
 
 def test_too_many_images():
-    decode.start_rows(CFG, [latents(0, I)], 0, T)
+    start_rows([latents(0, I)])
     with pytest.raises(UserError, match=rf"prompt 0 has more images than the {I} that"):
-        decode.start_rows(CFG, [latents(0, I + 1)], 0, 2 * T)
+        start_rows([latents(0, I + 1)], max_len=2 * T)
 
 
 def test_forced_image_without_room():
@@ -362,3 +433,10 @@ def test_forced_image_without_a_slot():
     full = latents(0, I)
     with pytest.raises(UserError, match=rf"prompt 0 has {I} images already"):
         generate(params, [[*full, [A, BOI]]])
+
+
+def test_no_row_is_longer_than_those_of_training(random_params):
+    """RoPE's tables end there."""
+    most = CFG.data.seq_len
+    with pytest.raises(UserError, match=f"max_len = {most + 1} .* data.seq_len = {most}"):
+        generate(random_params, [[]], max_len=most + 1)

@@ -1,15 +1,20 @@
 """Decoding (Transfusion, section 3): LM mode until BOI, then diffusion mode: N patches of pure noise are
 appended and denoised together, EOI is appended, and LM mode goes on, until EOS.
 
-Correct and simple: every step runs the whole sequence again. Several prompts go at once, each in its own
-row; a row's draws depend on the seed, its own number and position only: never on its neighbours, nor on how
-many prompts go at once.
+Text is written with keys and values kept (cache.py): a stretch of it begins with one pass over the rows, then
+each token costs one position. A step of diffusion runs the whole sequence. Several prompts go at once, each in
+its own row; a row's draws depend on the seed, its own number and position only: never on its neighbours, nor
+on how many prompts go at once.
+
+Compiled functions take as static what makes another program (model, process, sampler, number of steps), and
+all else as arrays: another temperature, guidance scale or variance compiles nothing anew.
 
 B rows, T positions of the buffer, I image slots, N patches per image, h w c latent.
 """
 
+import functools
 import sys
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,10 +23,14 @@ import numpy as np
 
 from tfusion.data import layout
 from tfusion.diffusion import sampler
+from tfusion.diffusion.process import Process
 from tfusion.errors import UserError
+from tfusion.inference import cache
+from tfusion.models.attention import Cache
+from tfusion.models.masks import Sight, row_sight
 from tfusion.models.transfusion import Transfusion
 from tfusion.objectives.transfusion import TransfusionConfig
-from tfusion.types import BOS, EOS, PAD, Batch
+from tfusion.types import BOS, EOS, PAD
 
 WRITE, DRAW, DONE = 0, 1, 2  # a row's mode
 TEXT_STREAM, IMAGE_STREAM = 0, 1
@@ -39,14 +48,16 @@ class Rows(NamedTuple):
     key_B: jax.Array
 
 
-def as_batch(rows: Rows) -> Batch:
-    """The rows as the model wants them: one document each, the rest padding."""
+def vocabulary(model: Transfusion) -> layout.Vocabulary:
+    return layout.Vocabulary(model.cfg.text_vocab_size, model.cfg.num_patches)
+
+
+def sight(model: Transfusion, rows: Rows) -> Sight:
+    """Of whole rows: one document each, the rest padding."""
     B, T = rows.tokens_BT.shape
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     segments = (positions < rows.length_B[:, None]).astype(jnp.int32)
-    return Batch(jnp.arange(B), rows.tokens_BT, segments, rows.image_ids_BT * segments, positions,
-                 jnp.zeros((B, T), bool), rows.latents_BIhwc, rows.image_start_BI,
-                 jnp.zeros(rows.image_start_BI.shape), jnp.zeros((*rows.image_start_BI.shape, 2), jnp.uint32))
+    return row_sight(positions, segments, rows.image_ids_BT * segments, model.cfg.image_attention)
 
 
 def start_rows(cfg: TransfusionConfig, prompts: list, seed: int, max_len: int, first_row: int = 0) -> Rows:
@@ -77,21 +88,27 @@ def start_rows(cfg: TransfusionConfig, prompts: list, seed: int, max_len: int, f
                                    np.where(last == cfg.vocabulary.boi, DRAW, WRITE))), keys)
 
 
-def forward(cfg: TransfusionConfig, params, rows: Rows, x_BIhwc, t_BI):
-    """(h_BTD, the diffusion target's estimate)"""
-    return Transfusion(cfg.model, cfg.data.seq_len).apply({"params": params}, as_batch(rows), x_BIhwc, t_BI)
+def predict(model: Transfusion, params, rows: Rows, x_BIhwc, t_BI):
+    """The diffusion target's estimate in every image slot, where x are the noisy latents and t theirs."""
+    apply = partial(model.apply, {"params": params})
+    x_BTD, skips = apply(rows.tokens_BT, rows.image_start_BI, x_BIhwc, t_BI, method="embed")
+    h_BTD, _ = apply(x_BTD, sight(model, rows), method="hidden")
+    return apply(h_BTD, rows.image_start_BI, t_BI, skips, method="predict")
 
 
-def _next_tokens(cfg: TransfusionConfig, params, rows: Rows, temperature):
+def read(model: Transfusion, params, rows: Rows) -> Cache:
+    """Keys and values of the rows as they are, their images clean."""
+    x_BTD, _ = model.apply({"params": params}, rows.tokens_BT, rows.image_start_BI, rows.latents_BIhwc,
+                           jnp.zeros(rows.image_start_BI.shape), method="embed")
+    return cache.prefill(model, params, x_BTD, sight(model, rows))[1]
+
+
+def _next_tokens(model: Transfusion, logits_BV, rows: Rows, temperature):
     """One text token per row: greedy at temperature 0. Never pad, bos, eoi, nor BOI without room."""
-    B, T = rows.tokens_BT.shape
-    h_BTD, _ = forward(cfg, params, rows, rows.latents_BIhwc, jnp.zeros(rows.image_start_BI.shape))
-    logits = Transfusion(cfg.model, cfg.data.seq_len).apply(
-        {"params": params}, h_BTD[jnp.arange(B), rows.length_B - 1], method="logits")
-    ids = jnp.arange(logits.shape[-1])
-    never = (ids == PAD) | (ids == BOS) | (ids == cfg.vocabulary.eoi)
-    full = (rows.length_B + cfg.model.num_patches + 2 > T) | (rows.image_start_BI < T).all(axis=1)
-    logits = jnp.where(never | ((ids == cfg.vocabulary.boi) & full[:, None]), -jnp.inf, logits)
+    T, ids, known = rows.tokens_BT.shape[1], jnp.arange(logits_BV.shape[1]), vocabulary(model)
+    never = (ids == PAD) | (ids == BOS) | (ids == known.eoi)
+    full = (rows.length_B + known.num_patches + 2 > T) | (rows.image_start_BI < T).all(axis=1)
+    logits = jnp.where(never | ((ids == known.boi) & full[:, None]), -jnp.inf, logits_BV)
     key_B = jax.vmap(lambda key, n: jax.random.fold_in(jax.random.fold_in(key, TEXT_STREAM), n))(
         rows.key_B, rows.length_B)
     drawn = jax.vmap(jax.random.categorical)(key_B, logits / jnp.maximum(temperature, 1e-6))
@@ -106,20 +123,29 @@ def _append(rows: Rows, tokens_B, where_B) -> Rows:
 
 
 @partial(jax.jit, static_argnums=0)
-def write_text(cfg: TransfusionConfig, params, rows: Rows, limit_B, temperature) -> Rows:
+def write_text(model: Transfusion, params, rows: Rows, limit_B, temperature) -> Rows:
     """LM mode: every row writes until BOI (then its mode is DRAW), EOS or its limit (then DONE)."""
 
-    def body(rows: Rows) -> Rows:
-        writing = rows.mode_B == WRITE
-        token = _next_tokens(cfg, params, rows, temperature)
-        rows = _append(rows, token, writing)
+    def writing(state):
+        return jnp.any(state[0].mode_B == WRITE)
+
+    def body(state):
+        rows, kept = state
+        at, writes = rows.length_B - 1, rows.mode_B == WRITE  # a text token, BOS, EOI or BOI: never a patch
+        h_BD, kept = cache.step(model, params, kept, rows.tokens_BT[jnp.arange(len(at)), at], at)
+        logits_BV = model.apply({"params": params}, h_BD, method="logits")
+        token = _next_tokens(model, logits_BV, rows, temperature)
+        rows = _append(rows, token, writes)
         ended = (token == EOS) | (rows.length_B >= limit_B)
-        mode = jnp.where(token == cfg.vocabulary.boi, DRAW, jnp.where(ended, DONE, WRITE))
-        return rows._replace(mode_B=jnp.where(writing, mode, rows.mode_B))
+        mode = jnp.where(token == vocabulary(model).boi, DRAW, jnp.where(ended, DONE, WRITE))
+        return rows._replace(mode_B=jnp.where(writes, mode, rows.mode_B)), kept
+
+    def write(rows: Rows) -> Rows:
+        return jax.lax.while_loop(writing, body, (rows, read(model, params, rows)))[0]
 
     rows = rows._replace(mode_B=jnp.where((rows.mode_B == WRITE) & (rows.length_B >= limit_B), DONE,
                                           rows.mode_B))
-    return jax.lax.while_loop(lambda rows: jnp.any(rows.mode_B == WRITE), body, rows)
+    return jax.lax.cond(writing((rows,)), write, lambda rows: rows, rows)
 
 
 def _with_new_image(rows: Rows, num_patches: int):
@@ -136,41 +162,40 @@ def _with_new_image(rows: Rows, num_patches: int):
         length_B=rows.length_B + num_patches * drawing), slot_B
 
 
-def _unconditional(cfg: TransfusionConfig, rows: Rows) -> Rows:
+def _unconditional(model: Transfusion, rows: Rows) -> Rows:
     """The rows that guidance compares with: one image alone, as trained by caption dropout."""
-    B, N = len(rows.mode_B), cfg.model.num_patches
-    tokens, image_ids = (x[:-1] for x in layout.begin(cfg.vocabulary, [layout.image(None)]))  # less EOI
+    B, N = len(rows.mode_B), model.cfg.num_patches
+    tokens, image_ids = (x[:-1] for x in layout.begin(vocabulary(model), [layout.image(None)]))  # less EOI
     return Rows(jnp.tile(tokens, (B, 1)), jnp.tile(image_ids, (B, 1)), jnp.full(B, N + 2),
                 rows.latents_BIhwc[:, :1], jnp.full((B, 1), 2), rows.mode_B, rows.key_B)
 
 
-@partial(jax.jit, static_argnums=(0, 3, 4, 5))
-def draw_images(cfg: TransfusionConfig, params, rows: Rows, sampler_name: str, variance: str,
-                num_inference_steps: int, guidance_scale) -> Rows:
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def draw_images(model: Transfusion, process: Process, sampler_name: str, num_inference_steps: int, params,
+                rows: Rows, large_variance, guidance_scale) -> Rows:
     """Diffusion mode: every row that draws gets one image and its EOI, and is back in LM mode."""
     drawing = rows.mode_B == DRAW
-    rows, slot_B = _with_new_image(rows, cfg.model.num_patches)
-    alone, each = _unconditional(cfg, rows), jnp.arange(len(slot_B))
-    process = cfg.process.make()
+    rows, slot_B = _with_new_image(rows, model.cfg.num_patches)
+    alone, each = _unconditional(model, rows), jnp.arange(len(slot_B))
 
     def denoise(x_Bhwc, t_B):
         x_BI = rows.latents_BIhwc.at[each, slot_B].set(x_Bhwc)
         t_BI = jnp.zeros(rows.image_start_BI.shape).at[each, slot_B].set(t_B)
-        cond = forward(cfg, params, rows, x_BI, t_BI)[1][each, slot_B]
-        uncond = forward(cfg, params, alone, x_Bhwc[:, None], t_B[:, None])[1][:, 0]
+        cond = predict(model, params, rows, x_BI, t_BI)[each, slot_B]
+        uncond = predict(model, params, alone, x_Bhwc[:, None], t_B[:, None])[:, 0]
         return process.estimate(sampler.guide(cond, uncond, guidance_scale), x_Bhwc, t_B)
 
     keys = jax.vmap(lambda key, n: jax.random.fold_in(jax.random.fold_in(key, IMAGE_STREAM), n))(
         rows.key_B, slot_B)
-    x0 = sampler.sample(process, denoise, keys, cfg.model.latent_shape, sampler_name, num_inference_steps,
-                        variance == "fixed_large")
+    x0 = sampler.sample(process, denoise, keys, model.cfg.latent_shape, sampler_name, num_inference_steps,
+                        large_variance)
     latents = rows.latents_BIhwc.at[each, slot_B].set(
         jnp.where(drawing[:, None, None, None], x0, rows.latents_BIhwc[each, slot_B]))
-    rows = _append(rows._replace(latents_BIhwc=latents), cfg.vocabulary.eoi, drawing)
+    rows = _append(rows._replace(latents_BIhwc=latents), vocabulary(model).eoi, drawing)
     return rows._replace(mode_B=jnp.where(drawing, WRITE, rows.mode_B))
 
 
-@cache
+@functools.cache
 def warn_once(text: str | None) -> None:
     """One line on stderr, the first time that the process comes by with it."""
     if text:
@@ -182,18 +207,22 @@ def generate(cfg: TransfusionConfig, params, prompts: list, *, seed: int = 0, fi
              max_len: int | None = None) -> list:
     """Continues each prompt to its EOS; returns one list of new parts per prompt.
 
-    prompts: see `start_rows`. Texts returned are without specials.
+    prompts: see `start_rows`. Texts returned are without specials. Raises UserError where a row has no room.
     max_new_tokens limits a row's new text and max_images its new images; max_len the whole row
-    (data.seq_len unless given). first_row is the number of the first prompt where these are some of many:
-    each has noise of its own, the same however they are split.
+    (data.seq_len unless given, and at most). first_row is the number of the first prompt where these are some
+    of many: each has noise of its own, the same however they are split.
     """
-    s, N = cfg.sampling, cfg.model.num_patches
-    rows = start_rows(cfg, prompts, seed, max_len or cfg.data.seq_len, first_row)
+    s, N, model = cfg.sampling, cfg.model.num_patches, Transfusion(cfg.model, cfg.data.seq_len)
+    max_len = max_len or model.seq_len
+    if max_len > model.seq_len:
+        raise UserError(f"max_len = {max_len} positions are more than the data.seq_len = {model.seq_len} that "
+                        "the model knows: ask for a shorter document")
+    rows = start_rows(cfg, prompts, seed, max_len, first_row)
     T = rows.tokens_BT.shape[1]
     begin, budget = np.asarray(rows.length_B), T if max_new_tokens is None else max_new_tokens
     limit, images = jnp.minimum(begin + budget, T), 0
     while True:
-        rows = write_text(cfg, params, rows, limit, jnp.float32(temperature))
+        rows = write_text(model, params, rows, limit, jnp.float32(temperature))
         if not bool((rows.mode_B == DRAW).any()) or images == max_images:
             break
         room = np.asarray(rows.length_B)[np.asarray(rows.mode_B) == DRAW].max() + N + 1
@@ -201,8 +230,8 @@ def generate(cfg: TransfusionConfig, params, prompts: list, *, seed: int = 0, fi
             raise UserError(f"no room for an image: {room} positions are needed, there are {T}")
         limit = jnp.where(rows.mode_B == DRAW, jnp.minimum(limit + N + 1, T), limit)
         warn_once(sampler.warning(s.sampler, s.variance, s.num_inference_steps))
-        rows = draw_images(cfg, params, rows, s.sampler, s.variance, s.num_inference_steps,
-                           jnp.float32(s.guidance_scale))
+        rows = draw_images(model, cfg.process.make(), s.sampler, s.num_inference_steps, params, rows,
+                           jnp.bool_(s.variance == "fixed_large"), jnp.float32(s.guidance_scale))
         images += 1
     return [_new_parts(cfg, rows, i, int(begin[i])) for i in range(len(prompts))]
 
