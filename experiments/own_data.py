@@ -11,8 +11,9 @@
 DIR holds pictures, each with its caption in NAME.txt beside it, or in a metadata.jsonl or CSV (docs/data.md).
 NAME=KIND names other sources, each with `path` and `share` (but for glosses, which come with the package):
 
-  python -m tfusion.train   --config=experiments/own_data.py:photos=folder,notes=jsonl --workdir=runs/own/both \
-      --config.data.sources.photos.path=DIR --config.data.sources.notes.path=DIR/notes.jsonl
+  python -m tfusion.prepare --config=experiments/own_data.py:photos=folder,notes=jsonl \
+      --config.data.sources.photos.path=DIR --config.data.sources.notes.path=DIR/notes.jsonl \
+      --config.data.prepared=runs/both/data --codec=runs/own/autoencoder
 
 The quickstart's settings, but for rows twice as long, which hold captions of a hundred words, and slots for
 images wherever they fit. The tokenizer is the shipped one, though it learnt from emoji captions and a
@@ -52,7 +53,7 @@ def transfusion() -> ConfigDict:
         image_first_fraction=0.45, image_first_max_t=0.25)
     config.optimizer.update(learning_rate=3e-3, warmup_steps=60, b2=0.98, weight_decay=0.02, ema_decay=0.995)
     config.train.update(
-        num_steps=5000, batch_size=4, log_every=50, eval_every=1000, eval_documents=128, diagnostics_every=1000,
+        num_steps=4000, batch_size=4, log_every=50, eval_every=1000, eval_documents=128, diagnostics_every=1000,
         checkpoint_every=1000)
     config.sampling.update(sampler="ddim", num_inference_steps=25, guidance_scale=2.5)
     return config
