@@ -50,6 +50,7 @@ def test_the_others_are_there_and_are_those_they_were(make, capsys):
     records, pieces = documents.locate(np.arange(len(documents)))
     expected = [(i, piece) for i in range(100) if i not in BAD for piece in range(1 if i % 3 else 2)]
     assert list(zip(records.tolist(), pieces.tolist())) == expected
+    assert documents.records.tolist() == sorted(set(range(100)) - set(BAD))
     for at in (0, 1, 9, len(documents) - 1):
         example = documents.read(*expected[at])
         assert len(example.tokens_L) == documents.lengths(records[at : at + 1], pieces[at : at + 1])[0] <= T

@@ -93,6 +93,11 @@ class Documents:
         records = np.searchsorted(self._firsts, documents, side="right") - 1
         return records, documents - self._firsts[records]
 
+    @property
+    def records(self):
+        """int64: those that are not left out."""
+        return np.unique(self.locate(np.arange(len(self)))[0])
+
     def images(self, records):
         return np.asarray(self.source.images[records])
 

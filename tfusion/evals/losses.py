@@ -78,7 +78,7 @@ def read_sums(folder: Path) -> dict[str, Sums]:
 
 def text_bytes(held, tokenizer) -> int:
     """UTF-8 bytes of a source's held-out texts, as far as they are looked at: whole records."""
-    parts = (part for record in range(len(held.source.source)) for part in held.source.source.read(record))
+    parts = (part for record in held.source.records for part in held.source.source.read(record))
     return sum(len(tokenizer.decode(part.values.tolist()).encode()) for part in parts if part.kind == "text")
 
 
