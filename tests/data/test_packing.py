@@ -127,7 +127,7 @@ def test_rows_of_the_presets_are_full(variant):
     texts = np.exp(rng.normal(np.log(900) - 0.5, 1.0, 20_000)).astype(int) + 2
     texts = np.concatenate([np.full(np.sum((texts - 1) // (T - 1)), T), (texts - 1) % (T - 1) + 1])
     captions = np.exp(rng.normal(np.log(30) - 0.2, 0.6, 20_000)).astype(int) * (rng.random(20_000) > 0.1)
-    sizes = {"glosses": (texts, 0), "scenes": (captions + cfg.model.num_patches + 4, 1)}
+    sizes = {"text": (texts, 0), "images": (captions + cfg.model.num_patches + 4, 1)}
     shares = data_config.shares(cfg.data.sources)
     names = list(shares)
     counts = packing.documents_per_window(
