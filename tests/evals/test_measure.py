@@ -57,7 +57,7 @@ CASES = {  # codec, shares, changes of data: what is left out, and why
         "reconstructions": "cannot reconstruct pictures: it has no codec"}),
     "no scenes": (None, {"scenes": 0.0}, {}, {"scenes": "data.sources has no 'scenes'"}),
     "data gone": (None, {}, {"prepared": "/nowhere/data"}, {
-        **dict.fromkeys(("drawn", "described", "mask", "losses"), "/nowhere/data is gone: --config.data.prepared="),
+        **dict.fromkeys(("drawn", "described", "mask", "losses"), "/nowhere/data is gone: --config"),
         "baselines": "goes on from 'losses', which is left out"}),
 }
 
