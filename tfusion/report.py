@@ -25,10 +25,10 @@ OUT = paths.define("out", None, "The HTML file to write; default: WORKDIR/report
 
 def main(words: list[str]) -> None:
     """Writes the page, or says in one line why it cannot. words: the runs that follow `--compare A`."""
-    if bool(WORKDIR.value) == bool(COMPARE.value):
-        raise UserError("one of --workdir=RUN and --compare RUN RUN ... is needed; see --help")
     if words and not COMPARE.value:
         raise UserError(f"unexpected argument '{words[0]}'; flags look like --workdir=DIR (--help lists them)")
+    if bool(WORKDIR.value) == bool(COMPARE.value):
+        raise UserError("one of --workdir=RUN and --compare RUN RUN ... is needed; see --help")
     out = Path(OUT.value or ("compare.html" if COMPARE.value else f"{WORKDIR.value}/report.html"))
     try:
         if COMPARE.value:

@@ -7,14 +7,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tfusion.data import packing, pipeline, prepared
+from tfusion.data import packing, prepared
 from tfusion.data.documents import Documents
 from tfusion.data.prepared import PreparedSource
 from tfusion.diffusion.losses import NUM_BINS, draw_noise
 from tfusion.diffusion.process import ddpm
 from tfusion.diffusion.schedule import alpha_bar
 from tfusion.evals import baselines
-from tfusion.objectives import make_objective
+from tfusion.objectives import kind_of
 from tfusion.training.step import eval_key
 from tfusion.types import BOS, EOS, Batch
 
@@ -47,9 +47,10 @@ def least_error(prediction, a):
 
 
 def with_prediction(cfg, prediction):
+    adapter = dataclasses.replace(cfg.model.adapter, latent_size=2, latent_channels=2)
     return dataclasses.replace(
-        cfg, diffusion=dataclasses.replace(cfg.diffusion, prediction=prediction),
-        model=dataclasses.replace(cfg.model, latent_size=2, latent_channels=2))
+        cfg, process=dataclasses.replace(cfg.process, prediction=prediction),
+        model=dataclasses.replace(cfg.model, adapter=adapter))
 
 
 def noisy(gaussian, prediction, t, n=N):
@@ -107,8 +108,14 @@ def gaussian_root(tmp_path_factory):
 
 
 def gaussian_config(cfg, prediction, root):
-    data = dataclasses.replace(cfg.data, prepared=str(root), mixture={"scenes": 0.5, "glosses": 0.5})
-    return dataclasses.replace(with_prediction(cfg, prediction), data=data)
+    return with_sources(with_prediction(cfg, prediction), root, scenes=0.5, glosses=0.5)
+
+
+def with_sources(cfg, root, **shares_):
+    """Glosses' specs under any name: the prepared data are what is read."""
+    spec = cfg.data.sources["glosses"]
+    specs = {name: dataclasses.replace(spec, share=share) for name, share in shares_.items()}
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, prepared=str(root), sources=specs))
 
 
 def test_fit_finds_the_gaussian(cfg, gaussian_root):
@@ -131,7 +138,7 @@ def test_losses_on_held_out_rows(cfg, gaussian_root, prediction):
     batch = Batch(np.arange(rows, dtype=np.int32), zeros, zeros, zeros, zeros, zeros == 1, latents,
                   np.zeros((rows, 2), np.int32), max_t, packing.noise_ids(np.arange(rows), 2))
     losses = baselines.linear_losses(cfg, baselines.fit_gaussian(cfg), batch)
-    t, _ = draw_noise(ddpm(prediction, cfg.diffusion.num_timesteps), eval_key(), batch.noise_ids_BI2, max_t,
+    t, _ = draw_noise(ddpm(prediction, cfg.process.num_timesteps), eval_key(), batch.noise_ids_BI2, max_t,
                       SHAPE)
     used = np.asarray(t)[max_t > 0]
     want = least_error(prediction, alpha_bar(used))
@@ -148,10 +155,10 @@ def test_losses_on_held_out_rows(cfg, gaussian_root, prediction):
 def test_fit_needs_no_source_without_a_share(cfg, gaussian_root):
     """`prepare` never wrote it; and of text alone there is nothing to fit."""
     cfg = gaussian_config(cfg, "v", gaussian_root)
-    never = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, mixture={"scenes": 1, "never": 0}))
+    never = with_sources(cfg, gaussian_root, scenes=1.0, never=0.0)
     for got, want in zip(baselines.fit_gaussian(never), baselines.fit_gaussian(cfg)):
         np.testing.assert_array_equal(got, want)
-    words = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, mixture={"glosses": 1, "scenes": 0}))
+    words = with_sources(cfg, gaussian_root, glosses=1.0, scenes=0.0)
     assert baselines.fit_gaussian(words) is None
 
 
@@ -202,16 +209,16 @@ def test_a_large_vocabulary_costs_what_was_seen():
 
 def test_a_source_is_counted_document_by_document(cfg, monkeypatch):
     """Each once; BOI is predicted, what follows EOI too, and nothing by BOI or patches."""
-    documents = Documents(cfg, make_objective(cfg), "stories", "train")
+    documents = Documents(cfg.rows, "stories", "train")
     source = PreparedSource(cfg.data.prepared, "stories", "train")
     want = Counter()
     for record in range(len(source)):
         ids = [BOS]
         for part in source.read(record):
-            ids += part.tolist() if part.ndim == 1 else [cfg.model.boi, cfg.model.eoi]
-        want.update((a, b) for a, b in zip(ids, [*ids[1:], EOS]) if a != cfg.model.boi)
+            ids += part.values.tolist() if part.kind == "text" else [cfg.vocabulary.boi, cfg.vocabulary.eoi]
+        want.update((a, b) for a, b in zip(ids, [*ids[1:], EOS]) if a != cfg.vocabulary.boi)
     ngrams = baselines.count_ngrams(cfg, documents, len(source))
-    V = cfg.model.vocab_size
+    V = cfg.vocabulary.vocab_size
     assert {divmod(key, V): n for key, n in zip(ngrams.keys.tolist(), ngrams.pairs.tolist())} == want
     half = baselines.count_ngrams(cfg, documents, len(source) // 2)
     assert 0.4 < half.pairs.sum() / want.total() < 0.6
@@ -221,7 +228,7 @@ def test_a_source_is_counted_document_by_document(cfg, monkeypatch):
 
 def test_the_bigram_has_read_no_more_than_the_model(cfg):
     """As many documents as the run's rows hold, up to all there are."""
-    rows = pipeline.open_rows(cfg, make_objective(cfg), "train")
+    rows = kind_of(cfg).open_rows(cfg)
 
     def read(steps):
         return {name: number for name, (_, number) in baselines.documents_read(cfg, rows, steps).items()}

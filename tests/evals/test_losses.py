@@ -1,6 +1,8 @@
 """Held-out losses of every source: as training measures them, every document once, beside the baselines."""
 
 import dataclasses
+import itertools
+import json
 import math
 from types import SimpleNamespace
 
@@ -15,9 +17,11 @@ from tfusion.config import MeshConfig
 from tfusion.data import prepared
 from tfusion.data.prepared import PreparedSource
 from tfusion.data.tokenizers import load_tokenizer
-from tfusion.evals import losses
+from tfusion.evals import baselines, losses, reconstructions
+from tfusion.evals.base import Options
 from tfusion.inference.trained import Trained
 from tfusion.objectives import make_objective
+from tfusion.objectives.base import Aux
 from tfusion.training import loop
 from tfusion.training.state import TrainState
 
@@ -26,13 +30,14 @@ def test_psnr_by_hand():
     dark = np.full((2, 4, 4, 3), 100, np.uint8)
     bright = np.full((2, 4, 4, 3), 110, np.uint8)
     want = 20 * math.log10(255 / 10)  # 28.13 dB: an error of 10 everywhere
-    assert losses.psnr(dark, bright) == pytest.approx(want)
-    assert losses.psnr(bright, dark) == pytest.approx(want)  # bytes must not wrap around
+    psnr = reconstructions.psnr
+    assert psnr(dark, bright) == pytest.approx(want)
+    assert psnr(bright, dark) == pytest.approx(want)  # bytes must not wrap around
     black, white = np.zeros((1, 2, 2, 3), np.uint8), np.full((1, 2, 2, 3), 255, np.uint8)
-    assert losses.psnr(black, white) == pytest.approx(0)
+    assert psnr(black, white) == pytest.approx(0)
     half = dark.copy()
     half[0] += 20  # 400 in one picture, 0 in the other: the errors are averaged, not the decibels
-    assert losses.psnr(dark, half) == pytest.approx(10 * math.log10(255**2 / 200))
+    assert psnr(dark, half) == pytest.approx(10 * math.log10(255**2 / 200))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,11 +57,27 @@ def model(prepared_root):
     return cfg, jax.tree.map(lambda x: x + 0.05 * rng.standard_normal(x.shape).astype(np.float32), params)
 
 
-@pytest.fixture(scope="module")
-def reported(model):
-    cfg, params = model
+def evaluated(cfg, params, folder):
+    """(figures of losses and baselines, {source: its sums})"""
+    run = Trained(cfg, params, None, load_tokenizer("byte"), cfg.train.num_steps, {}, Aux(0, {}, {}))
+    for name in ("losses", "baselines"):
+        (folder / name).mkdir()
     with jax.set_mesh(sharding.parse_mesh(None)):
-        return losses.report(cfg, Trained(cfg, params, None, load_tokenizer("byte"), cfg.train.num_steps, {}))
+        figures = losses.run(run, folder / "losses", Options())
+        figures |= baselines.run(run, folder / "baselines", Options())
+    return figures, losses.read_sums(folder / "losses")
+
+
+def block(folder, name, title):
+    """A block of an evaluator's card."""
+    (section,) = json.loads((folder / name / "card.json").read_text())["sections"]
+    return next(block for block in section["blocks"] if block["title"] == title)
+
+
+@pytest.fixture(scope="module")
+def reported(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluation")
+    return *evaluated(*model, folder), folder
 
 
 def replace(cfg, group, **changes):
@@ -68,21 +89,23 @@ def test_all_held_out_documents_as_training_measures_them(model, reported, one_d
     cfg, params = model
     every = replace(cfg, "train", eval_documents=10**6)
     held = loop.Held(every, make_objective(cfg), one_device_mesh, None)
-    want = held.evaluate(TrainState(np.int32(0), params, None, None))
-    figures, tables = reported
-    for source in ("scenes", "stories", "glosses"):
-        for name in {"lm_loss", "diffusion_loss"} & tables["held_out"][source].keys():
-            assert tables["held_out"][source][name] == pytest.approx(want[f"eval/{source}/{name}"], rel=1e-5)
-    assert "diffusion_loss" not in tables["held_out"]["glosses"]
+    want = held.evaluate(TrainState(np.int32(0), params, {}, None, None), {})
+    figures, sums, folder = reported
+    assert sums.keys() == {"scenes", "stories", "glosses"} and sums["glosses"].mean("diffusion_loss") is None
+    for source, name in itertools.product(sums, ("lm_loss", "diffusion_loss")):
+        if (source, name) != ("glosses", "diffusion_loss"):
+            assert sums[source].mean(name) == pytest.approx(want[f"eval/{source}/{name}"], rel=1e-5)
     assert figures["diffusion_loss"]["value"] == pytest.approx(want["eval/diffusion_loss"], rel=1e-5)
-    for i, value in enumerate(tables["linear_baseline"]["model"]):
-        assert value == pytest.approx(want[f"eval/diffusion_loss_bin{i}"], rel=1e-5)
+    assert figures["diffusion_loss/stories"]["value"] == sums["stories"].mean("diffusion_loss")
+    assert "diffusion_loss/glosses" not in figures
+    for i, group in enumerate(block(folder, "baselines", "Against the best linear predictor")["groups"]):
+        assert group["values"][1] == pytest.approx(want[f"eval/diffusion_loss_bin{i}"], rel=1e-5)
 
 
 def test_every_image_and_every_token_counts_once(model, reported):
     cfg, _ = model
-    figures, _ = reported
-    sources = {name: PreparedSource(cfg.data.prepared, name, "heldout") for name in cfg.data.mixture}
+    figures, *_ = reported
+    sources = {name: PreparedSource(cfg.data.prepared, name, "heldout") for name in cfg.data.sources}
     assert figures["diffusion_loss"]["n"] == sum(source.images.sum() for source in sources.values())
     for name, source in sources.items():  # one more for EOS, one for each BOI
         scored = source.text_tokens.sum() + len(source) + source.images.sum()
@@ -106,12 +129,15 @@ def test_bytes_are_those_of_the_text(cfg, tmp_path):
 
 def test_against_the_baselines(reported):
     """A model that knows nothing loses to both; each source has both."""
-    figures, tables = reported
-    assert tables["ngrams"].keys() == {"scenes", "stories", "glosses"}
-    for name, row in tables["ngrams"].items():
-        assert row["bigram"] < row["unigram"] < row["model"]
-        for other in ("unigram", "bigram"):
-            assert figures[f"{name}_vs_{other}"]["value"] == pytest.approx(row["model"] - row[other])
+    figures, sums, folder = reported
+    bars = block(folder, "baselines", "Against n-gram models")
+    assert bars["names"] == ["unigram", "bigram", "model"]
+    assert {group["name"] for group in bars["groups"]} == {"scenes", "stories", "glosses"}
+    for group in bars["groups"]:
+        name, (unigram, bigram, model) = group["name"], group["values"]
+        assert bigram < unigram < model == sums[name].mean("lm_loss")
+        for other, value in (("unigram", unigram), ("bigram", bigram)):
+            assert figures[f"{name}_vs_{other}"]["value"] == pytest.approx(model - value)
     assert figures["diffusion_vs_linear"]["value"] > 1
 
 
@@ -124,16 +150,24 @@ def test_text_alone(model, tmp_path, capsys):
     prepared.write_source(tmp_path / "more/train", [["ab"]], tokenizer.encode_batch, None)
     prepared.write_source(tmp_path / "more/heldout", [], tokenizer.encode_batch, None)
     prepared.write_meta(tmp_path, tokenizer, "", cfg.model.latent_shape)
-    cfg = replace(cfg, "data", prepared=str(tmp_path), mixture={"words": 1.0, "more": 1.0, "never": 0.0})
-    figures, tables = losses.report(cfg, Trained(cfg, params, None, tokenizer, cfg.train.num_steps, {}))
-    assert list(tables["held_out"]) == ["words"] and "linear_baseline" not in tables
+    spec = cfg.data.sources["glosses"]
+    shares = {"words": 1.0, "more": 1.0, "never": 0.0}
+    specs = {name: dataclasses.replace(spec, share=share) for name, share in shares.items()}
+    cfg = replace(cfg, "data", prepared=str(tmp_path), sources=specs)
+    (tmp_path / "evaluation").mkdir()
+    figures, sums = evaluated(cfg, params, tmp_path / "evaluation")
+    assert list(sums) == ["words"]
     assert figures.keys() == {f"words_{x}" for x in ("lm_loss", "bits_per_byte", "vs_unigram", "vs_bigram")}
     assert figures["words_lm_loss"]["n"] == 7 and figures["words_bits_per_byte"]["n"] == 5
     assert "'more' is not evaluated" in capsys.readouterr().out
 
 
 def test_rows_at_once_divide_over_the_devices(cfg):
-    assert losses.rows_at_once(cfg) == losses.POSITIONS // cfg.data.seq_len
-    long = replace(cfg, "data", seq_len=10**6)
+    def rows(number, length):
+        return [(np.zeros(length), np.zeros((3, 4)))] * number
+
+    assert losses.rows_at_once(rows(1000, 192)) == losses.POSITIONS // 192
+    assert losses.rows_at_once(rows(5, 192)) == 5
     with jax.set_mesh(sharding.make_mesh(MeshConfig(2, 2, 1, 1), jax.devices()[:4])):
-        assert losses.rows_at_once(long) == 4 and losses.rows_at_once(cfg) % 4 == 0
+        assert losses.rows_at_once(rows(1000, 10**6)) == 4 and losses.rows_at_once(rows(1000, 192)) % 4 == 0
+        assert losses.rows_at_once(rows(3, 192)) == 4

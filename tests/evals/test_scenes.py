@@ -1,13 +1,10 @@
 """Scoring composed scenes both ways: chance, full marks, the split, and nothing to score."""
 
-import jax
 import numpy as np
 import pytest
 
 from tfusion.data.scenes import is_held_out, make_caption, render
-from tfusion.data.sources import scenes as scenes_source
 from tfusion.evals import scenes
-from tfusion.inference import transfusion
 
 
 def only(held, images, wanted):
@@ -22,7 +19,7 @@ def test_held_out_scenes_are_held_out(cfg):
     assert len(held) == len(images) == 40 and images.dtype == np.uint8
     assert all(map(is_held_out, held))
     assert len({scene.caption for scene in held}) == 40
-    train = scenes_source(cfg.data, "train")
+    train = cfg.data.sources["scenes"].open("train")
     seen = {scene.caption for i in range(len(train)) for scene in train.scenes(i)}
     assert not seen & {scene.caption for scene in held}
     for scene, image in zip(held, images):
@@ -31,7 +28,7 @@ def test_held_out_scenes_are_held_out(cfg):
 
 def test_there_are_only_so_many_held_out_scenes(cfg):
     _, held, images = scenes.held_out(cfg, 10**6)
-    source = scenes_source(cfg.data, "heldout")
+    source = cfg.data.sources["scenes"].open("heldout")
     captions = {source.scenes(i)[0].caption for i in range(len(source))}
     assert len(held) == len(images) == len(captions) > 256 and {s.caption for s in held} == captions
 
@@ -131,34 +128,3 @@ def test_nothing_to_say_of_relations(cfg, wanted):
     metrics, _ = drawn_and_told(world, held, images, captions)
     for metric in (metrics["generation_relation"], metrics["caption_relation"]):
         assert metric["value"] is None and metric["n"] == 0 and metric["low"] is metric["high"] is None
-
-
-def test_chunks_have_one_shape_and_keep_the_order(cfg, monkeypatch):
-    asked = []
-
-    def generate(cfg, params, prompts, **options):
-        asked.append((len(prompts), options))
-        return [[prompt[0] * 10] for prompt in prompts]
-
-    monkeypatch.setattr(transfusion, "generate", generate)
-    n = scenes.CHUNK + 5
-    out = scenes.in_chunks(cfg, None, [[np.array([i])] for i in range(n)], "title", seed=3)
-    assert [int(parts[0][0]) for parts in out] == [10 * i for i in range(n)]
-    assert [size for size, _ in asked] == [scenes.CHUNK] * 2
-    assert all(options["seed"] == 3 for _, options in asked)
-    assert [options["first_row"] for _, options in asked] == [0, scenes.CHUNK]
-
-
-def test_every_prompt_has_noise_of_its_own_whatever_the_chunk(cfg, monkeypatch):
-    """What a row is keyed by, over two chunks and over one: all different, and the same both times."""
-
-    def generate(cfg, params, prompts, **options):
-        rows = transfusion.start_rows(cfg, prompts, options["seed"], 8, options["first_row"])
-        return [bytes(key) for key in np.asarray(jax.random.key_data(rows.key_B))]
-
-    monkeypatch.setattr(transfusion, "generate", generate)
-    keys = []
-    for size in (4, 9):
-        monkeypatch.setattr(scenes, "CHUNK", size)
-        keys.append(scenes.in_chunks(cfg, None, [[np.array([5])]] * 9, "title", seed=3))
-    assert len(set(keys[0])) == 9 and keys[0] == keys[1]

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tfusion.data import pipeline
 from tfusion.models.masks import dense_mask
-from tfusion.objectives import make_objective
+from tfusion.objectives import kind_of
 from tfusion.reporting import inspect_rows
 
 
@@ -22,7 +22,7 @@ def blocks_of(mask_BTT, block: int):
 @pytest.mark.parametrize("image_attention", ["bidirectional", "causal"])
 @pytest.mark.parametrize("block", [8, 16, 64])
 def test_picture_and_counts_are_the_masks(cfg, tmp_path, monkeypatch, block, image_attention):
-    rows = pipeline.open_rows(cfg, make_objective(cfg), "train")
+    rows = kind_of(cfg).open_rows(cfg)
     batch = next(pipeline.batches(rows, 0, 1, 3))
     mask = np.asarray(dense_mask(batch.segment_ids_BT, batch.image_ids_BT, image_attention))
     visible, full = blocks_of(mask, block)

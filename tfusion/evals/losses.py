@@ -8,7 +8,6 @@ text itself (UTF-8), so that models with different tokenizers can be compared.
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,13 +60,19 @@ def batches(held, source: str):
     return tqdm(held.batches(rows), desc=f"held out: {source}", unit="batch", total=-(-len(held) // rows))
 
 
-def measure(run: Trained, held, eval_step, totals, source: str) -> Sums:
-    """The losses of one source's held-out documents."""
+def make_step(cfg):
+    """(params, aux, batch) -> (losses, images with a loss)."""
+    eval_step, totals = make_eval_step(make_objective(cfg)), kind_of(cfg).totals
+    return jax.jit(lambda params, aux, batch: (
+        eval_step(params, aux, batch), totals(cfg, batch).get("images", 0)))
+
+
+def measure(run: Trained, held, step, source: str) -> Sums:
+    """The losses of one source's held-out documents. step: of `make_step`."""
     sums = NOTHING
     for batch in batches(held, source):
-        losses, found = jax.device_get((eval_step(run.params, run.aux, batch), totals(batch)))
-        sums += Sums({name: [float(x) for x in pair] for name, pair in losses.items()},
-                     int(found.get("images", 0)))
+        losses, images = jax.device_get(step(run.params, run.aux, batch))
+        sums += Sums({name: [float(x) for x in pair] for name, pair in losses.items()}, int(images))
     return sums
 
 
@@ -118,18 +123,17 @@ def table(sums: dict[str, Sums], weights, figures: dict) -> dict:
 
 def run(run: Trained, folder: Path, options: Options) -> dict:
     """Sources without held-out documents are named and left out (data/heldout.py)."""
-    objective, sums, figures = make_objective(run.cfg), {}, {}
-    eval_step, totals = jax.jit(make_eval_step(objective)), jax.jit(partial(kind_of(run.cfg).totals, run.cfg))
+    weights, step, sums, figures = make_objective(run.cfg).weights, make_step(run.cfg), {}, {}
     for source, held in open_heldout(run.cfg).items():
-        sums[source] = some = measure(run, held, eval_step, totals, source)
+        sums[source] = some = measure(run, held, step, source)
         if some.mean("lm_loss") is not None:
             figures |= text_figures(source, some, text_bytes(held, run.tokenizer))
     total = sum(sums.values(), NOTHING)
-    for name in objective.weights:
+    for name in weights:
         if name != "lm_loss" and total.mean(name) is not None:
             figures |= other_figures(name, sums, total)
     replace_text(folder / SUMS, json.dumps({source: some._asdict() for source, some in sums.items()}) + "\n")
-    write_card(folder, section("held-out", "Held-out losses", table(sums, objective.weights, figures)))
+    write_card(folder, section("held-out", "Held-out losses", table(sums, weights, figures)))
     return figures
 
 

@@ -36,6 +36,8 @@ def held_out(run: Trained, number: int):
     """
     if scenes_source(run.cfg):
         return scenes.held_out(run.cfg, number)[2]
+    if not sources(run.cfg):
+        raise LeftOut("the run's config names no sources of pictures")
     try:
         return pictures(sources(run.cfg), "heldout", inference.decoder(run).image_size, number)
     except UserError as e:

@@ -1,0 +1,123 @@
+"""A run is watched: each new checkpoint is evaluated once, the newest stands in evaluation/, and it ends."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from tfusion.errors import Stopped, UserError
+from tfusion.evals import follow as module
+from tfusion.evals.follow import follow, publish, stoppable
+
+
+class Training:
+    """A run that goes on whenever the follower waits: a turn is a list of checkpoints, the last is the end."""
+
+    def __init__(self, workdir, *turns):
+        self.workdir, self.turns, self.now, self.evaluated = workdir, list(turns), [], []
+
+    def steps(self, workdir):
+        return self.now
+
+    def wait(self):
+        if not self.turns:
+            raise AssertionError("the run is done, and is still waited for")
+        self.now = self.turns.pop(0)
+        if not self.turns:
+            (self.workdir / "summary.json").write_text("{}")
+
+    def evaluate(self, step, place):
+        self.evaluated.append(step)
+        (place / "losses").mkdir(parents=True)
+        (place / "losses/card.json").write_text(str(step))
+        (place / "timing.json").write_text("{}")
+        (place / "metrics.json").write_text(json.dumps({"step": step}))
+
+    def follow(self):
+        follow(self.workdir, self.evaluate, self.wait, self.steps)
+
+
+def newest(workdir):
+    folder = workdir / "evaluation"
+    return json.loads((folder / "metrics.json").read_text())["step"], (folder / "losses/card.json").read_text()
+
+
+def test_each_checkpoint_once_and_then_it_ends(tmp_path):
+    """The last one comes with summary.json and is not missed."""
+    training = Training(tmp_path, [], [10], [10], [20, 30], [30, 40])
+    training.follow()
+    assert training.evaluated == [10, 20, 30, 40] and newest(tmp_path) == (40, "40")
+    steps = sorted((tmp_path / "evaluation/steps").iterdir())
+    assert [path.name for path in steps] == ["10", "20", "30", "40"]
+    assert json.loads((steps[0] / "metrics.json").read_text()) == {"step": 10}
+    training.follow()  # nothing is done twice
+    assert training.evaluated == [10, 20, 30, 40]
+
+
+def test_what_was_begun_and_not_done_is_done_again(tmp_path):
+    (tmp_path / "evaluation/steps/10").mkdir(parents=True)
+    training = Training(tmp_path, [10])
+    training.follow()
+    assert training.evaluated == [10]
+
+
+def test_a_checkpoint_that_vanishes_is_passed_over(tmp_path, capsys):
+    """Training keeps the newest ones only: one may go while it is read."""
+    training = Training(tmp_path, [10], [30])
+
+    def evaluate(step, place):
+        if step == 10:
+            training.now = [20]
+            raise UserError("no checkpoint of step 10")
+        Training.evaluate(training, step, place)
+
+    follow(tmp_path, evaluate, training.wait, training.steps)
+    assert training.evaluated == [20, 30]
+    assert "step 10: the checkpoint is gone, it is not evaluated" in capsys.readouterr().out
+
+
+def test_any_other_mistake_is_said(tmp_path):
+    training = Training(tmp_path, [10])
+
+    def evaluate(step, place):
+        raise UserError("the data are not the run's")
+
+    with pytest.raises(UserError, match="the data are not the run's"):
+        follow(tmp_path, evaluate, training.wait, training.steps)
+
+
+def test_an_interruption_leaves_nothing_half_made_in_evaluation(tmp_path):
+    training = Training(tmp_path, [10], [20])
+
+    def evaluate(step, place):
+        if step == 20:
+            (place / "losses").mkdir(parents=True)
+            raise KeyboardInterrupt
+        Training.evaluate(training, step, place)
+
+    with pytest.raises(KeyboardInterrupt):
+        follow(tmp_path, evaluate, training.wait, training.steps)
+    assert newest(tmp_path) == (10, "10") and not (tmp_path / "evaluation/steps/20/metrics.json").exists()
+
+
+def test_metrics_json_is_published_last(tmp_path, monkeypatch):
+    step, folder = tmp_path / "10", tmp_path / "evaluation"
+    Training(tmp_path).evaluate(10, step)
+    folder.mkdir()
+    stood = []
+    monkeypatch.setattr(module, "replace_text", lambda *args: stood.extend(p.name for p in folder.rglob("*")))
+    publish(step, folder)
+    assert set(stood) == {"losses", "card.json", "timing.json"}
+
+
+def test_sigterm_ends_it_as_launchers_expect():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="stopped by SIGTERM") as e, stoppable():
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+    assert e.value.status == 143 and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path):
+    assert module.steps_of(tmp_path) == []
