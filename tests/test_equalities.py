@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.conftest import tiny_config
+from tests.conftest import replace, tiny_config, with_shares
 from tfusion import config, sharding
 from tfusion.data import packing, pipeline
 from tfusion.diffusion.losses import NUM_BINS, diffusion_losses, draw_noise
 from tfusion.diffusion.process import ddpm
 from tfusion.models import lm_head
 from tfusion.models.transfusion import Transfusion
-from tfusion.objectives import make_objective
+from tfusion.objectives import kind_of, make_objective
+from tfusion.objectives.base import Aux
 from tfusion.training import loop
 from tfusion.training import state as states
 from tfusion.training import step as steps
@@ -31,6 +32,7 @@ from tfusion.training.optimizer import B1, CLIP_NORM, make_optimizer
 
 STEPS = 20
 LOSS_RTOL, GRADIENT_RTOL, CURVE_RTOL = 1e-5, 1e-4, 1e-4
+NO_AUX = Aux(0, {}, {})
 ONE = (1, 1, 1, 1)
 MESHES = {  # (data, fsdp, tensor, sequence), micro-batches
     "data2-fsdp2-tensor2": ((2, 2, 2, 1), 1),
@@ -55,7 +57,7 @@ def make_mesh(sizes):
 
 def with_value(cfg, name: str, value):
     group, key = name.split(".")
-    return dataclasses.replace(cfg, **{group: dataclasses.replace(getattr(cfg, group), **{key: value})})
+    return replace(cfg, group, **{key: value})
 
 
 def shake(tree, seed: int):
@@ -72,7 +74,7 @@ class Runs:
         self.cfg = tiny_config(root)
         self.objective = make_objective(self.cfg)
         self.tx = make_optimizer(self.cfg.optimizer, STEPS)
-        self.rows = pipeline.open_rows(self.cfg, self.objective, "train")
+        self.rows = kind_of(self.cfg).open_rows(self.cfg)
         self.batches = list(pipeline.batches(self.rows, 0, STEPS, self.cfg.train.batch_size))
         self.on = cache(self._on)
 
@@ -100,7 +102,7 @@ class Runs:
             placed = state_shardings(state)
             first, losses = [], []
             for batch in self.batches:
-                state, values = step(state, sharding.put_batch(batch, mesh))
+                state, values = step(state, {}, sharding.put_batch(batch, mesh))
                 losses.append(jax.device_get(values))
                 if len(first) < 3:
                     first.append(jax.device_get(state))
@@ -204,7 +206,7 @@ def test_lowered_step_has_sharding_constraints(runs):
     with jax.set_mesh(mesh):
         state = states.restore_target(runs.objective, runs.tx, True, mesh)
         step = steps.jit_train_step(runs.objective, runs.tx, runs.cfg, state)
-        text = step.lower(state, sharding.put_batch(runs.batch, mesh)).as_text()
+        text = step.lower(state, {}, sharding.put_batch(runs.batch, mesh)).as_text()
     lines = [line for line in text.splitlines() if "sdy.sharding_constraint" in line]
     rows, tensor = '[{"data", "fsdp"}, {"sequence"}, ', '{"tensor"}'
     B, T, m = *runs.batch.tokens_BT.shape, runs.cfg.model
@@ -231,7 +233,7 @@ def gradients(runs, num_microbatches=1, **model):
     for key, value in model.items():
         cfg = with_value(cfg, f"model.{key}", value)
     key = steps.noise_key(cfg.seed, 0)
-    fn = jax.jit(lambda params, batch: steps.gradients(make_objective(cfg), params, batch, key,
+    fn = jax.jit(lambda params, batch: steps.gradients(make_objective(cfg), params, NO_AUX, batch, key,
                                                        num_microbatches))
     with jax.set_mesh(make_mesh(ONE)):
         return jax.device_get(fn(runs.start_state.params, runs.batch))
@@ -300,17 +302,17 @@ def test_diagnostics_are_the_norms_of_separate_gradients(runs):
     @jax.jit
     def separate(params, chosen):
         def total(p):
-            losses = objective.loss(p, batch, key)
+            losses = objective.loss(p, NO_AUX, batch, key)
             lm, diffusion = losses["lm_loss"], losses["diffusion_loss"]
             return (chosen[0] * lm[0] / lm[1]
-                    + chosen[1] * cfg.diffusion.loss_weight * diffusion[0] / diffusion[1])
+                    + chosen[1] * cfg.loss_weight * diffusion[0] / diffusion[1])
         return jax.grad(total)(params)
 
     def norm(tree):
         return float(np.sqrt(sum((np.asarray(x, np.float64) ** 2).sum() for x in jax.tree.leaves(tree))))
 
     params = runs.start_state.params
-    got = jax.jit(steps.make_diagnostics(objective))(params, batch)
+    got = jax.jit(steps.make_diagnostics(objective))(params, NO_AUX, batch)
     assert set(got) == {"lm_loss", "diffusion_loss"}
     lm, diffusion = (separate(params, np.float32(c)) for c in ([1, 0], [0, 1]))
     assert float(got["lm_loss"]) == pytest.approx(norm(lm), rel=1e-4)
@@ -328,7 +330,7 @@ def suits(runs, rows, limit: int) -> bool:
 
 def test_packed_rows_equal_each_document_alone(runs):
     """Losses summed, outputs position by position, gradients."""
-    data, model = runs.cfg.data, runs.cfg.model
+    model = runs.cfg.model
     B, plans = runs.cfg.train.batch_size, runs.rows.plan(0).rows
     packed = next(pair for pair in itertools.combinations(enumerate(plans), 2) if suits(runs, pair, B))
     packed = [(row, [runs.rows.example(*d) for d in plan]) for row, plan in packed]
@@ -336,12 +338,11 @@ def test_packed_rows_equal_each_document_alone(runs):
 
     def rows(chosen):
         chosen = [*chosen, *[(0, [])] * (B - len(chosen))]
-        return packing.stack_rows([packing.pack_row(i, examples, data.seq_len, runs.cfg.image_slots,
-                                                    model.latent_shape) for i, examples in chosen])
+        return packing.stack_rows([packing.pack_row(i, examples, runs.cfg.rows) for i, examples in chosen])
 
     together, alone = rows(packed), rows([(0, [x]) for _, x in documents])
     # The noise belongs to the row, so the documents alone are given what the packed rows drew.
-    process = ddpm(runs.cfg.diffusion.prediction, runs.cfg.diffusion.num_timesteps)
+    process = ddpm(runs.cfg.process.prediction, runs.cfg.process.num_timesteps)
     t_BI, eps = draw_noise(process, steps.noise_key(0, 0), together.noise_ids_BI2, together.max_t_BI,
                            model.latent_shape)
     t_BI, eps = np.asarray(t_BI), np.asarray(eps)
@@ -389,7 +390,7 @@ def draws(runs):
     key = steps.noise_key(runs.cfg.seed, 7)
 
     def draw(noise_ids_BI2, max_t_BI):
-        return draw_noise(ddpm("v", runs.cfg.diffusion.num_timesteps), key, noise_ids_BI2, max_t_BI,
+        return draw_noise(ddpm("v", runs.cfg.process.num_timesteps), key, noise_ids_BI2, max_t_BI,
                           runs.cfg.model.latent_shape)
 
     with jax.set_mesh(make_mesh(ONE)):
@@ -429,7 +430,7 @@ def test_noise_differs_between_rows_slots_and_steps(runs, draws):
 def test_rows_are_the_same_for_any_number_of_processes(runs):
     B = runs.cfg.train.batch_size
     want = runs.batches[3]
-    fresh = pipeline.open_rows(runs.cfg, runs.objective, "train")  # starts in the middle
+    fresh = kind_of(runs.cfg).open_rows(runs.cfg)  # starts in the middle
     parts = [next(pipeline.batches(fresh, 3 * B, 1, B, process, 4)) for process in range(4)]
     for got, field in zip(zip(*parts), want):
         np.testing.assert_array_equal(np.concatenate(got), field)
@@ -439,17 +440,17 @@ def test_rows_are_the_same_for_any_number_of_processes(runs):
 def test_evaluation_draws_the_same_noise_at_every_step(runs):
     """And never that of a training step, of whatever seed."""
     seen = []
-    objective = runs.objective._replace(loss=lambda params, batch, key: seen.append(key) or {})
-    steps.make_eval_step(objective)(None, None)
+    objective = runs.objective._replace(loss=lambda params, aux, batch, key: seen.append(key) or {})
+    steps.make_eval_step(objective)(None, NO_AUX, None)
     key = jax.random.key_data(seen[0])
     assert (key == jax.random.key_data(steps.noise_key(0, 2**31 - 1))).all()
     assert all(jnp.any(key != jax.random.key_data(steps.noise_key(seed, 0))) for seed in (0, runs.cfg.seed))
 
 
 COMPARED = {  # what two runs may differ in and still be compared
-    "data": {"seed": 7, "data.image_first_max_t": 0.1,
-             "data.mixture": {"glosses": 3.0, "stories": 0.1, "scenes": 0.2}},
-    "rows": {"train.batch_size": 4, "train.num_microbatches": 2, "data.seq_len": 256},
+    "data": lambda cfg: replace(with_shares(dataclasses.replace(cfg, seed=7), glosses=3.0, stories=0.1,
+                                            scenes=0.2), "data", image_first_max_t=0.1),
+    "rows": lambda cfg: replace(replace(cfg, "train", batch_size=4, num_microbatches=2), "data", seq_len=256),
 }
 
 
@@ -458,19 +459,16 @@ def held_out_figures(runs):
     def figures(cfg):
         mesh = make_mesh(ONE)
         with jax.set_mesh(mesh):
-            return loop.Held(cfg, make_objective(cfg), mesh, None).evaluate(runs.start_state)
+            return loop.Held(cfg, make_objective(cfg), mesh, None).evaluate(runs.start_state, {})
 
     return figures, figures(runs.cfg)
 
 
-@pytest.mark.parametrize("changes", COMPARED.values(), ids=COMPARED.keys())
-def test_held_out_losses_of_two_runs_can_be_compared(runs, held_out_figures, changes):
-    """The same model is given the same figures, whatever its run's seed, mixture, limits, batches and rows."""
+@pytest.mark.parametrize("change", COMPARED.values(), ids=COMPARED.keys())
+def test_held_out_losses_of_two_runs_can_be_compared(runs, held_out_figures, change):
+    """The same model is given the same figures, whatever its run's seed, shares, limits, batches and rows."""
     figures, want = held_out_figures
-    cfg = runs.cfg
-    for name, value in changes.items():
-        cfg = with_value(cfg, name, value) if "." in name else dataclasses.replace(cfg, **{name: value})
-    got = figures(cfg)
+    got = figures(change(runs.cfg))
     assert got.keys() == want.keys()
     for name, value in want.items():
         assert got[name] == pytest.approx(value, rel=1e-5), name

@@ -33,9 +33,9 @@ def test_dry_run(prepared_root, tmp_path, monkeypatch, capsys, quick_compile):
     def make_watched(*args):
         step = make(*args)
 
-        def watched(state, batch):
+        def watched(state, frozen, batch):
             jax.debug.callback(lambda: ran.append(1))
-            return step(state, batch)
+            return step(state, frozen, batch)
 
         return watched
 
@@ -74,7 +74,7 @@ def check_parameters(lines, cfg):
 
 def check_batch(lines, tree):
     batch = {m[1]: m[2] for m in (re.match(r"batch\.(\w+) +(\(.*?\)) ", line) for line in lines) if m}
-    rows, T, slots = tree.train.batch_size, tree.data.seq_len, config.from_dict(tree).image_slots
+    rows, T, slots = tree.train.batch_size, tree.data.seq_len, config.from_dict(tree).rows.image_slots
     assert batch == {
         "row_ids_B": f"({rows},)", "latents_BIhwc": str((rows, slots, 4, 4, 4)),
         **{name: str((rows, T)) for name in (

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tfusion.training.flops import training_flops
 
+from tests.conftest import tiny_autoencoder_config
 from tfusion.errors import UserError
+from tfusion.objectives import kind_of
 from tfusion.training import metrics
 from tfusion.types import Batch, ImageBatch
 
@@ -58,34 +59,39 @@ def packed(cfg):
                  np.zeros((1, 2, 2), np.uint32))
 
 
+def totals(cfg, batch):
+    """Of one step, as the loop counts them: on the device."""
+    return jax.jit(lambda batch: kind_of(cfg).totals(cfg, batch))(batch)
+
+
 def test_rates_by_a_fake_clock(cfg, clock, monkeypatch):
     asked = []
     monkeypatch.setattr(metrics.accelerators, "peak_flops_per_sec", lambda kind: asked.append(kind) or 1e6)
-    speed, batch = metrics.Throughput(cfg), packed(cfg)
+    speed, batch = metrics.Throughput(), packed(cfg)
     assert asked == [jax.devices()[0].device_kind]
     for _ in range(4):
         clock.now += 1.0
-        speed.add(batch, 0.25)
+        speed.add(totals(cfg, batch), 0.25)
     clock.now += 6.0
     speed.pause(5.0)  # an evaluation: 10 seconds passed, 5 of them are training's
-    flops, out = training_flops(cfg, batch), speed.report()
+    flops, out = float(totals(cfg, batch)["flops"]), speed.report()
     assert out == pytest.approx({
         "perf/step_ms": 1e3 * 5 / 4, "perf/tokens_per_sec": 4 * 8 / 5, "perf/patches_per_sec": 4 * 4 / 5,
-        "perf/images_per_sec": 4 / 5, "perf/model_flops_per_sec": 4 * flops / 5, "data/fill": 0.8,
+        "perf/images_per_sec": 4 / 5, "perf/model_flops_per_sec": 4 * flops / 5,
         "data/wait_fraction": 1.0 / 5, "total/tokens": 32, "total/patches": 16, "total/images": 4,
         "total/flops": 4 * flops, "perf/mfu": 4 * flops / 5 / (1e6 * jax.device_count())})
 
     clock.now += 2.0  # rates start over, totals do not
-    speed.add(batch, 0.0)
+    speed.add(totals(cfg, batch), 0.0)
     out = speed.report()
     assert out["perf/step_ms"] == pytest.approx(2e3) and out["perf/tokens_per_sec"] == pytest.approx(4)
     assert speed.total == pytest.approx({"tokens": 40, "patches": 20, "images": 5, "flops": 5 * flops})
 
 
 def test_a_resumed_run_counts_on_and_its_rates_do_not_hold_the_past(cfg, clock):
-    speed = metrics.Throughput(cfg, {"tokens": 1000, "patches": 500, "images": 70, "flops": 1e9})
+    speed = metrics.Throughput({"tokens": 1000, "patches": 500, "images": 70, "flops": 1e9})
     clock.now += 2.0
-    speed.add(packed(cfg), 0.0)
+    speed.add(totals(cfg, packed(cfg)), 0.0)
     out = speed.report()
     assert out["perf/tokens_per_sec"] == pytest.approx(4) and out["perf/images_per_sec"] == pytest.approx(0.5)
     assert out["total/tokens"] == speed.total["tokens"] == 1008
@@ -93,9 +99,24 @@ def test_a_resumed_run_counts_on_and_its_rates_do_not_hold_the_past(cfg, clock):
     assert "perf/mfu" not in out  # a CPU has no known peak
 
 
-def test_the_autoencoders_batches_count_images_only(cfg, clock):
-    speed = metrics.Throughput(cfg)
-    speed.add(ImageBatch(np.arange(6, dtype=np.int32), np.zeros((6, 32, 32, 3), np.uint8)), 0.5)
+def test_totals_are_fetched_when_they_are_wanted_and_stay_whole(clock):
+    """Adding waits for no device; whole numbers are added as whole numbers, beyond what float32 holds."""
+    speed = metrics.Throughput({"tokens": 2**40})
+    for _ in range(3):
+        speed.add({"tokens": jnp.int32(1), "flops": jnp.float32(0.5), "rows": 2}, 0.0)
+    assert speed.total == {"tokens": 2**40}
+    clock.now += 1.0
+    report = speed.report()
+    assert speed.total == {"tokens": 2**40 + 3, "flops": 1.5, "rows": 6}
+    assert type(speed.total["tokens"]) is type(speed.total["rows"]) is int
+    assert report["perf/tokens_per_sec"] == 3 and report["total/tokens"] == 2**40 + 3
+    json.dumps(report)
+
+
+def test_the_autoencoders_batches_count_images_only(clock):
+    cfg, speed = tiny_autoencoder_config(), metrics.Throughput()
+    batch = ImageBatch(np.arange(6, dtype=np.int32), np.zeros((6, 32, 32, 3), np.uint8))
+    speed.add(totals(cfg, batch), 0.5)
     clock.now += 2.0
     assert speed.report() == pytest.approx(
         {"perf/step_ms": 2e3, "perf/images_per_sec": 3.0, "data/wait_fraction": 0.25, "total/images": 6})

@@ -40,7 +40,7 @@ def test_what_decays_in_the_model(cfg):
     want |= {block + f"mlp/{name}_kernel" for name in ("gate", "up", "down")}
     want |= {f"image_adapter/{name}_kernel" for name in ("time_in", "time_out", "patch_in", "patch_out")}
     want |= {"token_embedding", "lm_head_kernel"}
-    if cfg.model.patch_positions == "learned":
+    if cfg.model.adapter.patch_positions == "learned":
         want |= {"image_adapter/patch_position_embedding"}
     assert decaying(boxed) == decaying(nn.meta.unbox(boxed)) == want
     scanned = nn.meta.unbox(boxed)["decoder"]["blocks"]["attention_norm_scale"]

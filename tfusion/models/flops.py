@@ -46,7 +46,8 @@ def six_n_d(n: int, positions: float) -> float:
 def visible_pairs(k_start_BT, k_end_BT, segment_ids_BT):
     """float32: how many (query, key) pairs a mask's intervals leave visible, padding excluded."""
     seen_BT = jnp.where(segment_ids_BT > 0, k_end_BT - k_start_BT, 0)
-    return jnp.sum(jnp.sum(seen_BT, axis=1).astype(jnp.float32))  # of one row int32 holds all
+    low, high = (jnp.sum(part, axis=1) for part in (seen_BT % 4096, seen_BT // 4096))  # int32 up to T = 2^19
+    return jnp.sum(high.astype(jnp.float32) * 4096 + low.astype(jnp.float32))
 
 
 def transformer_flops(m: TransformerConfig, vocab_size: int, n: Counts) -> dict[str, Any]:

@@ -7,15 +7,16 @@ import jax
 import numpy as np
 import pytest
 from flax import linen as nn
+from tfusion.models.image_adapters import TIME_FEATURES
 
 from experiments import transfusion
 from tfusion import config
-from tfusion.models import lm_head
-from tfusion.models.image_adapters import TIME_FEATURES
+from tfusion.models import flops, lm_head
 from tfusion.objectives import make_objective
+from tfusion.objectives import transfusion as objective
+from tfusion.objectives.base import Aux
 from tfusion.planning import walk
 from tfusion.planning.compile import abstract_batch
-from tfusion.training import flops
 from tfusion.training.step import gradients, noise_key
 from tfusion.types import Batch
 
@@ -24,7 +25,8 @@ def small_config(remat="none"):
     """Every size a different number, so that a product's part is told by its shape."""
     tree = transfusion.get_config("0.16b")
     tree.model.update(num_layers=3, d_model=48, num_heads=4, num_kv_heads=2, d_ff=160, text_vocab_size=600,
-                      latent_size=8, latent_channels=5, remat=remat, compute_dtype="float32")
+                      remat=remat, compute_dtype="float32")
+    tree.model.adapter.update(latent_size=8, latent_channels=5)
     tree.data.update(seq_len=72, image_share=0.4)
     tree.train.update(batch_size=2)
     return config.from_dict(tree)
@@ -33,19 +35,19 @@ def small_config(remat="none"):
 def traced_products(cfg):
     """[(FLOPs, shapes of operands and result)] of every matrix product in the gradient, times included; with as
     many chunks of the LM head as all positions fill."""
-    objective, positions = make_objective(cfg), cfg.train.batch_size * cfg.data.seq_len
+    made, positions = make_objective(cfg), cfg.train.batch_size * cfg.data.seq_len
     chunks = positions / lm_head.chunk_size(positions, cfg.model.padded_vocab_size)
     batch = abstract_batch(cfg, jax.sharding.get_mesh())
-    jaxpr = jax.make_jaxpr(lambda p, b: gradients(objective, p, b, noise_key(0, 0), 1)[0])(
-        unboxed(objective), batch)
+    jaxpr = jax.make_jaxpr(lambda p, b: gradients(made, p, Aux(0, {}, {}), b, noise_key(0, 0), 1)[0])(
+        unboxed(made), batch)
     found = walk.equations(jaxpr.jaxpr, "cpu", chunks)
     return [(times * walk.dot_flops(eqn), [v.aval.shape for v in (*eqn.invars, *eqn.outvars)])
             for eqn, times, _ in found if eqn.primitive.name == "dot_general"]
 
 
-def unboxed(objective):
+def unboxed(made):
     """Shapes of the parameters."""
-    return nn.meta.unbox(jax.eval_shape(objective.init, jax.random.key(0)))
+    return nn.meta.unbox(jax.eval_shape(made.init, jax.random.key(0)))
 
 
 def by_part(cfg):
@@ -58,10 +60,10 @@ def by_part(cfg):
             parts["lm head"] += n
         elif sum(len(shape) >= 3 and shape[-1] % T == 0 and shape[-2] % T == 0 for shape in shapes):
             parts["attention"] += n
-        elif m.patch_values in sizes or TIME_FEATURES in sizes:
+        elif m.adapter.patch_values in sizes or TIME_FEATURES in sizes:
             parts["image adapter"] += n
-        elif all(set(s) <= {m.d_model, cfg.train.batch_size, cfg.image_slots,
-                            cfg.train.batch_size * cfg.image_slots} for s in shapes):
+        elif all(set(s) <= {m.d_model, cfg.train.batch_size, cfg.rows.image_slots,
+                            cfg.train.batch_size * cfg.rows.image_slots} for s in shapes):
             parts["image adapter"] += n  # the timestep MLP's second matrix
         else:
             parts["blocks"] += n
@@ -70,7 +72,7 @@ def by_part(cfg):
 
 def dense_counts(cfg):
     """What a program without any skipping does: every position, every slot, T x T pairs."""
-    rows, T, slots = cfg.train.batch_size, cfg.data.seq_len, cfg.image_slots
+    rows, T, slots = cfg.train.batch_size, cfg.data.seq_len, cfg.rows.image_slots
     return flops.Counts(text=rows * T, patches=rows * slots * cfg.model.num_patches, scored=rows * T,
                         images=rows * slots, pairs=rows * T * T)
 
@@ -78,7 +80,7 @@ def dense_counts(cfg):
 def formula(cfg):
     """The formula at dense_counts. Two differences to a program, itemised: every position goes through the
     blocks once (patches replace tokens), and the head's columns are padded to a multiple of 128."""
-    parts = flops.model_flops(cfg, dense_counts(cfg))
+    parts = objective.model_flops(cfg.model, dense_counts(cfg))
     parts["blocks"] = parts.pop("text matmuls")
     parts.pop("patch matmuls")
     parts["lm head"] *= cfg.model.padded_vocab_size / cfg.model.vocab_size
@@ -106,7 +108,7 @@ def test_full_remat_adds_a_forward_pass():
 
 def test_parts_by_hand():
     cfg = small_config()
-    parts = flops.model_flops(cfg, flops.Counts(text=10, patches=32, scored=7, images=2, pairs=100))
+    parts = objective.model_flops(cfg.model, flops.Counts(text=10, patches=32, scored=7, images=2, pairs=100))
     block = 48 * 12 * (2 * 4 + 2 * 2) + 3 * 48 * 160
     assert parts == {
         "text matmuls": 6 * 3 * block * 10, "patch matmuls": 6 * 3 * block * 32, "lm head": 6 * 48 * 602 * 7,
@@ -125,11 +127,23 @@ def test_counts_of_a_batch():
     cfg = small_config()
     segments, images = [1] * 6 + [2] * 3 + [0], [0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
     batch = batch_of(segments, images, [1, 0, 0, 0, 0, 0, 1, 1, 0, 0], [2, 10], 10)
-    assert flops.count(cfg, batch) == flops.Counts(text=6, patches=3, scored=3, images=1, pairs=21 + 3 + 6)
-    assert flops.visible_pairs(batch, "causal") == 21 + 6
+    counted = jax.device_get(objective.count(cfg.model, batch))
+    assert counted == flops.Counts(text=6, patches=3, scored=3, images=1, pairs=21 + 3 + 6)
     causal = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, image_attention="causal"))
-    assert flops.count(causal, batch).pairs == 27
-    assert flops.training_flops(cfg, batch) == sum(flops.model_flops(cfg, flops.count(cfg, batch)).values())
+    assert objective.count(causal.model, batch).pairs == 21 + 6
+    exact = flops.Counts(*(float(x) for x in counted))
+    totals = jax.device_get(jax.jit(lambda batch: objective.totals(cfg, batch))(batch))
+    assert totals == {"tokens": 9, "patches": 3, "images": 0, "flops": pytest.approx(
+        sum(objective.model_flops(cfg.model, exact).values()), rel=1e-6)}  # summed in float32
+    assert all(totals[name].dtype == np.int32 for name in ("tokens", "patches", "images"))
+
+
+def test_pairs_beyond_int32():
+    """A row of 70,000 positions has more than int32 counts, let alone a batch of them."""
+    T, rows = 70_000, 2
+    starts, ends = np.zeros((rows, T), np.int32), np.arange(1, T + 1, dtype=np.int32) + np.zeros((rows, 1), int)
+    pairs = flops.visible_pairs(starts, ends, np.ones((rows, T), np.int32))
+    assert float(pairs) == pytest.approx(rows * T * (T + 1) / 2, rel=1e-6)
 
 
 def test_the_papers_sizes():
