@@ -355,7 +355,7 @@ def test_packed_rows_equal_each_document_alone(runs):
         eps_alone[i, :k] = eps[row, slots[row] : slots[row] + k]
         starts[row], slots[row] = starts[row] + n, slots[row] + k
 
-    transformer = Transfusion(model, data.seq_len)
+    transformer = Transfusion(model, runs.cfg.data.seq_len)
 
     def total(params, batch, t, eps):
         x0 = batch.latents_BIhwc
