@@ -8,6 +8,11 @@
       --workdir=runs/own/transfusion
   python -m tfusion.sample  --workdir=runs/own/transfusion --prompt="a photo of a frog" --draw
 
+and what has become of it, drawn and told, in a page: runs/own/transfusion/report.html
+
+  python -m tfusion.evaluate --workdir=runs/own/transfusion
+  python -m tfusion.report   --workdir=runs/own/transfusion
+
 DIR holds pictures, each with its caption in NAME.txt beside it, or in a metadata.jsonl or CSV (docs/data.md).
 NAME=KIND names other sources, each with `path` and `share` (but for glosses, which come with the package):
 

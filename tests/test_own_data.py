@@ -37,7 +37,8 @@ def test_from_a_folder_to_samples(tmp_path):
     (photos / "59.jpg").write_bytes(b"")
     (photos / "notes.jsonl").write_text('{"text": "a note"}\n' * 40)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    assert [verb for verb, _ in commands()] == ["train", "prepare", "train", "sample", "prepare"]
+    assert [verb for verb, _ in commands()] == ["train", "prepare", "train", "sample", "evaluate", "report",
+                                                  "prepare"]
     for verb, flags in commands():
         done = subprocess.run([sys.executable, "-m", f"tfusion.{verb}", *flags.split()], cwd=tmp_path, env=env,
                               capture_output=True, text=True, timeout=400)
@@ -46,4 +47,5 @@ def test_from_a_folder_to_samples(tmp_path):
     counts = {split: len(PreparedSource(tmp_path / "runs/both/data", "photos", split))
               for split in ("train", "heldout")}
     assert sum(counts.values()) == 59 and min(counts.values()) > 0
-    assert list((tmp_path / "runs/own/transfusion/samples").glob("*.png"))
+    run = tmp_path / "runs/own/transfusion"
+    assert list((run / "samples").glob("*.png")) and "grey" in (run / "report.html").read_text()
