@@ -71,7 +71,8 @@ def card(folder):
 
 def test_pairs_are_one_text_and_one_picture(make_run):
     run = make_run(
-        photos=Spec("folder", [["one", PHOTO[1]], BROKEN, [PHOTO[2], "two"], ["x", PHOTO[3], "y"], [PHOTO[4]]]),
+        photos=Spec("folder", [["one", PHOTO[1]], BROKEN, [PHOTO[2], "two"], ["x", PHOTO[3], "y"], [PHOTO[4]],
+                                  ["longer than a row" * 20, PHOTO[0]]]),
         notes=Spec("jsonl", [["text alone"], ["three", PHOTO[5]]]), scenes=Spec("scenes", [["no", PHOTO[6]]]),
         unused=Spec("folder", [["not", PHOTO[6]]], share=0.0), written=Spec("prepared", UserError("not raw")))
     texts, pictures = documents.pairs(run, 10)

@@ -9,7 +9,7 @@ import pytest
 from tfusion import inference
 from tfusion.data import layout
 from tfusion.data.tokenizers import load_tokenizer
-from tfusion.inference import decode, documents
+from tfusion.inference import documents, transfusion
 from tfusion.inference.trained import Trained
 from tfusion.objectives.base import Aux
 
@@ -38,7 +38,7 @@ def test_chunks_have_one_shape_and_keep_the_order(run, monkeypatch):
         asked.append((len(prompts), options))
         return [[prompt[0] * 10] for prompt in prompts]
 
-    monkeypatch.setattr(decode, "generate", generate)
+    monkeypatch.setattr(transfusion, "generate", generate)
     n = documents.CHUNK + 5
     out = documents.in_chunks(run, [[np.array([i])] for i in range(n)], "title", seed=3)
     assert [int(parts[0][0]) for parts in out] == [10 * i for i in range(n)]
@@ -51,10 +51,10 @@ def test_every_prompt_has_noise_of_its_own_whatever_the_chunk(run, monkeypatch):
     """What a row is keyed by, over two chunks and over one: all different, and the same both times."""
 
     def generate(cfg, params, prompts, **options):
-        rows = decode.start_rows(cfg, prompts, options["seed"], 8, options["first_row"])
+        rows = transfusion.start_rows(cfg, prompts, options["seed"], 8, options["first_row"])
         return [bytes(key) for key in np.asarray(jax.random.key_data(rows.key_B))]
 
-    monkeypatch.setattr(decode, "generate", generate)
+    monkeypatch.setattr(transfusion, "generate", generate)
     keys = []
     for size in (4, 9):
         monkeypatch.setattr(documents, "CHUNK", size)
@@ -70,7 +70,7 @@ def test_documents_go_in_and_come_out_as_words_and_pictures(run, monkeypatch):
         return answers
 
     seen, answers = [], [[layout.image(LATENT + 7), layout.text([98, 99]), layout.image(LATENT + 9)], []]
-    monkeypatch.setattr(decode, "generate", generate)
+    monkeypatch.setattr(transfusion, "generate", generate)
     pictures = [np.full((32, 32, 3), value, np.uint8) for value in (3, 5)]
     out = documents.go_on(run, [["ab", pictures[0]], [pictures[1]]], seed=2, draw_first=True)
     (first, second), options = seen[0]

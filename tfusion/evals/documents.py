@@ -12,6 +12,7 @@ from tfusion import inference
 from tfusion.errors import UserError
 from tfusion.evals.base import Evaluator, LeftOut, Options, register, section, sources, write_card
 from tfusion.inference.trained import Trained
+from tfusion.objectives import kind_of
 
 SHOWN = 24  # pairs
 WRITTEN, CHOSEN = 16, 4  # documents from nothing; those with the most pictures are shown
@@ -19,18 +20,21 @@ WRITTEN, CHOSEN = 16, 4  # documents from nothing; those with the most pictures 
 
 def pairs(run: Trained, number: int) -> tuple[list[str], np.ndarray]:
     """(captions, pictures uint8 (n, H, W, 3)) of held-out documents of one text and one picture, equally many
-    of each source. Scenes are left to their own evaluator. Raises LeftOut where there are none.
+    of each source, that a row holds. Scenes are left to their own evaluator. Raises LeftOut where there are none.
     """
-    size = inference.decoder(run).image_size
+    size, format = inference.decoder(run).image_size, kind_of(run.cfg).row_format(run.cfg)
+
+    def fits(text: str) -> bool:
+        return format.layout.sizes(len(run.tokenizer.encode(text)), 1).positions <= format.data.seq_len
 
     def read(records):
         for i in range(len(records)):
-            with contextlib.suppress(UserError):  # `prepare` named those that cannot be read
+            with contextlib.suppress(UserError):  # `prepare` named those that are damaged
                 yield sorted(records[i], key=lambda part: not isinstance(part, str))
 
     def found(spec) -> list:
         wanted = (pair for pair in read(spec.open("heldout", size))
-                  if [isinstance(part, str) for part in pair] == [True, False])
+                  if [isinstance(part, str) for part in pair] == [True, False] and fits(pair[0]))
         return list(itertools.islice(wanted, number))
 
     by_source, why = [], "no held-out document is one text and one picture, but for scenes"
