@@ -18,8 +18,7 @@ from absl import app
 from tests.conftest import tiny_config
 from tfusion import config, errors, sharding
 from tfusion.checkpoint import Checkpoints
-from tfusion.data.pipeline import open_rows
-from tfusion.objectives import make_objective
+from tfusion.objectives import kind_of, make_objective
 from tfusion.training import state as states
 from tfusion.training.optimizer import make_optimizer
 from tfusion.workdir import LOCK, hold
@@ -31,7 +30,7 @@ FOLDERS = ("TMP", "PREPARED", "BROKEN")  # in arguments: replaced by paths
 DRIVER = """
 import json, os, runpy, sys
 import jax
-import ml_collections.config_flags, tfusion.inference.pictures, tfusion.inference.transfusion
+import ml_collections.config_flags, tfusion.inference.pictures, tfusion.inference.transfusion, tfusion.objectives
 import tfusion.training.loop
 
 for name, verb, args in json.load(sys.stdin):
@@ -52,7 +51,7 @@ TRAIN = ["--config=experiments/quickstart.py", "--workdir=TMP/run"]
 SMALL = [*TRAIN, "--config.data.tokenizer=byte", "--config.model.text_vocab_size=260",
          "--config.data.prepared=PREPARED"]
 PREPARE = ["--config=experiments/quickstart.py", "--config.data.prepared=TMP/data"]
-FEW = ["--config.data.num_scenes=64"]
+FEW = ["--config.data.sources.scenes.num_records=64"]
 OWN = ["--config=experiments/own_data.py:smoke,autoencoder", "--workdir=TMP/own"]
 CASES = {  # name: (verb, arguments, what the line says)
     "unknown_key": ("train", [*TRAIN, "--config.model.num_layrs=3"],
@@ -77,6 +76,8 @@ CASES = {  # name: (verb, arguments, what the line says)
                             ["seed = 4294967296 must be at most 4294967295"]),
     "sampling_seed_beyond_32_bits": ("sample", ["--workdir=TMP/none", "--num_documents=1", "--seed=4294967296"],
                                      ["--seed=4294967296", "4294967295"]),
+    "sampling_seed_negative": ("sample", ["--workdir=TMP/none", "--num_documents=1", "--seed=-1"],
+                               ["--seed=-1"]),
     "evaluation_seed_negative": ("evaluate", ["--workdir=TMP/none", "--seed=-1"], ["--seed=-1"]),
     "profile_no_steps": ("train", [*TRAIN, "--profile=5:0"], ["--profile=5:0 must be START:N"]),
     "profile_past_the_end": ("train", [*TRAIN, "--config.train.num_steps=20", "--profile=18:3"],
@@ -95,7 +96,7 @@ CASES = {  # name: (verb, arguments, what the line says)
     "in_the_home_folder": ("train", [TRAIN[0], "--workdir=~/file/run"], ["TMP/file/run is not writable"]),
     **{f"url_{verb}_{flag}": (verb, [f"--{flag}=gs://bucket/x"], [f"--{flag}=gs://bucket/x: cloud paths"])
        for verb, flag in (("train", "workdir"), ("sample", "workdir"), ("sample", "image"), ("sample", "out"),
-                          ("evaluate", "workdir"), ("prepare", "autoencoder"), ("prepare", "inspect"),
+                          ("evaluate", "workdir"), ("prepare", "codec"), ("prepare", "inspect"),
                           ("report", "workdir"), ("report", "out"))},
     **{f"no_device_{verb}": (verb, ["JAX_PLATFORMS=abacus", *args],
                              ["JAX_PLATFORMS=abacus cannot be used", "; unset it, or install JAX for that"])
@@ -107,8 +108,10 @@ CASES = {  # name: (verb, arguments, what the line says)
     "no_prepared": ("train", [*TRAIN, "--config.data.prepared=TMP/none"],
                     ["TMP/none/meta.json not found", "tfusion.prepare"]),
     "other_latents": ("train", SMALL, ["PREPARED holds latents of shape (4, 4, 4)", "(8, 8, 8)"]),
-    "unknown_source": ("train", [*SMALL, "--config.model.latent_size=4", "--config.model.latent_channels=4",
-                                 "--config.data.mixture.scenes=0", "--config.data.mixture.stories=0",
+    "unknown_source": ("train", [*SMALL, "--config.model.adapter.latent_size=4",
+                                 "--config.model.adapter.latent_channels=4",
+                                 "--config.data.sources.scenes.share=0",
+                                 "--config.data.sources.stories.share=0",
                                  "--config.data.prepared=TMP/half"], ["names 'glosses'"]),
     "broken_checkpoint": ("train", ["--config=TMP/tiny.py", "--workdir=BROKEN"],
                           ["BROKEN/checkpoints/0 cannot be read", "move that folder away to start again"]),
@@ -120,7 +123,7 @@ CASES = {  # name: (verb, arguments, what the line says)
                      ["TMP/none.model"]),
     "no_autoencoder": ("prepare", [*PREPARE, "--codec=TMP/none"], ["TMP/none/config.json not found"]),
     "no_config_to_prepare": ("prepare", ["--codec=TMP/none"], ["--config=experiments/FILE.py is needed"]),
-    "autoencoder_not_given": ("prepare", [*PREPARE, *FEW], ["names a source with pictures", "--autoencoder"]),
+    "autoencoder_not_given": ("prepare", [*PREPARE, *FEW], ["names a source with pictures", "--codec"]),
     "prepare_over_what_is_yours": ("prepare", ["--config=experiments/quickstart.py", "--codec=TMP/none",
                                                "--config.data.prepared=TMP"],
                                    ["TMP holds ", " that `python -m tfusion.prepare` did not make"]),
@@ -144,7 +147,7 @@ def broken_run(cfg, workdir: Path) -> None:
     with jax.set_mesh(mesh):
         state = states.init_state(make_objective(cfg), tx, True, 0, mesh)
         checkpoints = Checkpoints(workdir, writing=True)
-        identity = open_rows(cfg, make_objective(cfg), "train").identity
+        identity = kind_of(cfg).open_rows(cfg).identity
         meta = {"next_row": 0, "totals": {}, "identity": identity, "config": cfg.to_dict()}
         checkpoints.save(0, states.items(state), meta)
         checkpoints.close()

@@ -10,13 +10,15 @@ import pytest
 from PIL import Image
 
 from tests.conftest import import_verb
+from tfusion.data import layout
 from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError
+from tfusion.inference import documents, trained
 
 sample = import_verb("sample")
 
 FLAGS = {name: flag.value for name, flag in vars(sample).items() if isinstance(flag, SimpleNamespace)}
-TEXT, PICTURE = np.array([98, 99], np.int32), np.zeros((4, 4, 4), np.float32)
+TEXT, PICTURE = layout.text([98, 99]), layout.image(np.zeros((4, 4, 4), np.float32))
 
 
 class Verb:
@@ -28,12 +30,12 @@ class Verb:
             assert images.shape[1:] == (32, 32, 3)
             return np.zeros((len(images), 4, 4, 4), np.float32)
 
-        # of another size than cfg.autoencoder makes: the codec that the run was trained with counts
         codec = SimpleNamespace(image_size=32, encode=encode,
                                 decode=lambda latents: np.zeros((len(latents), 32, 32, 3), np.uint8))
         monkeypatch.setattr(sample.distributed, "start_process", lambda: None)
-        monkeypatch.setattr(sample.trained, "load", lambda *a: (cfg, {}, codec, self.tokenizer))
-        monkeypatch.setattr(sample.decode, "generate", self.generate)
+        run = trained.Trained(cfg, {}, codec, self.tokenizer, 6, {}, None)
+        monkeypatch.setattr(sample.trained, "load", lambda *a: run)
+        monkeypatch.setattr(documents.decode, "generate", self.generate)
         self.patch = monkeypatch
 
     def generate(self, cfg, params, prompts, **settings):
@@ -52,7 +54,6 @@ class Verb:
 
 @pytest.fixture
 def verb(cfg, tmp_path, monkeypatch):
-    assert cfg.image_size != 32
     return Verb(cfg, tmp_path, monkeypatch)
 
 
@@ -61,8 +62,7 @@ def verb(cfg, tmp_path, monkeypatch):
     (dict(GUIDANCE=float("inf")), "sampling.guidance_scale = inf must be positive and finite"),
     (dict(TEMPERATURE=float("nan")), "--temperature = nan must be positive and finite"),
     (dict(TEMPERATURE=float("inf")), "--temperature = inf must be positive and finite"),
-    (dict(SEED=-1), "seed = -1 must be positive and finite"),
-    (dict(STEPS=1001), "sampling.num_inference_steps = 1001 must be at most diffusion.num_timesteps = 1000"),
+    (dict(STEPS=1001), "sampling.num_inference_steps = 1001 must be at most process.num_timesteps = 1000"),
     (dict(DRAW=True, MAX_IMAGES=0), "--draw and --max_images=0 exclude each other")])
 def test_flags_are_held_to_the_configs_rules(verb, flags, line):
     with pytest.raises(UserError, match=line):
@@ -83,18 +83,18 @@ def test_flags_that_were_given_replace_the_configs(verb, cfg):
 def test_white_space_around_a_prompt_is_no_part_of_it(verb):
     verb(PROMPTS=["a fox ", "\ta fox\n", "a fox"])
     plain = verb.tokenizer.encode("a fox")
-    assert [[part.tolist() for part in prompt] for prompt in verb.prompts] == [[plain]] * 3
+    assert [[part.values.tolist() for part in prompt] for prompt in verb.prompts] == [[plain]] * 3
     assert [d["prompt"] for d in verb.documents()] == ["a fox"] * 3
 
 
 def test_draw_starts_a_picture_after_every_prompt(verb, cfg, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
-    for draw, end in ((False, []), (True, [cfg.model.boi])):
+    for draw, end in ((False, []), (True, [cfg.vocabulary.boi])):
         verb(PROMPTS=["a"], IMAGES=[str(tmp_path / "x.png")], NUM_DOCUMENTS=1, DRAW=draw)
         text, picture, nothing = verb.prompts
-        assert [x for part in text for x in part.tolist()] == [*verb.tokenizer.encode("a"), *end]
-        assert picture[0].shape == (4, 4, 4) and [p.tolist() for p in picture[1:]] == [end] * draw
-        assert [p.tolist() for p in nothing] == [end] * draw
+        assert [x for part in text for x in part.values.tolist()] == [*verb.tokenizer.encode("a"), *end]
+        assert picture[0].values.shape == (4, 4, 4) and [p.values.tolist() for p in picture[1:]] == [end] * draw
+        assert [p.values.tolist() for p in nothing] == [end] * draw
 
 
 @pytest.mark.parametrize(("rows", "flags", "said"), [
@@ -118,7 +118,7 @@ def test_describing_asks_for_no_picture(verb, tmp_path, capsys):
 def test_a_terminal_that_knows_ascii_only_loses_nothing(verb, monkeypatch):
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stdout)
-    verb.rows = [[np.array(verb.tokenizer.encode("für 猫"), np.int32), PICTURE, np.zeros(0, np.int32)]]
+    verb.rows = [[layout.text(verb.tokenizer.encode("für 猫")), PICTURE, layout.text([])]]
     verb(PROMPTS=["café"])
     (document,) = verb.documents()
     assert document == {"prompt": "café", "parts": [{"text": "für 猫"}, {"image": "000_0.png"}, {"text": ""}]}

@@ -101,7 +101,7 @@ def test_indivisible_dimension_names_the_parameter():
 def test_the_model_on_a_mesh_it_does_not_divide_over(cfg):
     params = jax.eval_shape(make_objective(cfg).init, jax.random.key(0))  # 2 kv heads of 8
     sharding.shardings(params, sharding.make_mesh(MeshConfig(1, 1, 8, 1)))
-    odd = {"w": boxed((cfg.model.patch_values, 12), "patch", "mlp")}
+    odd = {"w": boxed((cfg.model.adapter.patch_values, 12), "patch", "mlp")}
     with pytest.raises(UserError, match=r"\['w'\]: axis 'mlp' of size 12 does not divide over 8"):
         sharding.shardings(odd, sharding.make_mesh(MeshConfig(1, 1, 8, 1)))
 

@@ -14,6 +14,9 @@ from tests.planning.plans import small_config
 from tfusion import config, sharding
 from tfusion.accelerators import CHIPS, GIB, parse_accelerator
 from tfusion.errors import UserError
+from tfusion.models import flops
+from tfusion.objectives import kind_of
+from tfusion.objectives import transfusion as transfusion_objective
 from tfusion.planning import collectives, compile, plan, roofline, search, text, topology, walk
 from tfusion.planning.collectives import Collectives
 from tfusion.planning.memory import Memory
@@ -73,7 +76,7 @@ def test_memory_follows_shardings():
     assert 4 * params / 8 < split.memory.parameters < 4 * params / 7  # norms and biases are not split
     positions = 8 * cfg.data.seq_len / 8
     assert whole.memory.batch == split.memory.batch == positions * (4 * 4 + 1) + 8 / 8 * (
-        4 + cfg.image_slots * (4 + 4 + 8 + 4 * math.prod(cfg.model.latent_shape)))
+        4 + cfg.rows.image_slots * (4 + 4 + 8 + 4 * math.prod(cfg.model.latent_shape)))
     # Full remat keeps each layer's input, once: L x T x D x 2 bytes a row.
     assert whole.memory.residuals == 2 * 128 * 64 * 2
     assert whole.memory.total == sum(whole.memory)
@@ -148,10 +151,11 @@ def test_days_chip_hours_dollars():
 
 def test_assumed_batch_is_half_patches():
     cfg = config.from_dict(transfusion.get_config("7b"))
-    counts = roofline.assumed_counts(cfg)
-    assert counts.text == counts.patches == 512 * 4096 / 2
-    assert counts.images == 512 * 8
-    assert counts.pairs == 512 * 8 * (512 * 513 / 2 + 256 * 255 / 2)
+    expected, m = kind_of(cfg).expected(cfg), cfg.model
+    counts = flops.Counts(text=512 * 4096 / 2, patches=512 * 4096 / 2, scored=512 * (4096 / 2 - 8 - 8),
+                          images=512 * 8, pairs=512 * 8 * (512 * 513 / 2 + 256 * 255 / 2))
+    assert (expected.positions, expected.scored, expected.pairs) == (512 * 4096, counts.scored, counts.pairs)
+    assert expected.flops == transfusion_objective.model_flops(m, counts)
 
 
 def test_walk_counts_loops_shards_and_platforms():
@@ -192,7 +196,7 @@ def test_the_walk_counts_the_head_by_the_expected_number_of_scored_positions(mic
     mesh = jax.sharding.AbstractMesh(tuple(shape.values()), tuple(shape))
     jaxpr = compile.trace(cfg, compile.abstract_state(cfg), mesh).jaxpr.jaxpr
     found = list(walk.equations(jaxpr, platform, roofline.expected_chunks(cfg, shape)))
-    D, V, scored = cfg.model.d_model, cfg.model.padded_vocab_size, roofline.assumed_counts(cfg).scored
+    D, V, scored = cfg.model.d_model, cfg.model.padded_vocab_size, kind_of(cfg).expected(cfg).scored
     head = sum(walk.dot_flops(eqn) * n for eqn, n, _ in found
                if any(V // shape["tensor"] in v.aval.shape for v in (*eqn.invars, *eqn.outvars)))
     assert head == pytest.approx(3 * 2 * D * V * scored)
@@ -231,10 +235,10 @@ def test_kernels_with_a_stated_cost_are_counted_and_others_noted():
 
 def test_attention_kernels_are_charged_for_visible_pairs():
     cfg = small_config()
-    counts = roofline.assumed_counts(cfg)
-    done = roofline.kernel_work(cfg, Work(1.0, 0, 0, 0, 0, kernels=3), counts)
+    pairs = kind_of(cfg).expected(cfg).pairs
+    done = roofline.kernel_work(cfg, Work(1.0, 0, 0, 0, 0, kernels=3), pairs)
     m = cfg.model
-    assert done.flops == 1 + 2 * 9 * m.num_layers * m.num_heads * m.head_dim * counts.pairs
+    assert done.flops == 1 + 2 * 9 * m.num_layers * m.num_heads * m.head_dim * pairs
 
 
 @pytest.mark.parametrize(("message", "want"), [

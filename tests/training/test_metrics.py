@@ -37,6 +37,18 @@ def test_a_loss_that_is_not_finite_names_its_step(bad):
         losses.flush()
 
 
+@pytest.mark.parametrize("bad", ["lm_loss", "diffusion_loss", "grad_norm"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_the_error_names_the_first_bad_step_and_loss(bad, value):
+    losses = metrics.Losses()
+    fine = {name: (np.float32(1), 1) for name in ("lm_loss", "diffusion_loss", "grad_norm")}
+    losses.add(6, fine)
+    losses.add(7, {**fine, bad: (np.float32(value), 1)})
+    losses.add(8, {name: (np.float32(value), 1) for name in fine})
+    with pytest.raises(UserError, match=f"^step 7: {bad} is not finite"):
+        losses.flush()
+
+
 class Clock:
     def __init__(self, monkeypatch):
         self.now = 100.0
