@@ -121,8 +121,10 @@ def test_cpu_forms(packed, form, case):
     check(ia.attention, packed, *case)
 
 
-def test_a_slice_of_queries_against_all_keys(packed, form):
-    check(ia.attention, packed, "random", 200, (4, 2), 16, F32, slice(70, 153))
+@pytest.mark.parametrize("queries", [slice(70, 153), slice(170, 171)], ids=["a slice", "one token"])
+def test_some_queries_against_all_keys(packed, form, queries):
+    """A device's part of a row; a token that is decoded."""
+    check(ia.attention, packed, "random", 200, (4, 2), 16, F32, queries)
 
 
 def test_no_gradient_leaves_an_interval(packed, form):
@@ -199,6 +201,7 @@ TPU_CASES = [  # the fast two first; 300 and 200 are no multiples of a block
     (("one-patch images", 300, (4, 4), 64, F32), slice(None)),
     (("random", 512, (4, 2), 128, BF16), slice(None)),
     (("random", 400, (4, 2), 32, F32), slice(130, 333)),
+    (("random", 300, (4, 2), 32, F32), slice(270, 271)),
     (("image across blocks", 400, (4, 2), 80, F32), slice(None)),
     (("one document", 400, (2, 1), 32, BF16), slice(None)),
 ]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.planning import plans
-from tfusion import sharding
+from tfusion import config, sharding
 from tfusion.config import MeshConfig
 from tfusion.models import lm_head
 from tfusion.planning import compile
@@ -252,15 +252,16 @@ def test_devices_that_share_rows_share_the_work():
 def test_no_product_of_a_bfloat16_step_mixes_types():
     """Lowered, forward and backward: float32 leaves the products that make logits, the head's gradient and the
     image adapter's estimate, and no others; none takes float32 and bfloat16."""
-    cfg = plans.small_config(batch_size=2, d_model=96, text_vocab_size=700, latent_channels=5)
+    cfg = plans.small_config(batch_size=2, d_model=96, text_vocab_size=700)
+    cfg = config.changed(cfg, {"model.adapter.latent_channels": 5})
     with jax.set_mesh(sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])):
         step = compile.trace(cfg, compile.abstract_state(cfg), jax.sharding.get_mesh())
     found = re.findall(r"dot_general.*: \(tensor<\S+x(\w+)>, tensor<\S+x(\w+)>\) -> tensor<(\S+)x(\w+)>",
                        step.lower().as_text())
     assert len(found) > 20
     assert {(lhs, rhs) for lhs, rhs, *_ in found} == {("bf16", "bf16"), ("f32", "f32")}  # float32: attention's
-    V, P = cfg.model.padded_vocab_size, cfg.model.patch_values
-    C, patches = lm_head.chunk_size(2 * cfg.data.seq_len, V), f"2x{cfg.image_slots}x{cfg.model.num_patches}"
+    V, P = cfg.model.padded_vocab_size, cfg.model.adapter.patch_values
+    C, patches = lm_head.chunk_size(2 * cfg.data.seq_len, V), f"2x{cfg.rows.image_slots}x{cfg.model.num_patches}"
     wide = {shape for lhs, _, shape, out in found if (lhs, out) == ("bf16", "f32")}
     assert wide == {f"{C}x{V}", f"96x{V}", f"{patches}x{P}"}
     assert {f"{C}x96", f"96x{P}"} <= {shape for lhs, _, shape, out in found if (lhs, out) == ("bf16", "bf16")}
