@@ -30,7 +30,8 @@ FOLDERS = ("TMP", "PREPARED", "BROKEN")  # in arguments: replaced by paths
 DRIVER = """
 import json, os, runpy, sys
 import jax
-import ml_collections.config_flags, tfusion.inference.pictures, tfusion.inference.transfusion, tfusion.objectives
+import ml_collections.config_flags, tfusion.objectives
+import tfusion.inference.pictures, tfusion.inference.transfusion
 import tfusion.training.loop
 
 for name, verb, args in json.load(sys.stdin):

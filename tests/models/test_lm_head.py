@@ -261,7 +261,8 @@ def test_no_product_of_a_bfloat16_step_mixes_types():
     assert len(found) > 20
     assert {(lhs, rhs) for lhs, rhs, *_ in found} == {("bf16", "bf16"), ("f32", "f32")}  # float32: attention's
     V, P = cfg.model.padded_vocab_size, cfg.model.adapter.patch_values
-    C, patches = lm_head.chunk_size(2 * cfg.data.seq_len, V), f"2x{cfg.rows.image_slots}x{cfg.model.num_patches}"
+    C = lm_head.chunk_size(2 * cfg.data.seq_len, V)
+    patches = f"2x{cfg.rows.image_slots}x{cfg.model.num_patches}"
     wide = {shape for lhs, _, shape, out in found if (lhs, out) == ("bf16", "f32")}
     assert wide == {f"{C}x{V}", f"96x{V}", f"{patches}x{P}"}
     assert {f"{C}x96", f"96x{P}"} <= {shape for lhs, _, shape, out in found if (lhs, out) == ("bf16", "bf16")}

@@ -20,7 +20,7 @@ WRITTEN, CHOSEN = 16, 4  # documents from nothing; those with the most pictures 
 
 def pairs(run: Trained, number: int) -> tuple[list[str], np.ndarray]:
     """(captions, pictures uint8 (n, H, W, 3)) of held-out documents of one text and one picture, equally many
-    of each source, that a row holds. Scenes are left to their own evaluator. Raises LeftOut where there are none.
+    of each source, that a row holds. Scenes are left to their own evaluator. Raises LeftOut without any.
     """
     size, format = inference.decoder(run).image_size, kind_of(run.cfg).row_format(run.cfg)
 
