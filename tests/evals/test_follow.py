@@ -55,6 +55,20 @@ def test_each_checkpoint_once_and_then_it_ends(tmp_path):
     assert training.evaluated == [10, 20, 30, 40]
 
 
+def test_what_ends_while_it_is_looked_at_is_not_missed(tmp_path):
+    """The last checkpoint and summary.json come right after the checkpoints were listed."""
+    training = Training(tmp_path, [10], [10, 20])
+
+    def steps(workdir):
+        listed = training.now
+        if listed == [10] and len(training.turns) == 1 and training.evaluated:
+            training.wait()
+        return listed
+
+    follow(tmp_path, training.evaluate, lambda: training.turns and training.wait(), steps)
+    assert training.evaluated == [10, 20]
+
+
 def test_what_was_begun_and_not_done_is_done_again(tmp_path):
     (tmp_path / "evaluation/steps/10").mkdir(parents=True)
     training = Training(tmp_path, [10])
