@@ -91,13 +91,16 @@ def test_a_checkpoint_that_vanishes_is_passed_over(tmp_path, capsys):
     assert "step 10: the checkpoint is gone, it is not evaluated" in capsys.readouterr().out
 
 
-def test_any_other_mistake_is_said(tmp_path):
+@pytest.mark.parametrize(("error", "then"), [(UserError("other data"), [10]), (Stopped("stopped"), [])])
+def test_any_other_mistake_is_said(tmp_path, error, then):
+    """And SIGTERM ends it, whatever became of the checkpoint."""
     training = Training(tmp_path, [10])
 
     def evaluate(step, place):
-        raise UserError("the data are not the run's")
+        training.now = then
+        raise error
 
-    with pytest.raises(UserError, match="the data are not the run's"):
+    with pytest.raises(type(error), match=str(error)):
         follow(tmp_path, evaluate, training.wait, training.steps)
 
 
