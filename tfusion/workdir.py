@@ -3,6 +3,7 @@
     config.json            the resolved config; config_changes.jsonl   what resumes changed in it
     tokenizer.json, tokenizer.model, codec.npz       copied from the data, so that the run stands alone
     checkpoints/<step>/    metrics.jsonl    tensorboard/    summary.json    timing.json
+    evaluation/            metrics.json, written last; <evaluator>/card.json, card.npz; steps/<step>/ (--follow)
 """
 
 import fcntl

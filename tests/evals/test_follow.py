@@ -55,6 +55,20 @@ def test_each_checkpoint_once_and_then_it_ends(tmp_path):
     assert training.evaluated == [10, 20, 30, 40]
 
 
+def test_what_ends_while_it_is_looked_at_is_not_missed(tmp_path):
+    """The last checkpoint and summary.json come right after the checkpoints were listed."""
+    training = Training(tmp_path, [10], [10, 20])
+
+    def steps(workdir):
+        listed = training.now
+        if listed == [10] and len(training.turns) == 1 and training.evaluated:
+            training.wait()
+        return listed
+
+    follow(tmp_path, training.evaluate, lambda: training.turns and training.wait(), steps)
+    assert training.evaluated == [10, 20]
+
+
 def test_what_was_begun_and_not_done_is_done_again(tmp_path):
     (tmp_path / "evaluation/steps/10").mkdir(parents=True)
     training = Training(tmp_path, [10])
@@ -77,13 +91,16 @@ def test_a_checkpoint_that_vanishes_is_passed_over(tmp_path, capsys):
     assert "step 10: the checkpoint is gone, it is not evaluated" in capsys.readouterr().out
 
 
-def test_any_other_mistake_is_said(tmp_path):
+@pytest.mark.parametrize(("error", "then"), [(UserError("other data"), [10]), (Stopped("stopped"), [])])
+def test_any_other_mistake_is_said(tmp_path, error, then):
+    """And SIGTERM ends it, whatever became of the checkpoint."""
     training = Training(tmp_path, [10])
 
     def evaluate(step, place):
-        raise UserError("the data are not the run's")
+        training.now = then
+        raise error
 
-    with pytest.raises(UserError, match="the data are not the run's"):
+    with pytest.raises(type(error), match=str(error)):
         follow(tmp_path, evaluate, training.wait, training.steps)
 
 

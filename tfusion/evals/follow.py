@@ -62,8 +62,8 @@ def follow(workdir: Path, evaluate: Callable[[int, Path], object], wait: Callabl
             place = folder / STEPS / str(step)
             try:
                 evaluate(step, place)
-            except (UserError, OSError):
-                if step in list_steps(workdir):
+            except (UserError, OSError) as e:
+                if isinstance(e, Stopped) or step in list_steps(workdir):
                     raise
                 print(f"step {step}: the checkpoint is gone, it is not evaluated")
                 gone.add(step)
