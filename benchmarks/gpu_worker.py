@@ -34,11 +34,12 @@ from worker import serve
 from experiments.transfusion import get_config
 from tfusion import accelerators, config, distributed, sharding
 from tfusion.data import packing
+from tfusion.data.layout import image, text
 from tfusion.kernels import interval_attention
 from tfusion.kernels import interval_attention_gpu as gpu
+from tfusion.models import flops
 from tfusion.models.masks import key_intervals
-from tfusion.objectives import make_objective
-from tfusion.training import flops
+from tfusion.objectives import kind_of, make_objective
 from tfusion.training import state as states
 from tfusion.training import step as steps
 from tfusion.training.optimizer import make_optimizer
@@ -281,31 +282,29 @@ def try_launches(index: int) -> None:
     functions.serve(differs=differs, defaults=defaults)
 
 
-def step_config(size: str, remat: str, batch_size: int) -> config.Config:
+def step_config(size: str, remat: str, batch_size: int) -> config.RunConfig:
     tree = get_config(size)
     tree.model.remat, tree.train.batch_size = remat, batch_size
     if rehearsing():
-        tree.model.update(num_layers=2, d_model=32, num_heads=4, num_kv_heads=4, d_ff=64, text_vocab_size=260,
-                          latent_size=4, latent_channels=4)
+        tree.model.update(num_layers=2, d_model=32, num_heads=4, num_kv_heads=4, d_ff=64, text_vocab_size=260)
+        tree.model.adapter.update(latent_size=4, latent_channels=4)
         tree.data.seq_len = 128
     return config.from_dict(tree)
 
 
-def mixed_rows(cfg: config.Config, objective):
+def mixed_rows(cfg: config.RunConfig):
     """Full rows of four documents with two images each; at the paper's sizes half of a row is patches."""
     rng, m, T = np.random.default_rng(0), cfg.model, cfg.data.seq_len
     tokens = T // 4 - 2 - 2 * (m.num_patches + 2)
 
     def document():
-        texts = np.split(rng.integers(4, m.text_vocab_size, tokens, dtype=np.int32), [tokens // 3, tokens // 2])
-        images = [rng.standard_normal(m.latent_shape, np.float32) for _ in range(2)]
-        parts = (texts[0], images[0], texts[1], images[1], texts[2])
-        return objective.layout(Document(parts, max_t=1.0, score_text=True))
+        ids = np.split(rng.integers(4, m.text_vocab_size, tokens, dtype=np.int32), [tokens // 3, tokens // 2])
+        first, second = (image(rng.standard_normal(m.latent_shape, np.float32)) for _ in range(2))
+        return cfg.rows.layout.lay(Document((text(ids[0]), first, text(ids[1]), second, text(ids[2]))))
 
-    batch = packing.stack_rows([
-        packing.pack_row(i, [document() for _ in range(4)], T, cfg.image_slots, m.latent_shape)
-        for i in range(cfg.train.batch_size)])
-    packing.check_batch(batch, m.vocab_size, m.num_patches)
+    batch = packing.stack_rows([packing.pack_row(i, [document() for _ in range(4)], cfg.rows)
+                                for i in range(cfg.train.batch_size)])
+    packing.check_batch(batch, cfg.vocabulary)
     assert batch.segment_ids_BT.all()
     return batch
 
@@ -315,20 +314,21 @@ def train(say, size: str, remat: str, batch_size: int) -> None:
     distributed.start_process()
     cfg = step_config(size, remat, batch_size)
     objective, mesh = make_objective(cfg), sharding.make_mesh(cfg.mesh, jax.devices()[:1])
-    batch, tx = mixed_rows(cfg, objective), make_optimizer(cfg.optimizer, cfg.train.num_steps)
+    batch, tx = mixed_rows(cfg), make_optimizer(cfg.optimizer, cfg.train.num_steps)
     with jax.set_mesh(mesh):
         state = states.init_state(objective, tx, cfg.optimizer.ema_decay > 0, cfg.seed, mesh)
         placed, began = sharding.put_batch(batch, mesh), time.perf_counter()
-        step = steps.jit_train_step(objective, tx, cfg, state).lower(state, placed).compile()
+        step = steps.jit_train_step(objective, tx, cfg, state).lower(state, {}, placed).compile()
         compile_seconds, seconds, lm_loss = time.perf_counter() - began, [], []
         while len(seconds) < WARM + 3 or (sum(seconds) < STEP_SECONDS and len(seconds) < MAX_STEPS):
             began = time.perf_counter()
-            state, losses = step(state, placed)
+            state, losses = step(state, {}, placed)
             jax.block_until_ready((state, losses))
             seconds.append(time.perf_counter() - began)
             lm_loss.append(float(losses["lm_loss"][0] / losses["lm_loss"][1]))
     seconds = seconds[WARM:]
-    device, median, needed = jax.devices()[0], statistics.median(seconds), flops.training_flops(cfg, batch)
+    device, median = jax.devices()[0], statistics.median(seconds)
+    needed = float(kind_of(cfg).totals(cfg, batch)["flops"])
     peak, memory = accelerators.peak_flops_per_sec(device.device_kind), device.memory_stats() or {}
     say(params=flops.num_params(state.params), compile_s=compile_seconds, steps=len(seconds),
         step_ms={"median": 1e3 * median, "min": 1e3 * min(seconds)}, model_flops=needed,

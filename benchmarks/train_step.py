@@ -40,11 +40,10 @@ from worker import Worker, serve
 
 from experiments.common import base
 from tfusion import config, distributed, sharding
-from tfusion.data import packing
+from tfusion.data import layout, packing
 from tfusion.errors import UserError, run
 from tfusion.models import transformer
 from tfusion.objectives import make_objective, transfusion
-from tfusion.training import flops
 from tfusion.training import state as states
 from tfusion.training import step as steps
 from tfusion.training.optimizer import make_optimizer
@@ -76,34 +75,32 @@ MEMORY = 0.6  # of the peer's, at most
 SHARE = 0.5  # of the matmul's FLOP/s, at least
 
 
-def make_config(name: str) -> config.Config:
+def make_config(name: str) -> config.RunConfig:
     s, c = SETTING, base()
-    c.model.update(
-        **MODELS[name], num_layers=s["layers"], text_vocab_size=s["text_vocab_size"],
-        latent_size=s["latent_size"], latent_channels=s["latent_channels"], patch_size=1, remat="none",
-        compute_dtype="float32")
+    c.model.update(**MODELS[name], num_layers=s["layers"], text_vocab_size=s["text_vocab_size"], remat="none",
+                   compute_dtype="float32")
+    c.model.adapter.update(latent_size=s["latent_size"], latent_channels=s["latent_channels"], patch_size=1)
     c.data.update(seq_len=s["seq_len"], image_share=0.2)
     c.optimizer.ema_decay = 0.0  # the peer keeps no moving average
     c.train.batch_size = s["batch_size"]
     return config.from_dict(c)
 
 
-def make_batch(cfg: config.Config, objective):
+def make_batch(cfg: config.RunConfig):
     """Random rows of one document each, which fills them."""
     rng, m = np.random.default_rng(0), cfg.model
 
     def text():
-        return rng.integers(4, m.text_vocab_size, SETTING["text_part"], dtype=np.int32)
+        return layout.text(rng.integers(4, m.text_vocab_size, SETTING["text_part"], dtype=np.int32))
 
     def document():
         parts = [x for _ in range(SETTING["images"])
-                 for x in (text(), rng.standard_normal(m.latent_shape, np.float32))]
-        return objective.layout(Document((*parts, text()), max_t=1.0, score_text=True))
+                 for x in (text(), layout.image(rng.standard_normal(m.latent_shape, np.float32)))]
+        return cfg.rows.layout.lay(Document((*parts, text())))
 
-    rows = [packing.pack_row(i, [document()], cfg.data.seq_len, cfg.image_slots, m.latent_shape)
-            for i in range(cfg.train.batch_size)]
-    batch = packing.stack_rows(rows)
-    packing.check_batch(batch, m.vocab_size, m.num_patches)
+    batch = packing.stack_rows([packing.pack_row(i, [document()], cfg.rows)
+                                for i in range(cfg.train.batch_size)])
+    packing.check_batch(batch, cfg.vocabulary)
     assert batch.segment_ids_BT.all()
     return batch
 
@@ -132,18 +129,18 @@ def work(name: str) -> None:
         transfusion.next_token_loss = naive_next_token_loss
     cfg = make_config(name)
     objective, mesh = make_objective(cfg), sharding.make_mesh(cfg.mesh)
-    batch = make_batch(cfg, objective)
+    batch = make_batch(cfg)
     tx = make_optimizer(cfg.optimizer, cfg.train.num_steps)
     with jax.set_mesh(mesh):
         state = states.init_state(objective, tx, False, cfg.seed, mesh)
         placed = sharding.put_batch(batch, mesh)
-        train_step = steps.jit_train_step(objective, tx, cfg, state).lower(state, placed).compile()
+        train_step = steps.jit_train_step(objective, tx, cfg, state).lower(state, {}, placed).compile()
         distributed.return_freed_memory()  # as training does
         last = None
 
         def step():
             nonlocal state, last
-            state, last = train_step(state, sharding.put_batch(batch, mesh))
+            state, last = train_step(state, {}, sharding.put_batch(batch, mesh))
 
         @functools.cache
         def operands():
@@ -157,9 +154,10 @@ def work(name: str) -> None:
 
         step()
         losses = {key: float(value / count) for key, (value, count) in last.items() if key in objective.weights}
+        needed = transfusion.model_flops(cfg.model, transfusion.count(cfg.model, batch))
         total = sum(weight * losses[key] for key, weight in objective.weights.items())
         serve({"params": sum(x.size for x in jax.tree.leaves(state.params)), "first_loss": total,
-               "config": cfg.to_dict()["model"], "model_flops": flops.model_flops(cfg, flops.count(cfg, batch)),
+               "config": cfg.to_dict()["model"], "model_flops": jax.tree.map(float, needed),
                "versions": {"python": platform.python_version(), "jax": jax.__version__,
                             "jaxlib": version("jaxlib")}},
               {"step": step, "matmul": matmul}, finish=lambda: jax.block_until_ready((state, last)))

@@ -35,7 +35,7 @@ class Verb:
         monkeypatch.setattr(sample.distributed, "start_process", lambda: None)
         run = trained.Trained(cfg, {}, codec, self.tokenizer, 6, {}, None)
         monkeypatch.setattr(sample.trained, "load", lambda *a: run)
-        monkeypatch.setattr(documents.decode, "generate", self.generate)
+        monkeypatch.setattr(documents.transfusion, "generate", self.generate)
         self.patch = monkeypatch
 
     def generate(self, cfg, params, prompts, **settings):

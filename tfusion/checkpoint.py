@@ -134,15 +134,22 @@ def save_frozen(workdir, tree) -> None:
             checkpointer.save(folder, tree, force=True)
 
 
-def load_frozen(workdir, place):
-    """The frozen trees of a run, each array with the sharding `place`; {} where there are none."""
+def load_frozen(workdir, meta: dict, place):
+    """The frozen trees of a run, each array with the sharding `place`; {} where, by its checkpoint's meta, it
+    has none. Raises UserError where they cannot be read."""
     folder = Path(workdir).absolute() / FROZEN
-    if not folder.is_dir():
+    if not meta.get(FROZEN):
         return {}
-    with ocp.StandardCheckpointer() as checkpointer:
-        saved = checkpointer.metadata(folder).item_metadata.tree
-        return checkpointer.restore(folder, jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), saved))
+    try:
+        if not folder.is_dir():  # else Orbax warns first
+            raise FileNotFoundError("it is not there")
+        with ocp.StandardCheckpointer() as checkpointer:
+            saved = checkpointer.metadata(folder).item_metadata.tree
+            return checkpointer.restore(folder, jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), saved))
+    except Exception as e:  # as in Checkpoints._read
+        raise UserError(f"{folder} cannot be read ({_first_line(e)}): bring it back from where the run was "
+                        "copied, or start again") from e
 
 
 def changes(saved: dict, cfg: config.RunConfig) -> dict:

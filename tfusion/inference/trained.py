@@ -40,7 +40,8 @@ def load(path, step: int | None = None, mesh: Mesh | None = None) -> Trained:
     found = checkpoints.steps() if checkpoints else []
     there = bool(found) and step in (None, *found)
     step = max(found) if there and step is None else step
-    identity = checkpoints.meta(step)["identity"] if there else {}
+    meta = checkpoints.meta(step) if there else {}
+    identity = meta.get("identity", {})
     cfg = config.load(path)  # after the checkpoint's format, which an older config would hide
     if not there:
         what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
@@ -60,8 +61,9 @@ def load(path, step: int | None = None, mesh: Mesh | None = None) -> Trained:
         targets["buffers"] = buffers
     with jax.set_mesh(mesh):
         items = checkpoints.restore(step, targets)
-        aux = Aux(np.int32(step), load_frozen(workdir, sharding.replicated(mesh)), items.get("buffers", {}))
+        frozen = load_frozen(workdir, meta, sharding.replicated(mesh))
     checkpoints.close()
+    aux = Aux(np.int32(step), frozen, items.get("buffers", {}))
     return Trained(cfg, items[item], codec, tokenizer, step, identity, aux)
 
 

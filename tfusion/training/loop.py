@@ -213,7 +213,7 @@ def train(cfg: config.RunConfig, workdir: Path, mesh, profile=None,
                     with log.pause("time/save_s"):
                         checkpoints.save(done, states.items(state), {
                             "next_row": next_row, "totals": dict(log.speed.total), "identity": rows.identity,
-                            "config": cfg.to_dict()})
+                            "frozen": bool(jax.tree.leaves(frozen)), "config": cfg.to_dict()})
                     saved = done
             elif due(done, t.log_every, t.num_steps):
                 log.late = done

@@ -36,7 +36,7 @@ def start(cfg: config.RunConfig, objective: Objective, tx, mesh, checkpoints: Ch
             raise UserError(f"{checkpoints.folder} is at step {step}, beyond train.num_steps = "
                             f"{cfg.train.num_steps}: raise it, or start in another --workdir")
         items = checkpoints.restore(step, states.items(states.restore_target(objective, tx, ema, mesh)))
-        begun = Start(states.from_items(step, items, mesh), checkpoint.load_frozen(folder, whole),
+        begun = Start(states.from_items(step, items, mesh), checkpoint.load_frozen(folder, meta, whole),
                       meta["next_row"], meta["totals"])
         changed = changes(meta["config"], cfg)
         report(step, meta["config"], cfg, changed)
