@@ -106,6 +106,10 @@ def test_choices_are_listed(name):
         config.from_dict(tree(**{name.replace(".", "__"): choice}))
 
 
+def test_samplers_are_the_process_own():
+    assert message(sampling__sampler="euler") == "sampling.sampler = 'euler'; choices: ddim, ddpm"
+
+
 def test_choices_are_found_by_class():
     assert config.choices(TransformerConfig, "remat") == ("none", "attention", "dots", "full")
 
@@ -129,10 +133,12 @@ def test_a_component_is_registered_from_outside(monkeypatch):
     @dataclasses.dataclass(frozen=True)
     class Toy:
         kind: str
-        num_timesteps: int
         sharpness: float = config.fraction()
 
-    toy = {"kind": "toy", "num_timesteps": 100, "sharpness": 0.5}
+        def check_sampling(self, sampler: str, num_inference_steps: int) -> None:
+            assert (sampler, num_inference_steps) == ("ddim", 25)
+
+    toy = {"kind": "toy", "sharpness": 0.5}
     assert config.from_dict(tree(process=toy)).process == Toy(**toy)
     assert message(process={**toy, "sharpness": 2.0}) == "process.sharpness = 2.0 must be at most 1"
     assert message(process={**toy, "prediction": "v"}).startswith("unknown config key 'process.prediction'")

@@ -128,7 +128,10 @@ class DDPMConfig:
     def make(self) -> Process:
         return ddpm(self.prediction, self.num_timesteps)
 
-    def check_steps(self, name: str, steps: int) -> None:
-        """Raises UserError where a sampler's steps are more than the grid has."""
-        if steps > self.num_timesteps:
-            raise UserError(f"{name} = {steps} must be at most process.num_timesteps = {self.num_timesteps}")
+    def check_sampling(self, sampler: str, num_inference_steps: int) -> None:
+        """Raises UserError where it has no such sampler, or not so many steps."""
+        if sampler not in STEPS:
+            raise UserError(f"sampling.sampler = {sampler!r}; choices: {', '.join(STEPS)}")
+        if num_inference_steps > self.num_timesteps:
+            raise UserError(f"sampling.num_inference_steps = {num_inference_steps} must be at most "
+                            f"process.num_timesteps = {self.num_timesteps}")

@@ -16,7 +16,7 @@ from tfusion.diffusion.process import Process
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    sampler: str = choice("ddpm", "ddim")
+    sampler: str  # one that the process has a step for
     variance: str = choice("fixed_small", "fixed_large")  # DDPM's, as in diffusers: the posterior's, or beta
     num_inference_steps: int
     guidance_scale: float = number(zero=True)

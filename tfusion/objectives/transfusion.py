@@ -37,7 +37,7 @@ class TransfusionConfig(RunConfig):
 
     def check(self, name: str) -> None:
         del name
-        self.process.check_steps("sampling.num_inference_steps", self.sampling.num_inference_steps)
+        self.process.check_sampling(self.sampling.sampler, self.sampling.num_inference_steps)
 
     @property
     def vocabulary(self) -> layout.Vocabulary:
