@@ -115,7 +115,7 @@ def test_unboxed_leaves_are_replicated():
 def test_batch_size_that_does_not_divide_raises():
     mesh = sharding.make_mesh(MeshConfig(2, 2, 2, 1))
     sharding.check_batch_size(8, 2, mesh)
-    with pytest.raises(UserError, match=r"= 6 rows do not divide over 4 devices .* batch_size=4 or 8$"):
+    with pytest.raises(UserError, match=r"= 6 rows do not divide over 4 devices .*batch_size=4 or 8$"):
         sharding.check_batch_size(6, 1, mesh)
 
 
