@@ -7,6 +7,7 @@
 What data.prepared held before is replaced at the end, and only if this verb made it.
 """
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -32,6 +33,7 @@ INSPECT = paths.define("inspect", None, "PNG to draw packed rows of the prepared
 INSPECT_ROWS = flags.DEFINE_integer("inspect_rows", 2, "how many rows to draw", lower_bound=1)
 INSPECT_BLOCK = flags.DEFINE_integer("inspect_block", 16, "side of a kernel block", lower_bound=1)
 STATISTICS_IMAGES = 4096
+FEW = 20  # held-out records of a source
 
 
 def open_codec(workdir: str, format: RowFormat) -> Codec:
@@ -61,7 +63,7 @@ def inspect(cfg: config.RunConfig, path: Path) -> None:
     if path.suffix != ".png" or not path.parent.is_dir():
         raise UserError(f"--inspect={path} must name a .png file in a folder that exists")
     batch = next(pipeline.batches(kind_of(cfg).open_rows(cfg), 0, 1, INSPECT_ROWS.value))
-    print(draw_rows(batch, cfg.model.image_attention, INSPECT_BLOCK.value, path))
+    print(draw_rows(batch, kind_of(cfg).trunk(cfg).image_attention, INSPECT_BLOCK.value, path))
     print(f"wrote {path}")
 
 
@@ -72,12 +74,17 @@ def write(format: RowFormat, root: Path, sources: dict, tokenizer, codec: Codec 
         title = f"{name}/{split}"
         bar.set_postfix_str(title)
         shown = tqdm(records(source, title, split == "train"), title, len(source), unit="record", leave=False)
-        prepared.write_source(root / name / split, shown if codec else text_alone(shown),
-                              tokenizer.encode_batch, codec.encode if codec else None)
+        meta = prepared.write_source(root / name / split, shown if codec else text_alone(shown),
+                                     tokenizer.encode_batch, codec.encode if codec else None)
+        few = "; few: figures of them say little" if split == "heldout" and meta["records"] < FEW else ""
+        tqdm.write(f"{title}: {meta['records']} records, {meta['tokens']} text tokens, {meta['images']} "
+                   f"pictures{few}")
+    bar.close()
     if codec:
         codec.save(root / CODEC)
     prepared.write_meta(root, tokenizer, codec.fingerprint if codec else "", format.image_shape,
-                        CODEC_RUN.value and str(Path(CODEC_RUN.value).absolute()))
+                        CODEC_RUN.value and str(Path(CODEC_RUN.value).absolute()),
+                        {name: dataclasses.asdict(spec) for name, spec in format.data.sources.items()})
 
 
 def main() -> None:
@@ -85,13 +92,13 @@ def main() -> None:
         raise UserError("--config=experiments/FILE.py is needed, and --codec=WORKDIR where there are "
                         "pictures; see --help")
     distributed.start_process()
-    began, cfg = time.perf_counter(), experiment.read(CONFIG)
-    if INSPECT.value:
-        return inspect(cfg, Path(INSPECT.value))
+    began, cfg = time.perf_counter(), config.absolute(experiment.read(CONFIG))
     format = kind_of(cfg).row_format(cfg)
     if format is None:
         raise UserError(f"objective = '{cfg.objective}' trains on data.sources as they are: there is "
                         "nothing to prepare")
+    if INSPECT.value:
+        return inspect(cfg, Path(INSPECT.value))
     data, V = format.data, format.vocabulary.text_vocab_size
     tokenizer = load_tokenizer(data.tokenizer)
     if tokenizer.vocab_size != V:

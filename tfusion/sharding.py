@@ -162,6 +162,17 @@ def shardings(abstract_tree, mesh: Mesh):
         one, abstract_tree, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
+def placed(boxed, mesh: Mesh | AbstractMesh):
+    """Shapes, boxed with logical axis names -> shapes with their shardings on the mesh."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                        nn.meta.unbox(boxed), shardings(boxed, mesh))
+
+
+def whole(tree, mesh: Mesh | AbstractMesh):
+    """Shapes -> shapes of arrays that every device has whole."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), tree)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec("batch"))
 

@@ -41,7 +41,7 @@ def traced_products(cfg):
     jaxpr = jax.make_jaxpr(lambda p, b: gradients(made, p, Aux(0, {}, {}), b, noise_key(0, 0), 1)[0])(
         unboxed(made), batch)
     found = walk.equations(jaxpr.jaxpr, "cpu", chunks)
-    return [(times * walk.dot_flops(eqn), [v.aval.shape for v in (*eqn.invars, *eqn.outvars)])
+    return [(times * walk.product_flops(eqn), [v.aval.shape for v in (*eqn.invars, *eqn.outvars)])
             for eqn, times, _ in found if eqn.primitive.name == "dot_general"]
 
 

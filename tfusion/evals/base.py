@@ -95,8 +95,12 @@ def _unable(need: str):
     return reason
 
 
+def _no_rows(run: Trained) -> str | None:
+    return None if kind_of(run.cfg).row_format(run.cfg) else "the run trains on no packed rows"
+
+
 NEEDS = {  # (run) -> why it is not given, None where it is
-    "data": _no_data, "scenes": _no_scenes, **{need: _unable(need) for need in CANNOT}}
+    "data": _no_data, "rows": _no_rows, "scenes": _no_scenes, **{need: _unable(need) for need in CANNOT}}
 
 
 def lacking(evaluator: Evaluator, run: Trained, done) -> str | None:

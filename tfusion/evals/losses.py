@@ -1,9 +1,10 @@
 """Held-out losses of a trained model, source by source; per token and per byte where there is text.
 
-Every held-out document is looked at exactly once (data/heldout.py), on the noise of every evaluation. The
-language-model loss is the mean over all scored positions: every token of the text, and the BOI and EOS that the
-text could have been followed by instead. Per byte, the same nats, all of them, are divided by the bytes of the
-text itself (UTF-8), so that models with different tokenizers can be compared.
+Every held-out document is looked at exactly once (data/heldout.py), on the noise of every evaluation; of
+pictures alone, which cannot be padded, as many as fill whole batches. The language-model loss is the mean over
+all scored positions: every token of the text, and the BOI and EOS that the text could have been followed by
+instead. Per byte, the same nats, all of them, are divided by the bytes of the text itself (UTF-8), so that
+models with different tokenizers can be compared.
 """
 
 import json

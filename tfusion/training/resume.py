@@ -39,11 +39,16 @@ def start(cfg: config.RunConfig, objective: Objective, tx, mesh, checkpoints: Ch
         begun = Start(states.from_items(step, items, mesh), checkpoint.load_frozen(folder, meta, whole),
                       meta["next_row"], meta["totals"])
         changed = changes(meta["config"], cfg)
+        if step == cfg.train.num_steps and (folder / "config.json").exists():
+            print(f"step {step} of {step} is done: nothing is left to train")  # nor does a changed key count
+            return begun
         report(step, meta["config"], cfg, changed)
     else:
         frozen = jax.device_put(nn.meta.unbox(objective.frozen()), whole)
         checkpoint.save_frozen(folder, frozen)
         begun = Start(states.init_state(objective, tx, ema, cfg.seed, mesh), frozen, 0, None)
+    if step < cfg.train.num_steps:
+        (folder / "summary.json").unlink(missing_ok=True)  # who finds it takes the run to be done
     config.save(cfg, folder)
     workdir.copy_in(rows.assets, folder)
     if changed:
