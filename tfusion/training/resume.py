@@ -39,10 +39,11 @@ def start(cfg: config.RunConfig, objective: Objective, tx, mesh, checkpoints: Ch
         begun = Start(states.from_items(step, items, mesh), checkpoint.load_frozen(folder, meta, whole),
                       meta["next_row"], meta["totals"])
         changed = changes(meta["config"], cfg)
-        if step == cfg.train.num_steps and (folder / "config.json").exists():
-            print(f"step {step} of {step} is done: nothing is left to train")  # nor does a changed key count
-            return begun
-        report(step, meta["config"], cfg, changed)
+        if step == cfg.train.num_steps:  # nothing is left to train: no changed key counts
+            print(f"step {step} of {step} is done")
+            cfg, changed = config.from_dict(meta["config"]), {}
+        else:
+            report(step, meta["config"], cfg, changed)
     else:
         frozen = jax.device_put(nn.meta.unbox(objective.frozen()), whole)
         checkpoint.save_frozen(folder, frozen)
