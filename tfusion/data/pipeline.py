@@ -43,7 +43,7 @@ def read_meta(format: RowFormat) -> dict:
 def warn_of_other_sources(meta: dict, sources: dict) -> None:
     """A line where a source's spec is no longer what was prepared: its new records wait for `prepare`."""
     for name, spec in sources.items():
-        was, now = meta["sources"].get(name), dataclasses.asdict(spec)
+        was, now = meta.get("sources", {}).get(name), dataclasses.asdict(spec)
         changed = [key for key in now if was and key != "share" and was.get(key) != now[key]]
         if spec.share > 0 and changed:
             print(f"warning: data.sources.{name} was prepared with " + ", ".join(
