@@ -32,7 +32,8 @@ def import_verb(name: str):
     module = importlib.import_module(f"tfusion.{name}")
     for key, holder in list(vars(module).items()):
         if isinstance(holder, flags.FlagHolder):
-            setattr(module, key, SimpleNamespace(value=holder.default))
+            flag = others.get(holder.name)  # of a module that was imported before
+            setattr(module, key, SimpleNamespace(value=flag.default if flag else holder.default))
     for flag in ours():
         delattr(flags.FLAGS, flag)
     for flag, value in others.items():

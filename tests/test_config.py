@@ -115,7 +115,9 @@ def test_choices_are_found_by_class():
 
 
 def test_kinds_are_listed():
-    assert message(objective="nonsense") == "objective = 'nonsense'; choices: autoencoder, transfusion"
+    assert message(objective="nonsense") == (
+        f"objective = 'nonsense'; choices: {', '.join(config.REGISTRY['objective'])}")
+    assert config.REGISTRY["objective"].keys() >= {"autoencoder", "transfusion"}
     for name, kinds in (("model.adapter", "linear"), ("process", "ddpm")):
         group = functools.reduce(dict.__getitem__, name.split("."), tree())
         for wrong in ({**group, "kind": "x"}, {key: group[key] for key in group if key != "kind"}):
