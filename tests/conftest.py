@@ -33,7 +33,7 @@ def import_verb(name: str):
     for key, holder in list(vars(module).items()):
         if isinstance(holder, flags.FlagHolder):
             flag = others.get(holder.name)  # of a module that was imported before
-            setattr(module, key, SimpleNamespace(value=flag.default if flag else holder.default))
+            setattr(module, key, SimpleNamespace(value=holder.default if flag is None else flag.default))
     for flag in ours():
         delattr(flags.FLAGS, flag)
     for flag, value in others.items():

@@ -305,4 +305,5 @@ def test_other_sources_than_were_prepared_are_said(cfg, capsys):
     assert capsys.readouterr().err == ""
     sources["scenes"] |= {"num_records": 7}
     pipeline.warn_of_other_sources({"sources": sources}, cfg.data.sources)
-    assert "data.sources.scenes was prepared with num_records = 7, the config has 200" in capsys.readouterr().err
+    assert "data.sources.scenes was prepared with num_records = 7, the config has 200" in (
+        capsys.readouterr().err)
