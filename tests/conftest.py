@@ -24,7 +24,7 @@ def import_verb(name: str):
     of other verbs step aside meanwhile, and its own become plain values, SimpleNamespace(value=default)."""
     def ours():
         return {flag: flags.FLAGS[flag] for flag in flags.FLAGS
-                if flags.FLAGS.find_module_defining_flag(flag).startswith("tfusion.")}
+                if (flags.FLAGS.find_module_defining_flag(flag) or "tfusion.").startswith("tfusion.")}
 
     others = ours()
     for flag in others:
