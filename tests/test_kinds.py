@@ -95,7 +95,8 @@ def test_every_kind_plans_its_real_batch(cfg):
 
 def test_is_evaluated(toy_run, monkeypatch):
     """What it has is measured; what packed rows alone have is left out, though it can go on with documents."""
-    verb("evaluate", monkeypatch, WORKDIR=str(toy_run), NUMBER=2)
+    nothing = SimpleNamespace(data=SimpleNamespace(prepared=None, sources={}))
+    verb("evaluate", monkeypatch, WORKDIR=str(toy_run), NUMBER=2, DATA=nothing)
     found = json.loads((toy_run / "evaluation" / "metrics.json").read_text())
     assert found["metrics"]["error"]["value"] < 0.01 and {"mask", "baselines"} <= found["left_out"].keys()
 

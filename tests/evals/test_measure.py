@@ -209,7 +209,7 @@ def test_a_folder_that_is_named_must_be_there(verb, prepared_root, monkeypatch):
     """Data that are gone are left out; a folder named by flag is not passed over."""
     run = run_of(with_data(prepared_root, prepared="/nowhere/data"))
     monkeypatch.setattr(verb.trained, "load", lambda *args: run)
-    flag = SimpleNamespace(value=SimpleNamespace(data=SimpleNamespace(prepared=None)))
+    flag = SimpleNamespace(value=SimpleNamespace(data=SimpleNamespace(prepared=None, sources={})))
     monkeypatch.setattr(verb, "DATA", flag)
     assert verb.load("x", None, None).cfg.data.prepared == "/nowhere/data"
     flag.value.data.prepared = "/elsewhere"
@@ -220,7 +220,7 @@ def test_a_folder_that_is_named_must_be_there(verb, prepared_root, monkeypatch):
 def test_data_of_another_tokenizer_are_refused(verb, prepared_root, monkeypatch):
     run = run_of(tiny_config(prepared_root))._replace(identity={"tokenizer": "another"})
     monkeypatch.setattr(verb.trained, "load", lambda *args: run)
-    flag = SimpleNamespace(value=SimpleNamespace(data=SimpleNamespace(prepared=None)))
+    flag = SimpleNamespace(value=SimpleNamespace(data=SimpleNamespace(prepared=None, sources={})))
     monkeypatch.setattr(verb, "DATA", flag)
     with pytest.raises(UserError, match="trained on other data"):
         verb.load("x", None, None)
