@@ -18,6 +18,8 @@ REQUIREMENTS = [
     "optax>=0.2.8",  # AdamW, gradient clipping, the learning-rate schedule
     "orbax-checkpoint>=0.12",  # asynchronous, sharded, atomic checkpoints
     "grain>=0.2.18",  # step-indexed reading and prefetching of rows
+    "array-record>=0.8.6",  # shards of records, read and written
+    "tensorflow-datasets>=4.9.10",  # what it wrote, read without TensorFlow; imported by sources of its kind
     "ml-collections>=1.1",  # ConfigDict and --config=FILE.py:variant
     "einops>=0.8",  # patchify, space-to-depth
     "absl-py>=2.1",  # flags of the verbs
