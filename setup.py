@@ -18,6 +18,8 @@ REQUIREMENTS = [
     "optax>=0.2.8",  # AdamW, gradient clipping, the learning-rate schedule
     "orbax-checkpoint>=0.12",  # asynchronous, sharded, atomic checkpoints
     "grain>=0.2.18",  # step-indexed reading and prefetching of rows
+    "array-record>=0.8.6",  # shards of records, read and written
+    "tensorflow-datasets>=4.9.10",  # what it wrote, read without TensorFlow; imported by sources of its kind
     "ml-collections>=1.1",  # ConfigDict and --config=FILE.py:variant
     "einops>=0.8",  # patchify, space-to-depth
     "absl-py>=2.1",  # flags of the verbs
@@ -32,6 +34,8 @@ REQUIREMENTS = [
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10"],  # adds libtpu
     "gpu": ["jax[cuda13]>=0.10"],  # adds the CUDA 13 plugin and libraries; older driver: jax[cuda12]
+    "huggingface": ["tokenizers>=0.21"],  # data.tokenizer=tokenizer.json; tested with 0.21.0 and 0.23.3
+    "tiktoken": ["tiktoken>=0.13"],  # data.tokenizer=NAME.tiktoken; before, a long word takes minutes
     "wandb": ["wandb>=0.19"],  # train --wandb=PROJECT; tested with 0.31.0
     "dev": [
         "pytest>=8.0",  # the tests

@@ -31,7 +31,10 @@ from ml_collections import ConfigDict
 from experiments.common import base, parse, shorten, small_autoencoder, small_transformer
 
 FILES = dict(share=1.0, heldout_fraction=0.02)
-KINDS = {"folder": FILES, "jsonl": FILES, "glosses": dict(share=1.0)}
+KINDS = {"folder": FILES, "jsonl": FILES, "array_record": FILES | dict(heldout_path="none"),
+         "tfds": FILES | dict(train_split="train", heldout_split="none", image="image", text="text",
+                              key="none"),
+         "glosses": dict(share=1.0)}
 EXAMPLES = "photos=folder, notes=jsonl"
 
 
@@ -42,7 +45,7 @@ def make_sources(named: list[str]) -> dict:
         name, kind = word.split("=", 1)
         if not name.isidentifier() or name in sources or kind not in KINDS:
             raise ValueError(f"variant '{word}': a source is NAME=KIND, once; kinds: {', '.join(KINDS)}")
-        sources[name] = dict(kind=kind, **KINDS[kind], **(dict(path=name) if KINDS[kind] is FILES else {}))
+        sources[name] = dict(kind=kind, **KINDS[kind], **(dict(path=name) if kind != "glosses" else {}))
     return sources
 
 

@@ -1,5 +1,6 @@
 """Tokenizers: ids, round trips, the shipped model, foreign models and clear errors."""
 
+import hashlib
 import io
 import pickle
 from pathlib import Path
@@ -132,10 +133,24 @@ def test_a_model_without_pad_pads_with_zero(tmp_path):
     assert tiny.decode([1, *tiny.encode("a fox"), 2, 0]) == "a fox"
 
 
-def test_a_model_without_bos_is_refused(tmp_path):
-    path = train_tiny(tmp_path / "x.model", bos_id=-1, eos_id=1)
-    with pytest.raises(UserError, match=r"has bos id -1 and eos id 1; .* bos_id=1 and eos_id=2"):
-        tokenizers.load_tokenizer(path)
+@pytest.mark.parametrize("layout", [
+    dict(bos_id=-1, eos_id=1, pad_id=0, unk_id=2),  # T5's
+    dict(bos_id=2, eos_id=1, pad_id=0, unk_id=3),  # Gemma's
+    dict(unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1)])
+def test_a_model_laid_out_otherwise_stands_behind_our_specials(tmp_path, layout):
+    path = train_tiny(tmp_path / "x.model", **layout)
+    tiny, own = tokenizers.load_tokenizer(path), sentencepiece.SentencePieceProcessor(model_file=path)
+    assert (tiny.pad, tiny.bos, tiny.eos, tiny.unk) == (0, 1, 2, layout["unk_id"] + 4)
+    assert tiny.vocab_size == own.get_piece_size() + 4
+    ids = tiny.encode("a fox")
+    assert ids == [i + 4 for i in own.encode("a fox")] and tiny.encode_batch(["a fox"]) == [ids]
+    assert tiny.decode([1, *ids, 2, 0, 0, 3, tiny.unk, tiny.vocab_size]) == "a fox"
+    assert [tiny.piece(i) for i in (0, 1, 2, 3)] == ["<pad>", "<bos>", "<eos>", "<unk>"]
+    assert "".join(tiny.piece(i) for i in ids).strip() == "a fox"
+    assert tiny.encode("\N{FOX FACE}")[-1] == tiny.unk
+    assert tiny.fingerprint != hashlib.sha256(Path(path).read_bytes()).hexdigest()  # the shift is part of it
+    tiny.save(tmp_path)
+    assert tokenizers.load_saved(tmp_path).encode("a fox") == ids
 
 
 @pytest.mark.skipif(

@@ -15,7 +15,7 @@ SLOTS_PER_IMAGE = 1.25  # rows differ in how many images they hold
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     prepared: str = path()  # folder written by `prepare`
-    tokenizer: str = path("byte", "default")  # 'byte', 'default' or the path of a SentencePiece model
+    tokenizer: str = path("byte", "default")  # 'byte', 'default' or a path: data/tokenizers/
     seq_len: int  # T
     image_share: float = fraction()  # expected of a row's positions in images, BOI and EOI included
     window_rows: int  # R: rows planned at once

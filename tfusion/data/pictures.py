@@ -1,5 +1,6 @@
 """Picture files as people have them, read as uint8 pixels."""
 
+import io
 import warnings
 from pathlib import Path
 
@@ -11,15 +12,17 @@ from tfusion.errors import UserError
 WHITE = (255, 255, 255, 255)
 
 
-def read_picture(path: str | Path, size: int | None) -> np.ndarray:
-    """The first frame of a picture file, upright, its largest centred square resized to uint8 (size, size, 3);
-    without a size all of it, uint8 (H, W, 3).
+def read_picture(path: str | Path, size: int | None, content: bytes | None = None) -> np.ndarray:
+    """The first frame of a picture file, or of a file's content (then `path` only says where it stands),
+    upright, its largest centred square resized to uint8 (size, size, 3); without a size all of it, uint8
+    (H, W, 3).
 
     What is transparent shows white. Greys of 16 bits and floats in 0..1 are scaled to 8 bits. Raises UserError,
     naming the file, where it cannot be read, is cut or damaged, or holds numbers whose scale is not known.
     """
+    file = path if content is None else io.BytesIO(content)
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
             if size:  # a JPEG can be decoded at 1/2, 1/4 or 1/8, which is several times faster
                 image.draft(None, (2 * size, 2 * size))
             image.load()

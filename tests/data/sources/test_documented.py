@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import tfusion.objectives  # noqa: F401  registers the kinds of training
 from experiments import own_data
+from tests.data.sources.conftest import same
 from tfusion import config
 from tfusion.data.sources import records
 from tfusion.data.tokenizers import load_tokenizer
@@ -36,6 +38,32 @@ def test_another_kind(tmp_path, monkeypatch):
     source = config.from_dict(tree).data.sources["mine"]
     both = [list(records(source.open(split), "mine")) for split in ("train", "heldout")]
     assert sorted(text for split in both for (text,) in split) == ["one", "three", "two"] and len(both[1]) == 1
+
+
+def run(block: str, folder) -> None:
+    """What docs/data.md shows, with its /data elsewhere."""
+    exec(block.replace('"/data/', f'"{folder}/'), {"__name__": "documented"})
+
+
+def test_the_same_pictures_written_as_array_record_and_by_tfds(tmp_path):
+    """As it stands there; TFDS shuffles what it writes."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(9):
+        Image.new("RGB", (9, 6), (i, 20 * i, 0)).save(folder / f"{i}.jpg")
+        (folder / f"{i}.txt").write_text(f"a photo of {i}\n")
+    run(next(block for block in blocks() if "ArrayRecordWriter" in block), tmp_path)
+    run(next(block for block in blocks() if "GeneratorBasedBuilder" in block), tmp_path)
+    tree = own_data.get_config("photos=folder,shards=array_record,set=tfds")
+    for name, path in (("photos", "photos"), ("shards", "pairs"), ("set", "tfds/pairs/1.0.0")):
+        tree.data.sources[name].update(path=str(tmp_path / path), heldout_fraction=0.3)
+    tree.data.sources.set.key = "key"
+    sources = config.from_dict(tree).data.sources
+    for split in ("train", "heldout"):
+        read = {name: list(records(source.open(split, 4), name)) for name, source in sources.items()}
+        read["set"].sort(key=lambda record: record[0])
+        assert len(read["photos"]) == len(read["shards"]) == len(read["set"]) > 1
+        assert all(same(a, b) and same(a, c) for a, b, c in zip(*read.values()))
 
 
 def test_words_of_own_data():

@@ -39,15 +39,19 @@ def find(path: str) -> list[Path]:
     return sorted(unique.values())  # each once, whatever links lead to it
 
 
-def _parts(line: bytes) -> tuple[object, list[tuple[str, str]]]:
-    """(id or None, [('text' | 'image', value), ...]) of a line; blank texts are no parts. Raises ValueError."""
+def parts_of(line: bytes, image: type = str) -> tuple[object, list[tuple[str, object]]]:
+    """(id or None, [('text' | 'image', value), ...]) of a line; blank texts are no parts. Raises ValueError.
+
+    image: what names a picture: str, its path, or int, its number of bytes.
+    """
+    wanted = FORMS if image is str else FORMS.replace("PATH", "BYTES")
     tree = json.loads(line.decode())  # else json guesses, and takes UTF-16 too
     tree = {"text": tree} if isinstance(tree, str) else tree
     if not isinstance(tree, dict):
-        raise ValueError(f"{FORMS} is wanted")
+        raise ValueError(f"{wanted} is wanted")
     forms = tree.keys() & {"text", "segments"}
     if len(forms) != 1:
-        raise ValueError(f"{FORMS} is wanted, it has {', '.join(tree) or 'no keys'}")
+        raise ValueError(f"{wanted} is wanted, it has {', '.join(tree) or 'no keys'}")
     segments = tree["segments"] if "segments" in forms else [{"text": tree["text"]}]
     if not isinstance(segments, list):
         raise ValueError('"segments" must be a list')
@@ -55,16 +59,19 @@ def _parts(line: bytes) -> tuple[object, list[tuple[str, str]]]:
     for segment in segments:
         alone = isinstance(segment, dict) and len(segment) == 1
         kind, value = next(iter(segment.items())) if alone else ("", "")
-        if kind not in ("text", "image") or not isinstance(value, str):
-            raise ValueError(f'{json.dumps(segment)[:80]} is neither {{"text": "..."}} nor {{"image": "PATH"}}')
-        if value.strip():
+        if type(value) is not {"text": str, "image": image}.get(kind):
+            names = '{"text": "..."} nor {"image": ' + ('"PATH"}' if image is str else "BYTES}")
+            raise ValueError(f"{json.dumps(segment)[:80]} is neither {names}")
+        if not isinstance(value, str):
+            parts.append((kind, value))
+        elif value.strip():
             parts.append((kind, whole(value)))
     return tree.get("id"), parts
 
 
 def _record(line: bytes, where: str) -> tuple[object, list[tuple[str, str]]]:
     try:
-        return _parts(line)
+        return parts_of(line)
     except (ValueError, RecursionError) as e:
         raise UserError(f"{where}: {e}") from e
 

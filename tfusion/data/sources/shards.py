@@ -1,0 +1,116 @@
+"""Records of ArrayRecord files, read where they stand."""
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+from array_record.python import array_record_module
+from tqdm import tqdm
+
+from tfusion.data.sources.base import PATIENCE, Unreadable, held_out
+from tfusion.errors import UserError
+
+NONE = "none"  # where a spec's name of a split, a path or a feature may be left out
+OPEN = 64  # files at once
+OPTIONS = "readahead_buffer_size:0"  # records are asked for singly
+
+
+class Shard(NamedTuple):
+    """A range of a file's records."""
+
+    path: str
+    first: int
+    records: int
+
+
+def open_shard(path: str):
+    """A reader. Raises UserError: of a file that is missing or cut the library's own says only that it holds
+    nothing."""
+    reader = array_record_module.ArrayRecordReader(path, options=OPTIONS)
+    if not reader.ok():
+        try:
+            reader.close()
+            why = "no reason given"
+        except RuntimeError as e:
+            why = str(e)
+        missing = "No such file" in why
+        raise UserError(f"{path} {'is missing' if missing else f'is no whole ArrayRecord file ({why[:80]})'}: "
+                        "bring it back, or write it again")
+    return reader
+
+
+def count(path: str) -> Shard:
+    """All of a file."""
+    reader = open_shard(path)
+    shard = Shard(path, 0, reader.num_records())
+    reader.close()
+    return shard
+
+
+class Shards:
+    """The records of several files, one after the other, as bytes; may be asked by several threads."""
+
+    def __init__(self, shards: Iterable[Shard]):
+        self.shards = list(shards)
+        self._ends = np.cumsum([shard.records for shard in self.shards], dtype=np.int64)
+        self._readers, self._lock = {}, threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self.shards else 0
+
+    def place(self, record: int) -> tuple[str, int]:
+        """(file, number of the record in it)."""
+        if not 0 <= record < len(self):
+            raise IndexError(record)
+        shard = int(np.searchsorted(self._ends, record, side="right"))
+        path, first, records = self.shards[shard]
+        return path, first + record - int(self._ends[shard]) + records
+
+    def __getitem__(self, record: int) -> bytes:
+        path, number = self.place(record)
+        reader = self._reader(path)
+        try:
+            return reader.read([number])[0]
+        except RuntimeError as e:
+            raise Unreadable(f"{path}, record {number}: {str(e)[:120]}") from e
+
+    def _reader(self, path: str):
+        with self._lock:
+            reader = self._readers.pop(path, None) or open_shard(path)
+            self._readers[path] = reader  # now the last to go
+            if len(self._readers) > OPEN:
+                del self._readers[next(iter(self._readers))]  # closed when whoever reads there has done
+            return reader
+
+
+class Chosen:
+    """Some records of an opened source."""
+
+    def __init__(self, source, records: np.ndarray):
+        self.source, self.records = source, records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, record: int) -> list:
+        return self.source[int(self.records[record])]
+
+
+def on_side(source, key: Callable[[int], str], fraction: float, split: str) -> Chosen:
+    """The records of `source` that are in 'train' or 'heldout', by a hash of each one's key. Asks for no key
+    where the fraction is 0."""
+    if not fraction:
+        return Chosen(source, np.arange(len(source) if split == "train" else 0))
+    keys = map(key, tqdm(range(len(source)), "keys", unit="record", leave=False, delay=PATIENCE))
+    return Chosen(source, np.flatnonzero(held_out(keys, fraction) == (split == "heldout")))
+
+
+def check_apart(name: str, train: list[Shard], heldout: list[Shard]) -> None:
+    """Raises UserError where a record is in both."""
+    ranges = {}
+    for path, first, records in train:
+        ranges.setdefault(path, []).append((first, first + records))
+    for path, first, records in heldout:
+        if any(first < stop and start < first + records for start, stop in ranges.get(path, [])):
+            raise UserError(f"{name}: records of {path} are held out and trained on")

@@ -1,0 +1,156 @@
+"""What TensorFlow Datasets has written to a disk as ArrayRecord, of any builder, read without TensorFlow."""
+
+import dataclasses
+import os
+from typing import NamedTuple
+
+from tfusion import config
+from tfusion.data.pictures import read_picture
+from tfusion.data.sources.base import Source, Unreadable
+from tfusion.data.sources.shards import NONE, Chosen, Shard, Shards, check_apart, on_side
+from tfusion.errors import UserError
+
+ARRAY_RECORD = "array_record"
+
+
+class Names(NamedTuple):
+    """Features of an example; NONE where it has none such."""
+
+    image: str
+    text: str
+    key: str
+
+
+def open_builder(path: str):
+    """Raises UserError where nothing has been written there, or in a form that cannot be read at random."""
+    import tensorflow_datasets  # a second, and most runs read something else
+
+    try:
+        builder = tensorflow_datasets.builder_from_directory(path)
+    except Exception as e:  # of several kinds
+        raise UserError(f"{path} holds no data set of TensorFlow Datasets ({_line(e)}): name the folder with "
+                        "dataset_info.json, .../NAME/VERSION") from e
+    if builder.info.file_format.value != ARRAY_RECORD:
+        raise UserError(f"{path} is written as {builder.info.file_format.value}, which is read from the front "
+                        f"alone: write it anew with file_format='{ARRAY_RECORD}', or by tfds convert_format")
+    return builder
+
+
+def _line(e: Exception) -> str:
+    return (str(e) or type(e).__name__).split("\n")[0][:160]
+
+
+def shards_of(builder, split: str) -> list[Shard]:
+    """Raises UserError where there is no such split, or a file of it is missing."""
+    try:
+        found = [Shard(str(f.filename), f.skip, f.take) for f in builder.info.splits[split].file_instructions]
+    except (ValueError, KeyError) as e:
+        raise UserError(f"{builder.data_dir}: no split {split!r} ({_line(e)}); it has "
+                        f"{', '.join(builder.info.splits)}") from e
+    if missing := [shard.path for shard in found if not os.path.exists(shard.path)]:
+        raise UserError(f"{missing[0]} is missing, of split {split!r} {len(missing)} of {len(found)} files: "
+                        "bring them back, or write the data set again")
+    return found
+
+
+def check_features(builder, names: Names) -> None:
+    """Raises UserError where a feature is not there, or is of another form."""
+    from tensorflow_datasets import features
+
+    has = builder.info.features
+    for role, name in names._asdict().items():
+        feature = has[name] if name != NONE and name in has else None
+        scalar = feature is not None and feature.shape == () and not isinstance(feature, features.FeaturesDict)
+        fits = {"image": isinstance(feature, features.Image),
+                "text": scalar and feature.np_dtype in (str, bytes, object),
+                "key": scalar}[role]
+        if name != NONE and not fits:
+            there = ", ".join(f"{key} ({type(value).__name__})" for key, value in has.items())
+            wanted = {"image": "an Image", "text": "a Text", "key": "a Text or a number"}[role]
+            raise UserError(f"{builder.data_dir}: {role} = {name!r}, {wanted} is needed; it has {there}")
+
+
+class Examples:
+    """Record i is [text, picture], or what there is of it, of the split's i-th example."""
+
+    def __init__(self, builder, shards: list[Shard], names: Names, image_size: int | None):
+        from tensorflow_datasets import decode
+
+        self.shards, self.names, self.image_size = Shards(shards), names, image_size
+        skipped = {name: decode.SkipDecoding() for name in (names.image,) if name != NONE}
+        features = builder.info.features
+        self._example = lambda data: features.deserialize_example_np(data, decoders=skipped)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def example(self, record: int) -> tuple[str, dict]:
+        """(where it stands, its features as they are stored)."""
+        where = "{}, record {}".format(*self.shards.place(record))
+        data = self.shards[record]
+        try:
+            return where, self._example(data)
+        except Exception as e:  # whatever the parser stumbles over
+            raise Unreadable(f"{where} is no example of this data set ({_line(e)})") from e
+
+    def key(self, record: int) -> str:
+        """The key feature; without one, or where it cannot be read, the file's name and the number there."""
+        path, number = self.shards.place(record)
+        if self.names.key != NONE:
+            try:
+                value = self.example(record)[1][self.names.key]
+                return value.decode(errors="surrogateescape") if isinstance(value, bytes) else str(value)
+            except Unreadable:
+                pass
+        return f"{os.path.basename(path)}:{number}"
+
+    def __getitem__(self, record: int) -> list:
+        where, example = self.example(record)
+        parts = []
+        if self.names.text != NONE:
+            try:
+                text = example[self.names.text].decode()
+            except UnicodeDecodeError as e:
+                raise Unreadable(f"{where}: {self.names.text} is not UTF-8 (byte {e.start})") from e
+            text = text if self.names.image == NONE else text.strip()
+            parts += [text] if text.strip() else []
+        if self.names.image != NONE:
+            try:
+                parts.append(read_picture(where, self.image_size, example[self.names.image]))
+            except UserError as e:
+                raise Unreadable(str(e)) from e
+        if not parts:
+            raise Unreadable(f"{where}: {self.names.text} is blank")
+        return parts
+
+
+@config.register("source", "tfds")
+@dataclasses.dataclass(frozen=True)
+class TfdsSource(Source):
+    """Examples of a data set on disk; which are held out have a split of their own, or are chosen by a hash."""
+
+    path: str = config.path()  # the folder with dataset_info.json: .../NAME/VERSION
+    train_split: str  # such as train or train[:90%]
+    heldout_split: str  # such as validation or train[90%:], or 'none'
+    heldout_fraction: float = config.fraction()  # else: of the examples, by a hash of the key
+    image: str  # name of the feature, or 'none'
+    text: str  # likewise
+    key: str  # likewise; 'none': the file's name and the number there
+
+    def check(self, name: str) -> None:
+        if self.image == self.text == NONE:
+            raise UserError(f"{name}.image and {name}.text are both '{NONE}': name a feature")
+        if self.heldout_split != NONE and self.heldout_fraction:
+            raise UserError(f"{name}.heldout_split = {self.heldout_split!r} and {name}.heldout_fraction = "
+                            f"{self.heldout_fraction}: set one of them to '{NONE}' or 0")
+
+    def open(self, split: str, image_size: int | None = None) -> Chosen | Examples:
+        builder, names = open_builder(self.path), Names(self.image, self.text, self.key)
+        check_features(builder, names)
+        train = shards_of(builder, self.train_split)
+        if self.heldout_split == NONE:
+            source = Examples(builder, train, names, image_size)
+            return on_side(source, source.key, self.heldout_fraction, split)
+        heldout = shards_of(builder, self.heldout_split)
+        check_apart(f"splits {self.train_split!r} and {self.heldout_split!r}", train, heldout)
+        return Examples(builder, train if split == "train" else heldout, names, image_size)
