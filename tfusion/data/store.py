@@ -82,6 +82,11 @@ def _is_float(x) -> bool:
     return x.dtype.kind == "f" or x.dtype == BFLOAT16  # numpy calls the latter's kind V
 
 
+def stored_dtype(dtype) -> str:
+    """The name of the type that images of a type are stored in."""
+    return str(BFLOAT16 if _is_float(np.zeros(0, dtype)) else np.dtype(dtype))
+
+
 # ---------------------------------------------------------------- the ledger
 
 class Shard(NamedTuple):

@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import functools
+import hashlib
 import io
 import json
 import os
@@ -125,18 +127,43 @@ class Folder:
 
     def __getitem__(self, record: int) -> list:
         item = self.items[record]
-        caption = _read_caption(item.caption) if isinstance(item.caption, Path) else item.caption
+        caption = _read_caption(item) if isinstance(item.caption, Path) else item.caption
         try:
             picture = read_picture(item.path, self.image_size)
         except UserError as e:
-            raise Unreadable(str(e)) from e
+            raise Unreadable(str(e), "damaged picture", item.key) from e
         return [caption, picture] if caption else [picture]
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the captions of tables, and of every file's name, size and time."""
+        digest = hashlib.sha256()
+        for item in self.items:
+            files = [item.path, item.caption] if isinstance(item.caption, Path) else [item.path]
+            caption = item.caption if len(files) == 1 else ""
+            digest.update(repr((item.key, caption, *map(_state, files))).encode())
+        return digest.hexdigest()
 
-def _read_caption(path: Path) -> str:
-    if (size := path.stat().st_size) > LONGEST_CAPTION:
-        raise Unreadable(f"{path} has {size} bytes, a caption has at most {LONGEST_CAPTION}")
-    return read_text(path).strip()
+
+def _state(path: Path) -> tuple | None:
+    try:
+        about = path.stat()
+    except OSError:  # whoever wants to read it says so
+        return None
+    return about.st_size, about.st_mtime_ns
+
+
+def _read_caption(item: Captioned) -> str:
+    path = item.caption
+    try:
+        if (size := path.stat().st_size) > LONGEST_CAPTION:
+            raise Unreadable(f"{path} has {size} bytes, a caption has at most {LONGEST_CAPTION}",
+                             "long caption", item.key)
+        return read_text(path).strip()
+    except Unreadable:
+        raise
+    except (UserError, OSError) as e:
+        raise Unreadable(str(e), "unreadable caption", item.key) from e
 
 
 @config.register("source", "folder")

@@ -3,6 +3,7 @@
 import dataclasses
 import glob
 import gzip
+import hashlib
 import json
 import os
 import tempfile
@@ -132,7 +133,13 @@ class Jsonl:
         try:
             return read_picture(path, self.image_size)
         except UserError as e:
-            raise Unreadable(str(e)) from e
+            raise Unreadable(str(e), "damaged picture", str(path)) from e
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the lines that were chosen, and of every file's name, size and time."""
+        states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.files]
+        return hashlib.sha256(repr(states).encode() + np.asarray(self._places).tobytes()).hexdigest()
 
 
 @config.register("source", "jsonl")
