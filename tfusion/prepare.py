@@ -107,7 +107,7 @@ def prepare(format: RowFormat, tokenizer, codec: Codec | None, worker: tuple[int
     specs = {name: spec for name, spec in data.sources.items() if spec.share > 0}
     opened = {(name, split): spec.open(split, size)
               for name, spec in specs.items() for split in ("train", "heldout")}
-    wanted, all_jobs = plan.make(specs, opened, tokenizer, codec), shards.jobs(opened)
+    wanted, all_jobs = plan.make(specs, opened, tokenizer, codec), shards.jobs(opened, shards.RECORDS)
     with unfinished.begun(data.prepared, wanted, *worker) as folder:
         if folder is None:
             print(f"{data.prepared} holds these data already; delete it to prepare them anew")

@@ -43,13 +43,13 @@ READ = [[[97, 98], 10], [[99]], [[100, 101], 20, [102, 103, 104], 30], [40], [[1
 
 def test_records_become_ids_and_images_in_their_order(tmp_path):
     told = []
-    write(tmp_path, Job("mixed", "train", 0, RECORDS), Encoders(encode_text, Encoder()), told.append)
+    write(tmp_path, Job("mixed", "train", 0, RECORDS, 99), Encoders(encode_text, Encoder()), told.append)
     assert read(tmp_path) == READ and sum(told) == 5
 
 
 def test_shards_are_fixed_ranges_of_the_source(tmp_path):
     """Each alone, in any order, makes what all make."""
-    every = jobs({("mixed", "train"): RECORDS, ("mixed", "heldout"): []}, size=2)
+    every = jobs({("mixed", "train"): RECORDS, ("mixed", "heldout"): []}, 2)
     assert [(job.split, job.shard, list(job.records)) for job in every] == [
         ("train", 0, [0, 1]), ("train", 1, [2, 3]), ("train", 2, [4]), ("heldout", 0, [])]
     for job in reversed(every):
@@ -104,7 +104,7 @@ class Damaged(list):
 def test_what_cannot_be_used_is_skipped_and_counted(tmp_path):
     """One bad record stops nothing."""
     source = Damaged([["a"], [], [" \n", ""], [], [], ["b"], []])
-    write(tmp_path, Job("mixed", "train", 0, source), Encoders(encode_text, None))
+    write(tmp_path, Job("mixed", "train", 0, source, 99), Encoders(encode_text, None))
     assert read(tmp_path) == [[[97]], [[98]]]
     line, = store.ledger(tmp_path / "mixed" / "train").values()
     assert line["skipped"] == {"damaged picture": [2, ["1.png", "3.png"]], "unreadable": [1, ["record 4"]],
@@ -124,21 +124,22 @@ BAD_PARTS = {
 def test_a_part_that_is_neither_text_nor_picture_is_named(tmp_path, part, text):
     source = [["a", picture(1)], ["b"], ["c"], ["d", part]]
     with pytest.raises(UserError, match=f"mixed/train, record 3: {text}"):
-        write(tmp_path, Job("mixed", "train", 1, source, size=2), Encoders(encode_text, Encoder()))
+        write(tmp_path, Job("mixed", "train", 1, source, 2), Encoders(encode_text, Encoder()))
     assert store.finished(tmp_path, "mixed", "train") == set()
 
 
 def test_pictures_of_two_sizes_are_refused(tmp_path):
-    job = Job("mixed", "train", 0, [["a", picture(1)], [picture(1, 8)]])
+    job = Job("mixed", "train", 0, [["a", picture(1)], [picture(1, 8)]], 99)
     with pytest.raises(UserError, match=r"pictures of \(4, 4, 3\) and \(8, 8, 3\) in one source"):
         write(tmp_path, job, Encoders(encode_text, Encoder()))
 
 
 def test_an_encoder_that_loses_pictures_is_named(tmp_path):
     with pytest.raises(UserError, match=r"made \(3, 2, 2, 1\) of 4 pictures"):
-        write(tmp_path, Job("mixed", "train", 0, RECORDS), Encoders(encode_text, lambda x: Encoder()(x)[1:]))
+        write(tmp_path, Job("mixed", "train", 0, RECORDS, 99),
+              Encoders(encode_text, lambda x: Encoder()(x)[1:]))
 
 
 def test_pictures_without_a_codec_are_refused(tmp_path):
     with pytest.raises(UserError, match="--codec=WORKDIR is needed"):
-        write(tmp_path, Job("mixed", "train", 0, RECORDS), Encoders(encode_text, None))
+        write(tmp_path, Job("mixed", "train", 0, RECORDS, 99), Encoders(encode_text, None))

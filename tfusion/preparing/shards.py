@@ -28,21 +28,20 @@ class Encoders(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One shard to write."""
+    """One shard to write: records [shard * size, (shard + 1) * size) of what was opened."""
 
     source: str
     split: str
     shard: int
     opened: Opened
-    size: int = RECORDS  # of a full shard
+    size: int  # records of the source in a full shard
 
     @property
     def records(self) -> range:
-        """Of the source."""
         return range(self.shard * self.size, min((self.shard + 1) * self.size, len(self.opened)))
 
 
-def jobs(sources: dict, size: int = RECORDS) -> list[Job]:
+def jobs(sources: dict, size: int) -> list[Job]:
     """All shards of {(source, split): opened}; a split without records has one, which says so."""
     return [Job(name, split, shard, opened, size) for (name, split), opened in sources.items()
             for shard in range(max(1, -(-len(opened) // size)))]
