@@ -15,7 +15,7 @@ import numpy as np
 from tfusion import config
 from tfusion.data.pictures import read_picture
 from tfusion.data.sources.base import Source, Unreadable, held_out
-from tfusion.data.sources.files import read_text, walk, whole
+from tfusion.data.sources.files import inside, read_text, walk, whole
 from tfusion.errors import UserError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -119,14 +119,17 @@ def find(root: Path) -> list[Captioned]:
 class Folder:
     """Record i is [caption, picture], or [picture] where there is no caption."""
 
-    def __init__(self, items: list[Captioned], image_size: int | None):
-        self.items, self.image_size = items, image_size
+    def __init__(self, items: list[Captioned], image_size: int | None, root: Path):
+        self.items, self.image_size, self.root = items, image_size, root
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, record: int) -> list:
         item = self.items[record]
+        if not inside(self.root, item.path):
+            raise Unreadable(f"{item.key} leads out of {self.root}: pictures are taken from there alone",
+                             "path out of the folder", item.key)
         caption = _read_caption(item) if isinstance(item.caption, Path) else item.caption
         try:
             picture = read_picture(item.path, self.image_size)
@@ -177,4 +180,5 @@ class FolderSource(Source):
     def open(self, split: str, image_size: int | None = None) -> Folder:
         items = find(Path(self.path))
         held = held_out((item.key for item in items), self.heldout_fraction)
-        return Folder([items[i] for i in np.flatnonzero(held == (split == "heldout"))], image_size)
+        chosen = np.flatnonzero(held == (split == "heldout"))
+        return Folder([items[i] for i in chosen], image_size, Path(self.path))
