@@ -226,7 +226,7 @@ def main():
               f"({line['peak_mib_before']} before it began), store {line['store_mib']} MiB")
     for name, what in (("read", "read with captions"), ("prepared", "read, tokenised, encoded and written")):
         ratio = result["jpegs"][f"bare_over_{name}"]
-        print(f"256 px JPEGs {what}: {ratio['wall']:.0%} of bare decoding's rate, by CPU time {ratio['cpu']:.0%}")
+        print(f"256 px JPEGs {what}: {ratio['wall']:.0%} of bare decoding's rate, {ratio['cpu']:.0%} by CPU")
     same = result["bytes"]
     print(f"killed {len(same['kills'])} times: same bytes {same['killed_equals_whole']}; two processes: "
           f"{same['two_processes_equal_whole']}")
