@@ -161,7 +161,7 @@ def test_workers_side_by_side_make_the_same_bytes(tmp_path, whole, capsys):
     assert capsys.readouterr().out.count("left to other workers") == 2
     assert tree(tmp_path / "data") == whole
     prepare(tmp_path / "data", worker=(1, 3))  # a launcher started it again
-    assert tree(tmp_path / "data") == whole
+    assert tree(tmp_path / "data") == whole and os.listdir(tmp_path) == ["data"]
 
 
 def test_a_worker_that_is_missing_can_be_made_up_for(tmp_path, whole):

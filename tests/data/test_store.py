@@ -96,14 +96,24 @@ def test_reading_twice_gives_fresh_arrays(source):
 
 
 def test_shards_in_their_order_however_they_were_written(tmp_path):
-    for shard in (100_000, 2, 0):
-        write(tmp_path, [[text([shard % 97])]] * (shard % 5 + 1), shard)
+    for shard in (100_000, 99_999, 2):
+        write(tmp_path, [[text([shard])]] * (shard % 5 + 1), shard)
     source = Split(tmp_path, "mixed", "train")
-    assert [(s.name, s.records) for s in source.shards] == [("00000", 1), ("00002", 3), ("100000", 1)]
-    assert len(source) == 5 and source.read(1, [2])[0][0].values == [2] and source.image_shape is None
-    assert store.finished(tmp_path, "mixed", "train") == {0, 2, 100_000}
+    assert [(s.name, s.records) for s in source.shards] == [("00002", 3), ("99999", 5), ("100000", 1)]
+    assert len(source) == 9 and source.read(1, [2])[0][0].values == [99_999] and source.image_shape is None
+    assert store.finished(tmp_path, "mixed", "train") == {2, 99_999, 100_000}
     with pytest.raises(UserError, match="shard 00002 is written already"):
         write(tmp_path, shard=2)
+
+
+def test_a_shards_own_line_counts_before_the_collected_one(tmp_path):
+    """Both are there where one was killed while they were collected."""
+    write(tmp_path)
+    write_meta(tmp_path, ByteTokenizer(), "", (2, 2, 1))
+    folder = tmp_path / "mixed/train"
+    line = json.loads((folder / "ledger.jsonl").read_text())
+    (folder / "ledger.00000.jsonl").write_text(json.dumps(line | {"text_tokens": 7}))
+    assert store.ledger(folder)["00000"]["text_tokens"] == 7
 
 
 def test_the_digest_is_of_sizes_and_shards(tmp_path):
@@ -267,12 +277,13 @@ def test_missing_source_is_named(tmp_path):
     assert str(tmp_path / "stories" / "train") in told and "data.sources" in told
 
 
-def test_other_format_version_is_refused(tmp_path):
+@pytest.mark.parametrize("version", [3, store.FORMAT_VERSION + 1])
+def test_other_format_version_is_refused(tmp_path, version):
     write_meta(tmp_path, ByteTokenizer(), "def", (8, 8, 4))
     meta = read_meta(tmp_path)
-    (tmp_path / "meta.json").write_text(json.dumps(meta | {"format_version": 3}))
+    (tmp_path / "meta.json").write_text(json.dumps(meta | {"format_version": version}))
     told = message(read_meta, tmp_path)
-    assert "version 3" in told and f"reads {store.FORMAT_VERSION}" in told and "prepare" in told
+    assert f"version {version}" in told and f"reads {store.FORMAT_VERSION}" in told and "prepare" in told
     (tmp_path / "meta.json").write_text(json.dumps(meta)[:20])
     assert "is broken" in message(read_meta, tmp_path)
 

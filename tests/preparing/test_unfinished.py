@@ -5,6 +5,7 @@ import os
 import pytest
 
 from tfusion.errors import UserError
+from tfusion.preparing import unfinished
 from tfusion.preparing.unfinished import MARK, PLAN, begun, check, complete
 
 OLD, NEW = {"of": "old"}, {"of": "new"}
@@ -97,6 +98,21 @@ def test_workers_side_by_side(tmp_path):
     with begun(root, NEW, 1, 2) as folder:
         assert folder is None
     assert names(tmp_path) == ["data"] and names(root) == [".lock", MARK, "a", PLAN]
+
+
+def test_completed_by_another_worker_while_one_begins(tmp_path, monkeypatch):
+    """Between his look at the folder and his own lock: what is done is not begun once more."""
+    real = unfinished._holds
+
+    def completed_after_the_look(root, plan):
+        monkeypatch.setattr(unfinished, "_holds", real)
+        fill(root, "new")
+        return False
+
+    monkeypatch.setattr(unfinished, "_holds", completed_after_the_look)
+    with begun(tmp_path / "data", NEW, 1, 2) as folder:
+        assert folder is None
+    assert names(tmp_path) == ["data"]
 
 
 @pytest.mark.parametrize("end", ["", ".unfinished", ".old"])

@@ -41,6 +41,10 @@ def begun(root, plan: dict, worker: int = 0, workers: int = 1) -> Iterator[Path 
         return
     with contextlib.ExitStack() as held:
         with _gate(beside, make=True):
+            if _holds(root, plan):  # another worker has completed it meanwhile, and this folder is a new one
+                shutil.rmtree(beside)
+                yield None
+                return
             held.enter_context(hold(beside / f"{LOCK}.{worker}of{workers}"))
             _enter(beside, plan, worker, workers)
         yield beside
@@ -51,7 +55,9 @@ def check(root) -> None:
     something else than `prepare` made what stands there or beside it."""
     root, beside, old = _folders(root)
     if not root.exists() and (old / MARK).exists():
-        os.replace(old, root)
+        with contextlib.suppress(FileNotFoundError), _gate(beside):  # not between the moves of another worker
+            if not root.exists():
+                os.replace(old, root)
     for folder in (root, old):
         _check_ours(folder)
     if beside.exists() and any(beside.iterdir()) and not (beside / LOCK).exists():
@@ -78,7 +84,7 @@ def _enter(beside: Path, plan: dict, worker: int, workers: int) -> None:
         print(f"{beside} was made of other sources, another tokenizer or another codec: begun anew",
               file=sys.stderr)
         (beside / PLAN).unlink()  # first: what is half deleted must not be gone on with
-    for left in beside.iterdir():
+    for left in sorted(beside.iterdir()):
         if not left.name.startswith(LOCK):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     replace_text(beside / PLAN, _text(plan))
