@@ -68,6 +68,37 @@ def base(size: str | None = None, preset: str | None = None) -> ConfigDict:
     return config
 
 
+def small_transformer(config: ConfigDict) -> None:
+    """Makes a base config one for two CPU cores and minutes: 32 x 32 pictures, the shipped tokenizer."""
+    config.model.update(
+        num_layers=4, d_model=128, num_heads=4, num_kv_heads=4, d_ff=336, text_vocab_size=1022, remat="none",
+        compute_dtype="float32")
+    config.model.adapter.update(latent_size=8, latent_channels=8, patch_positions="learned")
+    config.process.prediction = "v"
+    config.data.update(tokenizer="default", image_first_fraction=0.45, image_first_max_t=0.25)
+    config.optimizer.update(learning_rate=3e-3, warmup_steps=60, b2=0.98, weight_decay=0.02, ema_decay=0.995)
+    config.train.update(batch_size=4, log_every=50, eval_every=1000, eval_documents=128, diagnostics_every=1000)
+    config.sampling.update(sampler="ddim", num_inference_steps=25, guidance_scale=2.5)
+
+
+def small_autoencoder() -> ConfigDict:
+    """Its image tokenizer, for any sources."""
+    config = ConfigDict(dict(
+        objective="autoencoder", **run(), data=dict(sources=dict()),
+        autoencoder=dict(image_size=32, latent_channels=8, downsample=4, width=64, num_blocks=1,
+                         kl_weight=1e-5)))
+    config.optimizer.update(learning_rate=3e-3, warmup_steps=60, b2=0.99, weight_decay=1e-4, ema_decay=0.995)
+    config.train.update(
+        num_steps=5000, batch_size=32, log_every=50, eval_every=1000, eval_documents=256, diagnostics_every=0,
+        checkpoint_every=2500)
+    return config
+
+
+def shorten(config: ConfigDict) -> None:
+    """The same path in seconds, for CI."""
+    config.train.update(num_steps=60, log_every=20, eval_every=30, eval_documents=16, checkpoint_every=30)
+
+
 def parse(arg: str | None, **groups) -> dict[str, str | None]:
     """The words after the colon of --config=FILE:word,word, in any order: {group: its word, or None}.
 

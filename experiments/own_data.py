@@ -28,7 +28,7 @@ that any text comes back as it was.
 
 from ml_collections import ConfigDict
 
-from experiments.common import base, parse, run
+from experiments.common import base, parse, shorten, small_autoencoder, small_transformer
 
 FILES = dict(share=1.0, heldout_fraction=0.02)
 KINDS = {"folder": FILES, "jsonl": FILES, "glosses": dict(share=1.0)}
@@ -48,31 +48,9 @@ def make_sources(named: list[str]) -> dict:
 
 def transfusion() -> ConfigDict:
     config = base()
-    config.model.update(
-        num_layers=4, d_model=128, num_heads=4, num_kv_heads=4, d_ff=336, text_vocab_size=1022, remat="none",
-        compute_dtype="float32")
-    config.model.adapter.update(latent_size=8, latent_channels=8, patch_positions="learned")
-    config.process.prediction = "v"
-    config.data.update(
-        prepared="runs/own/data", tokenizer="default", seq_len=256, image_share=0.8, window_rows=128,
-        image_first_fraction=0.45, image_first_max_t=0.25)
-    config.optimizer.update(learning_rate=3e-3, warmup_steps=60, b2=0.98, weight_decay=0.02, ema_decay=0.995)
-    config.train.update(
-        num_steps=4000, batch_size=4, log_every=50, eval_every=1000, eval_documents=128, diagnostics_every=1000,
-        checkpoint_every=1000)
-    config.sampling.update(sampler="ddim", num_inference_steps=25, guidance_scale=2.5)
-    return config
-
-
-def autoencoder() -> ConfigDict:
-    config = ConfigDict(dict(
-        objective="autoencoder", **run(), data=dict(sources=dict()),
-        autoencoder=dict(image_size=32, latent_channels=8, downsample=4, width=64, num_blocks=1,
-                         kl_weight=1e-5)))
-    config.optimizer.update(learning_rate=3e-3, warmup_steps=60, b2=0.99, weight_decay=1e-4, ema_decay=0.995)
-    config.train.update(
-        num_steps=5000, batch_size=32, log_every=50, eval_every=1000, eval_documents=256, diagnostics_every=0,
-        checkpoint_every=2500)
+    small_transformer(config)
+    config.data.update(prepared="runs/own/data", seq_len=256, image_share=0.8, window_rows=128)
+    config.train.update(num_steps=4000, checkpoint_every=1000)
     return config
 
 
@@ -83,10 +61,10 @@ def get_config(arg=None):
                        objective=("transfusion", "autoencoder"), length=("smoke",))
     except ValueError as e:
         raise ValueError(f"{e}; and sources, NAME=KIND: {EXAMPLES}") from None
-    config = autoencoder() if chosen["objective"] == "autoencoder" else transfusion()
+    config = small_autoencoder() if chosen["objective"] == "autoencoder" else transfusion()
     config.data.sources = make_sources([word for word in words if "=" in word])
-    if chosen["length"] == "smoke":  # the same path in seconds
-        config.train.update(num_steps=60, log_every=20, eval_every=30, eval_documents=16, checkpoint_every=30)
+    if chosen["length"] == "smoke":
+        shorten(config)
         if "prepared" in config.data:
             config.data.prepared = "runs/own_smoke/data"
     return config

@@ -24,7 +24,7 @@ def import_verb(name: str):
     of other verbs step aside meanwhile, and its own become plain values, SimpleNamespace(value=default)."""
     def ours():
         return {flag: flags.FLAGS[flag] for flag in flags.FLAGS
-                if flags.FLAGS.find_module_defining_flag(flag).startswith("tfusion.")}
+                if (flags.FLAGS.find_module_defining_flag(flag) or "tfusion.").startswith("tfusion.")}
 
     others = ours()
     for flag in others:
@@ -32,7 +32,8 @@ def import_verb(name: str):
     module = importlib.import_module(f"tfusion.{name}")
     for key, holder in list(vars(module).items()):
         if isinstance(holder, flags.FlagHolder):
-            setattr(module, key, SimpleNamespace(value=holder.default))
+            flag = others.get(holder.name)  # of a module that was imported before
+            setattr(module, key, SimpleNamespace(value=holder.default if flag is None else flag.default))
     for flag in ours():
         delattr(flags.FLAGS, flag)
     for flag, value in others.items():

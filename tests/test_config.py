@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import config_flags
 
 from experiments import quickstart
-from tfusion import config
+from tfusion import config, experiment
 from tfusion.errors import UserError
 from tfusion.models.transformer import TransformerConfig
 from tfusion.objectives import make_objective
@@ -115,7 +115,9 @@ def test_choices_are_found_by_class():
 
 
 def test_kinds_are_listed():
-    assert message(objective="nonsense") == "objective = 'nonsense'; choices: autoencoder, transfusion"
+    assert message(objective="nonsense") == (
+        f"objective = 'nonsense'; choices: {', '.join(config.REGISTRY['objective'])}")
+    assert config.REGISTRY["objective"].keys() >= {"autoencoder", "transfusion"}
     for name, kinds in (("model.adapter", "linear"), ("process", "ddpm")):
         group = functools.reduce(dict.__getitem__, name.split("."), tree())
         for wrong in ({**group, "kind": "x"}, {key: group[key] for key in group if key != "kind"}):
@@ -230,6 +232,15 @@ def test_more_sampling_steps_than_timesteps():
         "sampling.num_inference_steps = 1001 must be at most process.num_timesteps = 1000")
 
 
+@pytest.mark.parametrize("name", ["a.b", "../x", "meta.json", "x/y", ""])
+def test_names_of_sources(name):
+    """They name folders, and keys on the command line."""
+    changed = tree()
+    changed["data"]["sources"][name] = changed["data"]["sources"]["scenes"]
+    with pytest.raises(UserError, match="must be a name of letters"):
+        config.from_dict(changed)
+
+
 @pytest.mark.parametrize("changes", [{"data__sources": {}}, {
     f"data__sources__{name}__share": 0.0 for name in ("scenes", "stories", "glosses")}])
 def test_sources_without_a_share(changes):
@@ -251,7 +262,7 @@ def test_round_trip_through_json(tmp_path):
 
 
 def test_load_from_a_folder_that_is_no_workdir(tmp_path):
-    with pytest.raises(UserError, match=r"config\.json not found: --workdir must be the workdir of"):
+    with pytest.raises(UserError, match=r"config\.json not found: .* is not the workdir of"):
         config.load(tmp_path)
 
 
@@ -286,6 +297,12 @@ def test_replace_text_is_whole_or_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         config.replace_text(path, "newer")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_experiment_without_variants(tmp_path):
+    path = tmp_path / "ten_lines.py"
+    path.write_text("def get_config():\n    return {}\n")
+    assert experiment._variants(str(path)) == f"{path} has no variants"
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path, monkeypatch):

@@ -60,6 +60,12 @@ CASES = {  # name: (verb, arguments, what the line says)
     "kind_by_flag": ("train", [*OWN, "--config.data.sources.photos.kind=jsonl"],
                      ["--config.data.sources.photos.kind: a kind brings keys of its own",
                       "of experiments/own_data.py, at most one of each: objective", "photos=folder, notes="]),
+    "inspect_pictures_alone": (
+        "prepare", ["--config=experiments/quickstart.py:autoencoder", "--inspect=TMP/x.png"],
+        ["trains on data.sources as they are"]),
+    "tokens_of_no_rows": (
+        "plan", ["--config=experiments/quickstart.py:autoencoder", "--topology=h100-8", "--tokens=1e9"],
+        ["--tokens and --flops count positions of rows", "set --config.train.num_steps"]),
     "no_folder_of_pictures": ("train", [*OWN, "--config.data.sources.photos.path=TMP/none"],
                               ["TMP/none not found", "--config.data.sources.NAME.path=DIR"]),
     "no_pictures": ("train", [*OWN, "--config.data.sources.photos.path=TMP/held"],

@@ -172,6 +172,22 @@ def test_a_finished_run_is_left_as_it_is(whole, copied):
     assert digest(copied / "checkpoints") == digest(workdir / "checkpoints")
 
 
+def test_a_changed_key_counts_for_nothing_where_nothing_is_left_to_train(whole, copied, capsys):
+    before = (copied / "config.json").read_text()
+    train(replace(config.load(copied), "optimizer", learning_rate=0.5), copied)
+    assert (copied / "config.json").read_text() == before and not (copied / "config_changes.jsonl").exists()
+    assert f"step {STEPS} of {STEPS} is done" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_is_not_done(copied, monkeypatch):
+    """summary.json says that a run is at its end: who follows it would stop."""
+    assert (copied / "summary.json").exists()
+    seen = []
+    monkeypatch.setattr(loop, "finish", lambda workdir, *_: seen.append((workdir / "summary.json").exists()))
+    train(with_train(config.load(copied), num_steps=STEPS + 2), copied)
+    assert seen == [False]
+
+
 def victims(folder) -> dict:
     """Files whose loss must be noticed: the largest of an item, its index, the small meta."""
     files = [p for p in (folder / "optimizer").rglob("*") if p.is_file()]

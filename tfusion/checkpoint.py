@@ -127,11 +127,22 @@ def _insane(tree) -> list[str]:
 
 
 def save_frozen(workdir, tree) -> None:
-    """Saves the frozen trees of a run; nothing where there are none."""
+    """Saves the frozen trees of a run; nothing where there are none.
+
+    Raises UserError where they are not dicts and lists: what is read back is, and the step must see the same.
+    """
     if jax.tree.leaves(tree):
+        if not (isinstance(tree, dict) and _is_read_back(tree)):
+            raise UserError("Objective.frozen must give a dict, of arrays and further dicts and lists")
         folder = Path(workdir).absolute() / FROZEN
         with _one_line(folder), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder, tree, force=True)
+
+
+def _is_read_back(tree) -> bool:
+    """Whether a tree has the containers that a checkpoint gives back."""
+    inside = tree.values() if type(tree) is dict else tree if type(tree) is list else None
+    return hasattr(tree, "dtype") if inside is None else all(map(_is_read_back, inside))
 
 
 def load_frozen(workdir, meta: dict, place):

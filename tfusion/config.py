@@ -156,7 +156,7 @@ def load(workdir) -> RunConfig:
     """Reads the resolved configuration that `train` left in a workdir."""
     path = Path(workdir) / "config.json"
     if not path.exists():
-        raise UserError(f"{path} not found: --workdir must be the workdir of a training run")
+        raise UserError(f"{path} not found: {workdir} is not the workdir of a training run")
     try:
         tree = json.loads(path.read_text())
     except ValueError as e:

@@ -1,13 +1,16 @@
 """Measures a trained run and writes `<workdir>/evaluation/`: metrics.json, and what the report shows.
 
   python -m tfusion.evaluate --workdir=runs/quickstart/transfusion
-  python -m tfusion.evaluate --workdir=/mnt/copied --config.data.prepared=/mnt/data     where the data are now
+  python -m tfusion.evaluate --workdir=/mnt/copied --config.data.prepared=/mnt/data     where the data are now;
+      pictures are read from the raw ones: --config.data.sources.NAME.path=DIR
   python -m tfusion.evaluate --workdir=runs/quickstart/transfusion --follow     each checkpoint of a run under
       way, into evaluation/steps/<step>/, until the run is done
 
 Any run: what it cannot do, or has no data for, is named and left out.
 """
 
+import re
+import sys
 import time
 from pathlib import Path
 
@@ -29,17 +32,21 @@ STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the latest
 MESH = flags.DEFINE_string("mesh", None, "devices to spread the model over, such as fsdp=4; default: one")
 FOLLOW = flags.DEFINE_bool("follow", False, "wait for new checkpoints and evaluate each, until the run is done")
 POLL = flags.DEFINE_float("poll_seconds", 30.0, "how long --follow waits between looks", lower_bound=0.1)
+# Sources are the run's own: those that flags name have a place for their path; `load` sees whether it has them.
+NAMED = re.findall(r"(?m)^--?config\.data\.sources\.(\w+)\.path\b", "\n".join(sys.argv))
 with parsing():
     DATA = config_flags.DEFINE_config_dict(
-        "config", ConfigDict({"data": {"prepared": config_dict.placeholder(str)}}),
-        help_string="--config.data.prepared=DIR: where the data are now")
+        "config", ConfigDict({"data": {"prepared": config_dict.placeholder(str), "sources": {
+            name: {"path": config_dict.placeholder(str)} for name in NAMED}}}),
+        help_string="--config.data.prepared=DIR, --config.data.sources.NAME.path=DIR: where the data are now")
 
 
 def load(workdir: Path, step: int | None, mesh) -> trained.Trained:
     """The run, its config with the flags put in. Data that are there, or named by flag, must be the run's."""
     opened = trained.load(workdir, step, mesh)
-    named = DATA.value.data.prepared
-    cfg = config.changed(opened.cfg, {"data.prepared": named})
+    named, sources = DATA.value.data.prepared, DATA.value.data.sources
+    cfg = config.changed(opened.cfg, {"data.prepared": named} | {
+        f"data.sources.{name}.path": sources[name].path for name in sources})
     folder = prepared_folder(cfg)
     if folder and (named or folder.exists()):
         trained.check_data(opened, folder)

@@ -34,6 +34,8 @@ def _variants(path: str) -> str:
     spec.loader.exec_module(module)
     try:
         module.get_config("?")
+    except TypeError:  # it takes no argument
+        return f"{path} has no variants"
     except ValueError as e:
         return str(e).replace("unknown variant '?'; ", f"of {path}, ")
     return f"{path} has no variants"

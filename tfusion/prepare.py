@@ -8,6 +8,7 @@ What data.prepared held before is replaced at the end, and only if this verb mad
 goes on; several processes share the work by --worker=0/2 and --worker=1/2.
 """
 
+import dataclasses
 import json
 import re
 import time
@@ -60,7 +61,7 @@ def inspect(cfg: config.RunConfig, path: Path) -> None:
     if path.suffix != ".png" or not path.parent.is_dir():
         raise UserError(f"--inspect={path} must name a .png file in a folder that exists")
     batch = next(pipeline.batches(kind_of(cfg).open_rows(cfg), 0, 1, INSPECT_ROWS.value))
-    print(draw_rows(batch, cfg.model.image_attention, INSPECT_BLOCK.value, path))
+    print(draw_rows(batch, kind_of(cfg).trunk(cfg).image_attention, INSPECT_BLOCK.value, path))
     print(f"wrote {path}")
 
 
@@ -99,6 +100,7 @@ def finish(folder: Path, format: RowFormat, tokenizer, codec: Codec | None, bega
     write_timing(folder, "prepare", time.perf_counter() - began)
     store.write_meta(folder, tokenizer, codec.fingerprint if codec else "", format.image_shape,
                      CODEC_RUN.value and str(Path(CODEC_RUN.value).absolute()),
+                     {name: dataclasses.asdict(spec) for name, spec in format.data.sources.items()},
                      store.stored_dtype(codec.dtype if codec else np.float32), plan.preprocessing(codec))
     print("\n".join(card.lines(about)))
 
@@ -127,13 +129,13 @@ def main() -> None:
         raise UserError("--config=experiments/FILE.py is needed, and --codec=WORKDIR where there are "
                         "pictures; see --help")
     distributed.start_process()
-    began, cfg = time.perf_counter(), experiment.read(CONFIG)
-    if INSPECT.value:
-        return inspect(cfg, Path(INSPECT.value))
+    began, cfg = time.perf_counter(), config.absolute(experiment.read(CONFIG))
     worker, format = parse_worker(WORKER.value), kind_of(cfg).row_format(cfg)
     if format is None:
         raise UserError(f"objective = '{cfg.objective}' trains on data.sources as they are: there is "
                         "nothing to prepare")
+    if INSPECT.value:
+        return inspect(cfg, Path(INSPECT.value))
     data, V = format.data, format.vocabulary.text_vocab_size
     tokenizer = load_tokenizer(data.tokenizer)
     if tokenizer.vocab_size != V:

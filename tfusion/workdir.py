@@ -3,6 +3,7 @@
     config.json            the resolved config; config_changes.jsonl   what resumes changed in it
     tokenizer.json, tokenizer.model, codec.npz       copied from the data, so that the run stands alone
     checkpoints/<step>/    metrics.jsonl    tensorboard/    summary.json    timing.json
+    frozen/                trees that training reads and never changes, where it has any
     evaluation/            metrics.json, written last; <evaluator>/card.json, card.npz; steps/<step>/ (--follow)
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 from tfusion.config import replace_text
 from tfusion.errors import UserError
 
-CODEC = "codec.npz"  # pictures <-> latents (inference/autoencoder.py)
+CODEC = "codec.npz"  # pictures <-> latents (models/codecs)
 LOCK, CHANGES = ".lock", "config_changes.jsonl"
 
 

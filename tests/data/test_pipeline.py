@@ -293,3 +293,17 @@ def test_sources_may_be_written_in_any_order(cfg):
     turned = replace(cfg, "data", sources=dict(reversed(cfg.data.sources.items())))
     assert list(turned.data.sources) != list(cfg.data.sources)
     assert open_rows(turned).plan(0) == open_rows(cfg).plan(0)
+
+
+def test_other_sources_than_were_prepared_are_said(cfg, capsys):
+    """Training takes what stands in data.prepared: who changed a path and did not prepare is told."""
+    sources = {name: dataclasses.asdict(spec) for name, spec in cfg.data.sources.items()}
+    pipeline.warn_of_other_sources({"sources": sources}, cfg.data.sources)
+    pipeline.warn_of_other_sources({}, cfg.data.sources)  # prepared by other means
+    sources["scenes"] |= {"share": 0.9}  # that is training's own
+    pipeline.warn_of_other_sources({"sources": sources}, cfg.data.sources)
+    assert capsys.readouterr().err == ""
+    sources["scenes"] |= {"num_records": 7}
+    pipeline.warn_of_other_sources({"sources": sources}, cfg.data.sources)
+    assert "data.sources.scenes was prepared with num_records = 7, the config has 200" in (
+        capsys.readouterr().err)

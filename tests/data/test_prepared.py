@@ -93,10 +93,11 @@ def test_text_only_source_has_no_latents(tmp_path):
 
 
 def test_meta_round_trip(tmp_path):
-    write_meta(tmp_path, ByteTokenizer(), "def", (8, 8, 4), "runs/autoencoder")
+    sources = {"photos": {"kind": "folder", "path": "/photos"}}
+    write_meta(tmp_path, ByteTokenizer(), "def", (8, 8, 4), "runs/autoencoder", sources)
     assert read_meta(tmp_path) == {"format_version": FORMAT_VERSION, "tokenizer": ByteTokenizer.fingerprint,
                                    "codec": "def", "vocab_size": 260, "latent_shape": [8, 8, 4],
-                                   "codec_run": "runs/autoencoder"}
+                                   "codec_run": "runs/autoencoder", "sources": sources}
     assert identity(read_meta(tmp_path)) == {"tokenizer": ByteTokenizer.fingerprint, "codec": "def"}
     assert load_saved(tmp_path).fingerprint == ByteTokenizer.fingerprint
     assert [path.name for path in assets(tmp_path)] == ["tokenizer.json"]
@@ -188,10 +189,13 @@ def test_an_encoder_that_loses_pictures_is_named(tmp_path):
         write_source(tmp_path / "s", RECORDS, encode_text, lambda x: encode_images(x)[1:])
 
 
-@pytest.mark.parametrize("scale, warned", [(0.1, True), (1.0, False), (10.0, True)])
-def test_latents_far_from_unit_variance_are_said(tmp_path, capsys, scale, warned):
-    noise = np.random.default_rng(0).normal(size=(4, 8, 8, 2)) * scale
-    write_source(tmp_path / "s", RECORDS, encode_text, lambda _: noise)
+@pytest.mark.parametrize("scale, number, warned", [
+    (0.1, 100, True), (1.0, 100, False), (10.0, 100, True), (10.0, 99, False)])
+def test_latents_far_from_unit_variance_are_said(tmp_path, capsys, scale, number, warned):
+    """But of a few pictures, whose deviation says little."""
+    noise = np.random.default_rng(0).normal(size=(number, 8, 8, 2)) * scale
+    records = [[np.zeros((32, 32, 3), np.uint8)]] * number
+    write_source(tmp_path / "s", records, encode_text, lambda _: noise)
     assert ("normalise them" in capsys.readouterr().err) == warned
 
 

@@ -231,11 +231,13 @@ def test_a_part_that_is_something_else_is_named(tmp_path, record, message):
     assert store.finished(tmp_path, "mixed", "train") == set()
 
 
-@pytest.mark.parametrize("scale, warned", [(0.1, True), (1.0, False), (10.0, True)])
-def test_latents_far_from_unit_variance_are_said(tmp_path, capsys, scale, warned):
-    noise = np.random.default_rng(0).normal(size=(4, 8, 8, 2)) * scale
-    for shard in (0, 1):
-        write(tmp_path, [[image(noise[2 * shard])], [image(noise[2 * shard + 1])]], shard)
+@pytest.mark.parametrize("scale, number, warned", [
+    (0.1, 100, True), (1.0, 100, False), (10.0, 100, True), (10.0, 99, False)])
+def test_latents_far_from_unit_variance_are_said(tmp_path, capsys, scale, number, warned):
+    """But of a few pictures, whose deviation says little."""
+    noise = np.random.default_rng(0).normal(size=(number, 8, 8, 2)) * scale
+    for shard, some in enumerate((noise[:60], noise[60:])):
+        write(tmp_path, [[image(x)] for x in some], shard)
     write_meta(tmp_path, ByteTokenizer(), "mine", (8, 8, 2))
     assert capsys.readouterr().err.count("normalise them") == warned
     mean, std = store.spread(store.ledger(tmp_path / "mixed" / "train").values())
@@ -255,11 +257,12 @@ def message(call, *args) -> str:
 def test_meta_round_trip(tmp_path):
     write(tmp_path)
     write(tmp_path, shard=1)
-    write_meta(tmp_path, ByteTokenizer(), "def", (8, 8, 4), "runs/autoencoder")
+    sources = {"photos": {"kind": "folder", "path": "/photos"}}
+    write_meta(tmp_path, ByteTokenizer(), "def", (8, 8, 4), "runs/autoencoder", sources)
     assert read_meta(tmp_path) == {
         "format_version": store.FORMAT_VERSION, "tokenizer": ByteTokenizer.fingerprint, "codec": "def",
         "preprocessing": "", "vocab_size": 260, "image_shape": [8, 8, 4], "image_dtype": "bfloat16",
-        "codec_run": "runs/autoencoder"}
+        "codec_run": "runs/autoencoder", "sources": sources}
     assert identity(read_meta(tmp_path)) == {"tokenizer": ByteTokenizer.fingerprint, "codec": "def"}
     assert load_saved(tmp_path).fingerprint == ByteTokenizer.fingerprint
     assert [path.name for path in assets(tmp_path)] == ["tokenizer.json"]

@@ -69,6 +69,21 @@ def test_what_ends_while_it_is_looked_at_is_not_missed(tmp_path):
     assert training.evaluated == [10, 20]
 
 
+def test_one_that_is_being_deleted_is_passed_over(tmp_path, capsys):
+    """It is listed still, and its files are gone: older than those that a run keeps."""
+    training = Training(tmp_path, [10, 20, 30], [10, 20, 30])
+    evaluate = training.evaluate
+
+    def half_deleted(step, place):
+        if step == 10:
+            raise UserError("a file is not there")
+        evaluate(step, place)
+
+    training.evaluate = half_deleted
+    training.follow()
+    assert training.evaluated == [20, 30] and "step 10: the checkpoint is gone" in capsys.readouterr().out
+
+
 def test_what_was_begun_and_not_done_is_done_again(tmp_path):
     (tmp_path / "evaluation/steps/10").mkdir(parents=True)
     training = Training(tmp_path, [10])

@@ -35,6 +35,7 @@ def test_psnr_by_hand():
     assert psnr(bright, dark) == pytest.approx(want)  # bytes must not wrap around
     black, white = np.zeros((1, 2, 2, 3), np.uint8), np.full((1, 2, 2, 3), 255, np.uint8)
     assert psnr(black, white) == pytest.approx(0)
+    assert 80 < psnr(black, black) < 100  # not infinity, which JSON does not have
     half = dark.copy()
     half[0] += 20  # 400 in one picture, 0 in the other: the errors are averaged, not the decibels
     assert psnr(dark, half) == pytest.approx(10 * math.log10(255**2 / 200))

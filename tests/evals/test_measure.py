@@ -14,7 +14,7 @@ from tfusion import config, evals, inference
 from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError
 from tfusion.evals import base, measure
-from tfusion.evals.base import Evaluator, LeftOut, Options
+from tfusion.evals.base import EVALUATORS, NEEDS, Evaluator, LeftOut, Options
 from tfusion.inference.trained import Trained
 from tfusion.objectives.base import Aux
 from tfusion.reporting.run_page import write_report
@@ -107,7 +107,7 @@ METRIC = '''
     import numpy as np
 
     from tfusion import inference
-    from tfusion.evals import statistics
+    from tfusion.evals import figure
     from tfusion.evals.base import Evaluator, register, section, write_card
 
 
@@ -116,7 +116,7 @@ METRIC = '''
         items = [{"caption": f"dark number {i}"} for i in range(len(made))]
         write_card(folder, section("dark", "How dark it is", {
             "kind": "gallery", "images": "made", "items": items, "of": len(items)}), made=made)
-        return {"dark": statistics.share("Dark pictures", [bool(x.max() < 9) for x in made], want=0.9)}
+        return {"dark": figure.share("Dark pictures", [bool(x.max() < 9) for x in made], want=0.9)}
 
 
     register(Evaluator("darkness", ("reconstruct",), run))
@@ -152,13 +152,40 @@ def test_a_metric_is_one_file(toy_metric, tmp_path):
     folder = tmp_path / "toy"
     measure.evaluate(toy_run(folder), folder / "evaluation", Options())
     found = json.loads((folder / "evaluation/metrics.json").read_text())
-    assert found["evaluators"] == ["losses", "darkness"] and found["step"] == 2
+    assert found["evaluators"] == ["documents", "losses", "darkness"] and found["step"] == 2
     assert found["metrics"]["dark"]["value"] == 1.0 and found["metrics"]["error"]["value"] < 0.01
     assert {"scenes", "baselines", "reconstructions"} <= found["left_out"].keys()
     write_report(folder, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "Dark pictures" in page and "How dark it is" in page and "dark number 2</figcaption>" in page
     assert "✓ As good as wanted: all 1 figures" in page and "Held-out error" in page
+
+
+def test_a_broken_evaluator_stops_no_other(toy_metric, tmp_path, monkeypatch, capsys):
+    def broken(run, folder, options):
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setitem(EVALUATORS, "broken", Evaluator("broken", (), broken, order=0))
+    with pytest.raises(UserError, match=r"^broken failed \(above\)"):
+        measure.evaluate(toy_run(tmp_path / "toy"), tmp_path / "evaluation", Options())
+    found = json.loads((tmp_path / "evaluation/metrics.json").read_text())
+    assert found["metrics"]["dark"]["value"] == 1.0
+    assert found["left_out"]["broken"] == "it failed: ZeroDivisionError: by zero"
+    assert "Traceback" in capsys.readouterr().err  # it is code that failed, no mistake of the user's
+
+
+def test_what_cannot_be_measured_again_is_kept(toy_metric, tmp_path, monkeypatch):
+    """Data gone, say: the figures that they gave stay, and the user is told."""
+    run, place = toy_run(tmp_path / "toy"), tmp_path / "evaluation"
+    monkeypatch.setitem(NEEDS, "data", lambda run: None)
+    monkeypatch.setitem(EVALUATORS, "kept", Evaluator("kept", ("data",), lambda *_: {}, order=0))
+    measure.evaluate(run, place, Options())
+    before = (place / "metrics.json").read_text()
+    monkeypatch.setitem(NEEDS, "data", lambda run: "DIR is gone")
+    with pytest.raises(UserError, match=r"cannot be measured now \(DIR is gone\)"):
+        measure.evaluate(run, place, Options())
+    assert (place / "metrics.json").read_text() == before
+    measure.evaluate(run._replace(step=3), place, Options())  # of another step it is another evaluation
 
 
 def test_metrics_json_is_the_last_file(done, prepared_root, tmp_path, monkeypatch):
@@ -182,7 +209,7 @@ def test_a_folder_that_is_named_must_be_there(verb, prepared_root, monkeypatch):
     """Data that are gone are left out; a folder named by flag is not passed over."""
     run = run_of(with_data(prepared_root, prepared="/nowhere/data"))
     monkeypatch.setattr(verb.trained, "load", lambda *args: run)
-    flag = SimpleNamespace(value=SimpleNamespace(data=SimpleNamespace(prepared=None)))
+    flag = SimpleNamespace(value=SimpleNamespace(data=SimpleNamespace(prepared=None, sources={})))
     monkeypatch.setattr(verb, "DATA", flag)
     assert verb.load("x", None, None).cfg.data.prepared == "/nowhere/data"
     flag.value.data.prepared = "/elsewhere"
@@ -193,7 +220,7 @@ def test_a_folder_that_is_named_must_be_there(verb, prepared_root, monkeypatch):
 def test_data_of_another_tokenizer_are_refused(verb, prepared_root, monkeypatch):
     run = run_of(tiny_config(prepared_root))._replace(identity={"tokenizer": "another"})
     monkeypatch.setattr(verb.trained, "load", lambda *args: run)
-    flag = SimpleNamespace(value=SimpleNamespace(data=SimpleNamespace(prepared=None)))
+    flag = SimpleNamespace(value=SimpleNamespace(data=SimpleNamespace(prepared=None, sources={})))
     monkeypatch.setattr(verb, "DATA", flag)
     with pytest.raises(UserError, match="trained on other data"):
         verb.load("x", None, None)

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -61,6 +64,16 @@ def test_a_copy_without_its_data_has_all_that_sampling_needs(trained_once, copie
     prompt = [[layout.text([run.cfg.vocabulary.boi])]]
     drawn = transfusion.generate(run.cfg, run.params, prompt, max_new_tokens=0, max_images=1)
     assert run.codec.decode(drawn[0][0].values[None]).shape == (1, 32, 32, 3)
+
+
+@pytest.mark.parametrize("mesh", ["None", "sharding.parse_mesh('fsdp=2')"])
+def test_no_mesh_need_be_entered(copied, mesh):
+    """As a verb opens it, on a machine of two devices: this file's other tests run inside a mesh."""
+    code = (f"from tfusion import sharding; from tfusion.inference import trained; "
+            f"print(trained.load({str(copied)!r}, mesh={mesh}).step)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={
+        **os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"})
+    assert done.returncode == 0 and int(done.stdout) == STEPS, done.stderr
 
 
 def test_nothing_else_of_the_checkpoint_is_read(trained_once, copied):

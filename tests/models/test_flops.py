@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 from flax import linen as nn
-from tfusion.models.image_adapters import TIME_FEATURES
 
 from experiments import transfusion
 from tfusion import config
 from tfusion.models import flops, lm_head
+from tfusion.models.adapters.linear import TIME_FEATURES
 from tfusion.objectives import make_objective
 from tfusion.objectives import transfusion as objective
 from tfusion.objectives.base import Aux
@@ -41,7 +41,7 @@ def traced_products(cfg):
     jaxpr = jax.make_jaxpr(lambda p, b: gradients(made, p, Aux(0, {}, {}), b, noise_key(0, 0), 1)[0])(
         unboxed(made), batch)
     found = walk.equations(jaxpr.jaxpr, "cpu", chunks)
-    return [(times * walk.dot_flops(eqn), [v.aval.shape for v in (*eqn.invars, *eqn.outvars)])
+    return [(times * walk.product_flops(eqn), [v.aval.shape for v in (*eqn.invars, *eqn.outvars)])
             for eqn, times, _ in found if eqn.primitive.name == "dot_general"]
 
 

@@ -177,13 +177,19 @@ def test_walk_counts_loops_shards_and_platforms():
 
     def flops_of(f, shape, platform, *more):
         jaxpr = jax.make_jaxpr(f)(jax.ShapeDtypeStruct(shape, jnp.float32), *more).jaxpr
-        return sum(walk.dot_flops(eqn) * n for eqn, n, _ in walk.equations(jaxpr, platform, loops=7))
+        return sum(walk.product_flops(eqn) * n for eqn, n, _ in walk.equations(jaxpr, platform, loops=7))
 
     assert flops_of(loop, (8, 8), "tpu") == 5 * 2 * 2 * 8**3
     assert flops_of(loop, (8, 8), "cpu") == 5 * 2 * 8**3
     assert flops_of(some, (8, 8), "tpu", 3) == 7 * 2 * 8**3
     with compile.entered(mesh):
         assert flops_of(sharded, (4, 8, 8), "tpu") == 4 * 2 * 8**3
+
+    def conv(x):  # 3 x 3, 4 to 6 channels, in two groups
+        return jax.lax.conv_general_dilated(x, jnp.ones((3, 3, 2, 6)), (1, 1), "SAME", feature_group_count=2,
+                                            dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    assert flops_of(conv, (5, 8, 8, 4), "cpu") == 2 * 5 * 64 * 6 * 9 * 2
 
 
 @pytest.mark.parametrize(("micros", "shape"), [
@@ -197,7 +203,7 @@ def test_the_walk_counts_the_head_by_the_expected_number_of_scored_positions(mic
     jaxpr = compile.trace(cfg, compile.abstract_state(cfg), mesh).jaxpr.jaxpr
     found = list(walk.equations(jaxpr, platform, roofline.expected_chunks(cfg, shape)))
     D, V, scored = cfg.model.d_model, cfg.model.padded_vocab_size, kind_of(cfg).expected(cfg).scored
-    head = sum(walk.dot_flops(eqn) * n for eqn, n, _ in found
+    head = sum(walk.product_flops(eqn) * n for eqn, n, _ in found
                if any(V // shape["tensor"] in v.aval.shape for v in (*eqn.invars, *eqn.outvars)))
     assert head == pytest.approx(3 * 2 * D * V * scored)
     assert sum(eqn.primitive.name == "while" for eqn, *_ in found) == 1
@@ -271,9 +277,10 @@ def test_other_compiler_errors_are_one_line():
     (500, 1, "train.batch_size=384 or 512"), (100, 1, "batch_size=128, or --config.mesh.tensor=2"),
     (128, 3, "batch_size=384")])
 def test_batch_that_does_not_divide(batch_size, micros, message):
+    mesh = topology.abstract_mesh(config.MeshConfig(1, -1, 1, 1), parse_accelerator("v5p-256"))
     with pytest.raises(UserError, match=message):
-        topology.check_batch(batch_size, micros, {"data": 1, "fsdp": 128, "tensor": 1})
-    topology.check_batch(512, 4, {"data": 1, "fsdp": 128, "tensor": 1})
+        sharding.check_batch_size(batch_size, micros, mesh)
+    sharding.check_batch_size(512, 4, mesh)
 
 
 def test_mesh_that_does_not_fit_the_chips():

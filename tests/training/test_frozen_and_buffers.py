@@ -15,7 +15,7 @@ import pytest
 from tests import toy
 from tests.conftest import replace
 from tests.test_resume import assert_same_bits
-from tfusion import config, sharding
+from tfusion import checkpoint, config, sharding
 from tfusion.data import packing
 from tfusion.errors import UserError
 from tfusion.inference import trained
@@ -204,3 +204,11 @@ def test_frozen_trees_that_were_lost_are_one_line(toy_cfg, whole, tmp_path, how)
         with pytest.raises(UserError, match=line) as e:
             use()
         assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("tree", [(1.0, 2.0), {"a": (1.0,)}, 1.0], ids=["tuple", "inside", "leaf"])
+def test_frozen_trees_are_dicts(tree, tmp_path):
+    """What is read back is: another container would be another tree to the resumed step."""
+    with pytest.raises(UserError, match="must give a dict, of arrays"):
+        checkpoint.save_frozen(tmp_path, jax.tree.map(np.float32, tree))
+    assert not (tmp_path / "frozen").exists()

@@ -11,6 +11,7 @@ import pytest
 from tests.conftest import tiny_autoencoder_config
 from tfusion.errors import UserError
 from tfusion.objectives import kind_of
+from tfusion.objectives.autoencoder import convolution_flops
 from tfusion.training import metrics
 from tfusion.types import Batch, ImageBatch
 
@@ -125,13 +126,15 @@ def test_totals_are_fetched_when_they_are_wanted_and_stay_whole(clock):
     json.dumps(report)
 
 
-def test_the_autoencoders_batches_count_images_only(clock):
+def test_the_autoencoders_batches_count_images(clock):
     cfg, speed = tiny_autoencoder_config(), metrics.Throughput()
     batch = ImageBatch(np.arange(6, dtype=np.int32), np.zeros((6, 32, 32, 3), np.uint8))
     speed.add(totals(cfg, batch), 0.5)
     clock.now += 2.0
+    flops = 6 * convolution_flops(cfg.autoencoder)
     assert speed.report() == pytest.approx(
-        {"perf/step_ms": 2e3, "perf/images_per_sec": 3.0, "data/wait_fraction": 0.25, "total/images": 6})
+        {"perf/step_ms": 2e3, "perf/images_per_sec": 3.0, "data/wait_fraction": 0.25, "total/images": 6,
+         "total/flops": flops, "perf/model_flops_per_sec": flops / 2})
 
 
 def test_clip_rate_is_the_share_of_steps_above_the_clip():

@@ -36,6 +36,9 @@ class DataConfig:
 
 
 def check_sources(sources: dict, name: str) -> None:
+    for source in sources:
+        if not source.isidentifier():  # it names a folder, and a key on the command line
+            raise UserError(f"{name}.sources: '{source}' must be a name of letters, digits and underscores")
     if not shares(sources):
         raise UserError(f"{name}.sources must give at least one source a positive share")
 

@@ -4,9 +4,11 @@ Batch k of the run = rows [first + k B, first + (k + 1) B); process p reads the 
 position in the data is therefore one integer, the next row, for any number of processes.
 """
 
+import dataclasses
 import functools
 import hashlib
 import math
+import sys
 import threading
 
 import grain
@@ -38,6 +40,17 @@ def read_meta(format: RowFormat) -> dict:
     return meta
 
 
+def warn_of_other_sources(meta: dict, sources: dict) -> None:
+    """A line where a source's spec is no longer what was prepared: its new records wait for `prepare`."""
+    for name, spec in sources.items():
+        was, now = meta.get("sources", {}).get(name), dataclasses.asdict(spec)
+        changed = [key for key in now if was and key != "share" and was.get(key) != now[key]]
+        if spec.share > 0 and changed:
+            print(f"warning: data.sources.{name} was prepared with " + ", ".join(
+                f"{key} = {was.get(key)}, the config has {now[key]}" for key in changed)
+                + ": training takes what was prepared; `prepare` again for the other", file=sys.stderr)
+
+
 def check_image_share(image_share: float, shares, means, in_images) -> None:
     """Raises UserError where rows have too few image slots for sources of these mean lengths."""
     real = sum(share * images / mean for share, images, mean in zip(shares, in_images, means)) / sum(shares)
@@ -54,6 +67,7 @@ class PackedRows:
         data, by_name = format.data, shares(format.data.sources)
         self.format, self.seed, self.where = format, seed, data.prepared
         meta, self.assets = read_meta(format), prepared.assets(data.prepared)
+        warn_of_other_sources(meta, data.sources)
         self.sources = [Documents(format, name, "train") for name in by_name]
         self.identity = prepared.identity(meta) | {
             f"sizes.{source.name}": source.source.sizes_digest() for source in self.sources}

@@ -30,6 +30,7 @@ from tfusion.workdir import CODEC, LOCK, hold
 
 MARK = ".made_by_prepare"  # stands in every folder that `replacing` made: the names of all files it left there
 UNIT_STD = (0.5, 2.0)  # of a channel of the latents: within, nothing is said
+MANY = 100  # pictures; of fewer the deviation says little
 
 
 def write_source(folder: Path, records, encode_text, encode_images) -> dict:
@@ -117,7 +118,7 @@ def _latents(folder: Path, latents, owners: list[int]):
         raise UserError(f"{folder}: record {first}: the encoder made NaN or infinity of its picture ({count}): "
                         "mend it, or leave the record out")
     low, high = latents.std((0, 1, 2)).min(), latents.std((0, 1, 2)).max()
-    if low < UNIT_STD[0] or high > UNIT_STD[1]:
+    if len(latents) >= MANY and (low < UNIT_STD[0] or high > UNIT_STD[1]):
         print(f"warning: {folder}: latents have standard deviation {low:.2g} to {high:.2g} per channel; the "
               "noise schedule is made for about 1: normalise them by their own mean and deviation",
               file=sys.stderr)
@@ -125,15 +126,16 @@ def _latents(folder: Path, latents, owners: list[int]):
 
 
 def write_meta(root: Path, tokenizer: Tokenizer, codec: str, latent_shape,
-               codec_run: str | None = None) -> None:
+               codec_run: str | None = None, sources: dict | None = None) -> None:
     """Completes a folder of sources: the tokenizer itself, and what the latents are.
 
     codec: the fingerprint of what encoded the pictures; '' where there are none. codec_run: the workdir that
-    trained it, as far as it is known.
+    trained it, sources: {name: its spec}, as far as they are known.
     """
     tokenizer.save(root)
     meta = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer.fingerprint, "codec": codec,
-            "vocab_size": tokenizer.vocab_size, "latent_shape": list(latent_shape), "codec_run": codec_run}
+            "vocab_size": tokenizer.vocab_size, "latent_shape": list(latent_shape), "codec_run": codec_run,
+            "sources": sources or {}}
     (root / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 

@@ -42,6 +42,7 @@ DTYPES = (np.dtype(np.int32), BFLOAT16, np.dtype(np.uint8), np.dtype(np.uint16))
 OPTIONS = "group_size:1,zstd:1"  # a record can be read without its neighbours; latents shrink by a fifth
 OPEN, SIZES = 64, 64  # shards of a split whose readers, and whose sizes, are kept
 KEYS = 3  # records that are named for each reason to skip
+MANY = 100  # pictures; of fewer the deviation says little
 UNIT_STD = (0.5, 2.0)  # of a channel of the latents: within, nothing is said
 AGAIN = "bring it back, or run `python -m tfusion.prepare` again"
 
@@ -342,11 +343,12 @@ def _shard(line: dict) -> Shard:
 # ---------------------------------------------------------------- the whole
 
 def write_meta(root, tokenizer: Tokenizer, codec: str, image_shape, codec_run: str | None = None,
-               image_dtype: str = str(BFLOAT16), preprocessing: str = "") -> None:
+               sources: dict | None = None, image_dtype: str = str(BFLOAT16), preprocessing: str = "") -> None:
     """Completes a folder of sources: collects the ledgers, saves the tokenizer, and says what the images are.
 
     codec: the fingerprint of what encoded the pictures; '' where there are none. codec_run: the workdir that
-    trained it, as far as it is known. A line on stderr where latents are far from unit variance.
+    trained it, sources: {name: its spec}, as far as they are known. A line on stderr where latents are far from
+    unit variance.
     """
     root = epath.Path(root)
     for folder in split_folders(root):
@@ -355,7 +357,8 @@ def write_meta(root, tokenizer: Tokenizer, codec: str, image_shape, codec_run: s
     tokenizer.save(root)
     meta = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer.fingerprint, "codec": codec,
             "preprocessing": preprocessing, "vocab_size": tokenizer.vocab_size,
-            "image_shape": list(image_shape), "image_dtype": image_dtype, "codec_run": codec_run}
+            "image_shape": list(image_shape), "image_dtype": image_dtype, "codec_run": codec_run,
+            "sources": sources or {}}
     _replace(root / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
 
 
@@ -374,7 +377,8 @@ def spread(lines) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _tell_spread(folder) -> None:
-    found = spread(ledger(folder).values())
+    lines = ledger(folder).values()
+    found = spread(lines) if sum(line["images"] for line in lines) >= MANY else None
     if found and (found[1].min() < UNIT_STD[0] or found[1].max() > UNIT_STD[1]):
         print(f"warning: {folder}: latents have standard deviation {found[1].min():.2g} to "
               f"{found[1].max():.2g} per channel; the noise schedule is made for about 1: normalise them by "

@@ -1,7 +1,8 @@
 r"""Processes: how an image becomes noise, what the network predicts of it, and the steps back.
 
 Everything else (objective, decoder, baselines) goes through a `Process` value; another one, such as a
-rectified flow, is another function that returns one, and its config, registered under "process". DDPM's:
+rectified flow, is another function that returns one, and its config, registered under "process", with
+`make() -> Process` and `check_sampling(sampler, num_inference_steps)`. DDPM's:
 
     x_t = sqrt(a) x0 + sqrt(1 - a) eps,   eps ~ N(0, I),   a = alphabar(t)          (DDPM, equation 4)
     eps-prediction: the target is eps                                               (DDPM, equation 14)

@@ -2,7 +2,7 @@
 
     def run(run: Trained, folder: Path, options: Options) -> {name: figure}
 
-Figures are made by evals/statistics.py and go into metrics.json under their names; `name/part` is the same
+Figures are made by evals/figure.py and go into metrics.json under their names; `name/part` is the same
 of one part of the data, and stands in no table but one that asks for it. What the report shows, an
 evaluator writes as a card (`write_card`); reporting/cards.py says which blocks there are. What it needs and
 a run lacks is named in a line; one that finds out for itself raises `LeftOut`.
@@ -95,8 +95,12 @@ def _unable(need: str):
     return reason
 
 
+def _no_rows(run: Trained) -> str | None:
+    return None if kind_of(run.cfg).row_format(run.cfg) else "the run trains on no packed rows"
+
+
 NEEDS = {  # (run) -> why it is not given, None where it is
-    "data": _no_data, "scenes": _no_scenes, **{need: _unable(need) for need in CANNOT}}
+    "data": _no_data, "rows": _no_rows, "scenes": _no_scenes, **{need: _unable(need) for need in CANNOT}}
 
 
 def lacking(evaluator: Evaluator, run: Trained, done) -> str | None:

@@ -14,7 +14,7 @@ from tfusion.data.documents import Documents
 from tfusion.data.prepared import PreparedSource
 from tfusion.diffusion.losses import NUM_BINS, diffusion_losses, draw_noise
 from tfusion.diffusion.process import Process
-from tfusion.evals import losses, statistics
+from tfusion.evals import figure, losses
 from tfusion.evals.base import (
     Evaluator,
     LeftOut,
@@ -34,19 +34,24 @@ from tfusion.training.step import eval_key
 LAMBDAS = np.linspace(0.05, 0.95, 19)
 MAX_LATENTS = 20_000  # of each source
 MAX_DOCUMENTS = 200_000  # of each source
+MAX_VALUES = 4096  # of a latent: its covariance has the square of that
 BINS = [f"diffusion_loss_bin{i}" for i in range(NUM_BINS)]
 
 
 def fit_gaussian(cfg: RunConfig):
-    """(mean (D,), eigenvalues (D,), eigenvectors (D, D)) of the training latents, D = h w c; None of none."""
-    latents = []
+    """(mean (D,), eigenvalues (D,), eigenvectors (D, D)) of the training latents, D = h w c; None of none, and
+    where D is beyond MAX_VALUES."""
+    latents, D = [], int(np.prod(kind_of(cfg).row_format(cfg).image_shape))
+    if D > MAX_VALUES:
+        print(f"left out: the linear predictor (latents of {D} numbers, more than {MAX_VALUES})")
+        return None
     for name in sources(cfg):
         source = PreparedSource(cfg.data.prepared, name, "train")
         if source.meta["images"]:
             latents.append(np.load(source.folder / "latents.npy", mmap_mode="r")[:MAX_LATENTS])
     if not latents:
         return None
-    x = np.concatenate(latents).reshape(-1, np.prod(cfg.model.latent_shape)).astype(np.float64)
+    x = np.concatenate(latents).reshape(-1, D).astype(np.float64)
     mean = x.mean(0)
     values, vectors = np.linalg.eigh(np.cov(x - mean, rowvar=False))
     return mean, np.maximum(values, 0), vectors
@@ -70,7 +75,7 @@ def linear_prediction(process: Process, gaussian, x_t, t):
 def linear_losses(cfg: RunConfig, gaussian, batch) -> dict:
     """{name: (sum, count)} of the linear predictor, as the model's diffusion losses on held-out rows."""
     process = cfg.process.make()
-    t, eps = draw_noise(process, eval_key(), batch.noise_ids_BI2, batch.max_t_BI, cfg.model.latent_shape)
+    t, eps = draw_noise(process, eval_key(), batch.noise_ids_BI2, batch.max_t_BI, batch.latents_BIhwc.shape[2:])
     x_t = process.corrupt(batch.latents_BIhwc, eps, t)
     used = np.where(batch.max_t_BI > 0, t, np.float32(0.5))  # unused slots: t = 0 divides by 0
     prediction = linear_prediction(process, gaussian, x_t, used)
@@ -126,7 +131,8 @@ def count_ngrams(cfg: RunConfig, source: Documents, number: int) -> Ngrams | Non
         example = source.read(*document)
         pairs.append(scored_pairs(example.tokens_L, example.loss_mask_L))
     first, second = (np.concatenate(x) for x in zip(*pairs))
-    return Ngrams(cfg.vocabulary.vocab_size, first, second) if source.source.meta["tokens"] else None
+    size = kind_of(cfg).row_format(cfg).vocabulary.vocab_size
+    return Ngrams(size, first, second) if source.source.meta["tokens"] else None
 
 
 def measure(cfg: RunConfig, held, gaussian, source: str) -> tuple[Sums, list]:
@@ -134,7 +140,7 @@ def measure(cfg: RunConfig, held, gaussian, source: str) -> tuple[Sums, list]:
     documents."""
     sums, pairs = NOTHING, []
     for batch in losses.batches(held, source):
-        if (batch.max_t_BI > 0).any():
+        if gaussian and (batch.max_t_BI > 0).any():
             linear = linear_losses(cfg, gaussian, batch)
             sums += Sums({name: [float(x) for x in pair] for name, pair in linear.items()}, 0)
         pairs.append(scored_pairs(batch.tokens_BT, batch.loss_mask_BT))
@@ -145,9 +151,9 @@ def text_figures(source: str, row: dict, tokens: int) -> dict:
     """How much less a source's loss is than the n-grams'. row: nats per token of model, unigram, bigram."""
     title = f"LM loss on held-out {source}"
     return {
-        f"{source}_vs_unigram": statistics.number(
+        f"{source}_vs_unigram": figure.number(
             f"{title} less a unigram's (nats per token)", row["model"] - row["unigram"], "lower", -0.5, tokens),
-        f"{source}_vs_bigram": statistics.number(
+        f"{source}_vs_bigram": figure.number(
             f"{title} less an interpolated bigram's (nats per token)", row["model"] - row["bigram"], "lower",
             0.0, tokens)}
 
@@ -158,9 +164,9 @@ def diffusion_figures(ours: Sums, theirs: Sums) -> dict:
     ratios = {name: ours.mean(name) / theirs.mean(name) for name in ("diffusion_loss", *used)}
     title = "Diffusion loss / that of the best linear predictor, "
     return {
-        "diffusion_vs_linear": statistics.number(
+        "diffusion_vs_linear": figure.number(
             title + "all noise levels", ratios.pop("diffusion_loss"), "lower", 0.75, ours.images),
-        "diffusion_vs_linear_worst_bin": statistics.number(
+        "diffusion_vs_linear_worst_bin": figure.number(
             title + "worst noise level", max(ratios.values()), "lower", 0.75, ours.images)}
 
 
@@ -210,8 +216,8 @@ def run(run: Trained, folder: Path, options: Options) -> dict:
         raise LeftOut("the held-out data have neither text nor images")
     write_card(folder, section("baselines", "What simpler models reach", *blocks))
     if not scenes_source(cfg):  # how far below is known of these, and not of any data
-        figures = {name: figure | {"want": None} for name, figure in figures.items()}
+        figures = {name: one | {"want": None} for name, one in figures.items()}
     return figures
 
 
-register(Evaluator("baselines", ("losses", "go_on"), run, order=60))
+register(Evaluator("baselines", ("losses", "rows"), run, order=60))

@@ -11,10 +11,11 @@ from tfusion.objectives import kind_of
 
 
 def run(run: Trained, folder: Path, options: Options) -> dict:
-    cfg = run.cfg
-    row = kind_of(cfg).open_rows(cfg)[0]
-    mask = dense_mask(row.segment_ids_BT[None], row.image_ids_BT[None], cfg.model.image_attention)[0]
-    names = {cfg.vocabulary.boi: "<boi>", cfg.vocabulary.eoi: "<eoi>"}
+    kind = kind_of(run.cfg)
+    row, known = kind.open_rows(run.cfg)[0], kind.row_format(run.cfg).vocabulary
+    image_attention = kind.trunk(run.cfg).image_attention
+    mask = dense_mask(row.segment_ids_BT[None], row.image_ids_BT[None], image_attention)[0]
+    names = {known.boi: "<boi>", known.eoi: "<eoi>"}
     pieces = [f"patch {n}" if n else names.get(t) or run.tokenizer.piece(t)
               for t, n in zip(row.tokens_BT.tolist(), row.image_ids_BT.tolist())]
     block = {"kind": "mask", "mask": "mask", "segments": "segment_ids", "images": "image_ids", "pieces": pieces}
@@ -23,4 +24,4 @@ def run(run: Trained, folder: Path, options: Options) -> dict:
     return {}
 
 
-register(Evaluator("mask", ("data", "go_on"), run, order=40))
+register(Evaluator("mask", ("data", "rows"), run, order=40))

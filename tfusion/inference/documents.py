@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from tfusion.data import layout
 from tfusion.inference import transfusion
-from tfusion.inference.base import Decoder
+from tfusion.inference.base import Decoder, register
 from tfusion.inference.trained import Trained
 
 CHUNK = 64
@@ -73,3 +73,6 @@ def go_on(run: Trained, documents: list[list], *, seed: int = 0, temperature: fl
 def reconstruct(run: Trained, pictures):
     """Pictures coded to latents and back, uint8 (n, H, W, 3)."""
     return run.codec.decode(run.codec.encode(pictures))
+
+
+register("transfusion", decoder)

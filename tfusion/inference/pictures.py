@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from tfusion.inference.base import Decoder
+from tfusion.inference.base import Decoder, register
 from tfusion.inference.trained import Trained
 from tfusion.models.codecs.kl import KLCodec
 
@@ -23,3 +23,6 @@ def reconstruct(run: Trained, pictures):
 def make_codec(run: Trained, read: Callable) -> KLCodec:
     """Its latents are normalised over read(image_size), uint8 (n, H, W, 3)."""
     return KLCodec.fit(run.cfg.autoencoder, run.params, read(run.cfg.autoencoder.image_size))
+
+
+register("autoencoder", decoder)

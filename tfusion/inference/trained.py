@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh
 
 from tfusion import config, sharding
@@ -55,11 +54,11 @@ def load(path, step: int | None = None, mesh: Mesh | None = None) -> Trained:
             raise UserError(f"{workdir} holds another {name} than the one it was trained with: copy it anew "
                             "from the run, or resume the run with its data to have it copied")
     item, objective = "ema" if cfg.optimizer.ema_decay > 0 else "params", make_objective(cfg)
-    targets = {item: _target(objective.init, mesh)}
-    buffers = _target(objective.init_buffers, mesh)
-    if jax.tree.leaves(buffers):
-        targets["buffers"] = buffers
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh):  # models name logical axes, which mean nothing outside one
+        targets = {item: _target(objective.init, mesh)}
+        buffers = _target(objective.init_buffers, mesh)
+        if jax.tree.leaves(buffers):
+            targets["buffers"] = buffers
         items = checkpoints.restore(step, targets)
         frozen = load_frozen(workdir, meta, sharding.replicated(mesh))
     checkpoints.close()
@@ -75,6 +74,4 @@ def check_data(run: Trained, root) -> None:
 
 def _target(init, mesh: Mesh):
     """Shapes and shardings of what `init` makes."""
-    boxed = jax.eval_shape(init, jax.random.key(0))
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                        nn.meta.unbox(boxed), sharding.shardings(boxed, mesh))
+    return sharding.placed(jax.eval_shape(init, jax.random.key(0)), mesh)

@@ -164,10 +164,11 @@ def _with_new_image(rows: Rows, num_patches: int):
 
 def _unconditional(model: Transfusion, rows: Rows) -> Rows:
     """The rows that guidance compares with: one image alone, as trained by caption dropout."""
-    B, N = len(rows.mode_B), model.cfg.num_patches
+    B = len(rows.mode_B)
     tokens, image_ids = (x[:-1] for x in layout.begin(vocabulary(model), [layout.image(None)]))  # less EOI
-    return Rows(jnp.tile(tokens, (B, 1)), jnp.tile(image_ids, (B, 1)), jnp.full(B, N + 2),
-                rows.latents_BIhwc[:, :1], jnp.full((B, 1), 2), rows.mode_B, rows.key_B)
+    first = int(np.argmax(image_ids))  # of its patches
+    return Rows(jnp.tile(tokens, (B, 1)), jnp.tile(image_ids, (B, 1)), jnp.full(B, len(tokens)),
+                rows.latents_BIhwc[:, :1], jnp.full((B, 1), first), rows.mode_B, rows.key_B)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -22,10 +22,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from tfusion.config import choice, component
-from tfusion.models import (
-    adapters,  # noqa: F401 (registers)
-    lm_head,
-)
+from tfusion.models import adapters as _adapters  # noqa: F401 (registers)
+from tfusion.models import lm_head
 from tfusion.models.attention import Cache
 from tfusion.models.masks import Sight, row_sight
 from tfusion.models.rope import rope_tables

@@ -14,6 +14,7 @@ import numpy as np
 
 from tfusion.config import RunConfig, components
 from tfusion.data.config import check_sources
+from tfusion.data.sources import NoPictures
 from tfusion.models.codecs.kl import Autoencoder, AutoencoderConfig, to_unit
 from tfusion.objectives.base import Aux, Expected, Kind, Objective, register
 from tfusion.types import ImageBatch
@@ -75,7 +76,11 @@ def open_rows(cfg: AutoencoderRunConfig):
 def open_heldout(cfg: AutoencoderRunConfig, documents: int | None = None) -> dict:
     from tfusion.data.heldout import HeldOutPictures
 
-    return {"pictures": HeldOutPictures(cfg.data.sources, cfg.autoencoder.image_size, documents)}
+    try:
+        return {"pictures": HeldOutPictures(cfg.data.sources, cfg.autoencoder.image_size, documents)}
+    except NoPictures:
+        print("data.sources holds out no pictures: nothing is evaluated in training")
+        return {}
 
 
 def abstract_batch(cfg: AutoencoderRunConfig) -> ImageBatch:
@@ -85,8 +90,8 @@ def abstract_batch(cfg: AutoencoderRunConfig) -> ImageBatch:
 
 
 def totals(cfg: AutoencoderRunConfig, batch: ImageBatch) -> dict:
-    del cfg
-    return {"images": batch.images_BHWC.shape[0]}
+    images = batch.images_BHWC.shape[0]
+    return {"images": images, "flops": convolution_flops(cfg.autoencoder) * images}
 
 
 def expected(cfg: AutoencoderRunConfig) -> Expected:

@@ -28,7 +28,7 @@ class Objective(NamedTuple):
     weights: dict  # {name: weight in the total}; other names are reported only
     init_buffers: Callable = lambda key: {}  # (key) -> buffers, boxed likewise: no optimizer, decay or average
     after_update: Callable = lambda params, buffers, batch, key: buffers  # -> buffers, of the step's new params
-    frozen: Callable = lambda: {}  # () -> frozen trees, where a run begins; saved once
+    frozen: Callable = lambda: {}  # () -> dict of arrays, dicts, lists, where a run begins
 
 
 class Expected(NamedTuple):
@@ -47,6 +47,7 @@ class Trunk(NamedTuple):
     model: TransformerConfig  # the config's group `model`
     seq_len: int  # T
     vocab_size: int  # columns of its LM head
+    image_attention: str = "causal"  # inside an image; or "bidirectional"
 
 
 class Kind(NamedTuple):

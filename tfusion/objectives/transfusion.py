@@ -58,7 +58,9 @@ def make(cfg: TransfusionConfig) -> Objective:
         slots = jax.eval_shape(lambda: jnp.zeros((1, 1, *model_cfg.latent_shape)))
         T = model_cfg.num_patches
         row = jnp.zeros((1, T), jnp.int32)
-        batch = Batch(row[:, 0], row, row, row, row, row, slots, row[:, :1], row[:, :1], None)
+        batch = Batch(
+            row_ids_B=None, tokens_BT=row, segment_ids_BT=row, image_ids_BT=row, positions_BT=row,
+            loss_mask_BT=None, latents_BIhwc=None, image_start_BI=row[:, :1], max_t_BI=None, noise_ids_BI2=None)
         return model.init(key, batch, jnp.zeros(slots.shape), jnp.zeros((1, 1)))["params"]
 
     def loss(params, aux: Aux, batch: Batch, key):
@@ -148,7 +150,7 @@ def expected(cfg: TransfusionConfig) -> Expected:
 
 
 def trunk(cfg: TransfusionConfig) -> Trunk:
-    return Trunk(cfg.model, cfg.data.seq_len, cfg.model.padded_vocab_size)
+    return Trunk(cfg.model, cfg.data.seq_len, cfg.model.padded_vocab_size, cfg.model.image_attention)
 
 
 register("transfusion", Kind(

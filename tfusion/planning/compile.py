@@ -27,8 +27,6 @@ from tfusion.training import step as steps
 from tfusion.training.optimizer import make_optimizer
 from tfusion.training.state import TrainState
 
-GIB = 2**30
-
 
 class Compiled(NamedTuple):
     """What the compiler said; bytes per chip."""
@@ -49,6 +47,11 @@ def abstract_batch(cfg: RunConfig, mesh: Mesh | AbstractMesh):
     place = sharding.batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
                         kind_of(cfg).abstract_batch(cfg))
+
+
+def abstract_frozen(cfg: RunConfig, mesh: Mesh | AbstractMesh):
+    """The shapes of what training reads and never changes."""
+    return sharding.whole(jax.eval_shape(make_objective(cfg).frozen), mesh)
 
 
 def host_mesh() -> Mesh:
@@ -77,9 +80,10 @@ def entered(mesh: Mesh | AbstractMesh):
 def trace(cfg: RunConfig, boxed_state: TrainState, mesh: Mesh | AbstractMesh):
     """Traces training's own step on the mesh (about a second): jax.stages.Traced, with .jaxpr and .lower()."""
     objective, tx = make_objective(cfg), make_optimizer(cfg.optimizer, cfg.train.num_steps)
-    state, frozen = states.place(boxed_state, mesh), states.place(jax.eval_shape(objective.frozen), mesh)
+    state = sharding.placed(boxed_state, mesh)
     with entered(mesh):
-        return steps.jit_train_step(objective, tx, cfg, state).trace(state, frozen, abstract_batch(cfg, mesh))
+        return steps.jit_train_step(objective, tx, cfg, state).trace(
+            state, abstract_frozen(cfg, mesh), abstract_batch(cfg, mesh))
 
 
 def compile_step(cfg: RunConfig, boxed_state: TrainState, mesh: Mesh, label: str,

@@ -9,9 +9,10 @@ from jax.sharding import AbstractMesh
 from tfusion.config import RunConfig
 from tfusion.objectives import kind_of
 from tfusion.planning.collectives import exchanged_parameters
-from tfusion.planning.compile import abstract_batch
+from tfusion.planning.compile import abstract_batch, abstract_frozen
 from tfusion.planning.walk import Work
-from tfusion.training.state import TrainState, place
+from tfusion.sharding import placed
+from tfusion.training.state import TrainState
 
 
 class Memory(NamedTuple):
@@ -20,7 +21,7 @@ class Memory(NamedTuple):
     parameters: float
     optimizer: float
     ema: float
-    batch: float
+    batch: float  # and buffers and frozen trees, where there are any
     gradients: float  # float32, sharded as the parameters
     residuals: float  # kept from forward to backward (remat decides)
     working: float  # one layer's arrays, or the LM head's, and gathered weights
@@ -45,14 +46,14 @@ def estimate(cfg: RunConfig, boxed_state: TrainState, mesh: AbstractMesh, work: 
     """The working set: two copies of the largest matrix product (logits and their gradient), one layer's
     activations, two layers' gathered weights."""
     shape, micros = mesh.shape, cfg.train.num_microbatches
-    state = place(boxed_state, mesh)
+    state = placed(boxed_state, mesh)
     largest = work.largest_bytes / math.prod(shape.values())
     parameters = bytes_per_chip(state.params)
     return Memory(
         parameters=parameters,
         optimizer=bytes_per_chip(state.opt_state),
         ema=bytes_per_chip(state.ema_params),
-        batch=bytes_per_chip(abstract_batch(cfg, mesh)) + bytes_per_chip(state.buffers),
+        batch=bytes_per_chip((abstract_batch(cfg, mesh), state.buffers, abstract_frozen(cfg, mesh))),
         gradients=parameters * (1 if micros == 1 else 2),  # the running sum, and one micro-batch's
         residuals=work.residual_bytes / (shape["data"] * shape["fsdp"] * shape["sequence"]),
         working=2 * largest + layers(cfg, boxed_state, shape))

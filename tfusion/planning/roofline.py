@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from tfusion.accelerators import Accelerator
 from tfusion.config import RunConfig
+from tfusion.errors import UserError
 from tfusion.models import flops, lm_head
 from tfusion.objectives import kind_of
 from tfusion.planning.collectives import Collectives
@@ -124,9 +125,12 @@ def run(cfg: RunConfig, accelerator: Accelerator, step: Step, params: int, token
         total_flops: float | None = None) -> Run:
     """Time and price of `tokens` positions, or of a budget by the paper's 6 N D; else of train.num_steps."""
     per_step = kind_of(cfg).expected(cfg).positions
+    if (tokens or total_flops) and not per_step:
+        raise UserError(f"--tokens and --flops count positions of rows, objective = '{cfg.objective}' has "
+                        "none: set --config.train.num_steps")
     if total_flops:
         tokens = total_flops / flops.six_n_d(params, 1)
-    steps = max(1, round(tokens / per_step)) if tokens and per_step else cfg.train.num_steps
+    steps = max(1, round(tokens / per_step)) if tokens else cfg.train.num_steps
     hours = steps * step.seconds / 3600
     price = accelerator.chip.dollars_per_hour
     chip_hours = hours * accelerator.num_chips

@@ -47,7 +47,7 @@ def _branch(eqn, platform: str):
     branches, platforms = _inner(eqn), eqn.params.get("branches_platforms")
     if platforms:
         return next(b for b, names in zip(branches, platforms) if names is None or platform in names)
-    return max(branches, key=lambda j: sum(dot_flops(e) * n for e, n, _ in equations(j, platform)))
+    return max(branches, key=lambda j: sum(product_flops(e) * n for e, n, _ in equations(j, platform)))
 
 
 def equations(jaxpr, platform: str, loops: float = 1.0, times: float = 1.0, shards: int = 0) -> Iterator[tuple]:
@@ -76,13 +76,16 @@ def equations(jaxpr, platform: str, loops: float = 1.0, times: float = 1.0, shar
             yield from equations(body, platform, loops, often, parts)
 
 
-def dot_flops(eqn) -> float:
-    """2 x multiply-adds of a dot_general; 0 for any other equation."""
-    if eqn.primitive.name != "dot_general":
-        return 0.0
-    (contract, _), _ = eqn.params["dimension_numbers"]
-    lhs = eqn.invars[0].aval.shape
-    return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contract)
+def product_flops(eqn) -> float:
+    """2 x multiply-adds of a matrix product or a convolution; 0 for any other equation."""
+    out, operands = math.prod(eqn.outvars[0].aval.shape), [v.aval.shape for v in eqn.invars]
+    if eqn.primitive.name == "dot_general":
+        (contract, _), _ = eqn.params["dimension_numbers"]
+        return 2.0 * out * math.prod(operands[0][i] for i in contract)
+    if eqn.primitive.name == "conv_general_dilated":
+        features = operands[1][eqn.params["dimension_numbers"].rhs_spec[0]]  # of the output
+        return 2.0 * out * math.prod(operands[1]) / features
+    return 0.0
 
 
 def residual_bytes(jaxpr, num_layers: int, platform: str) -> float:
@@ -117,8 +120,8 @@ def work(jaxpr, params, num_layers: int, platform: str = "tpu", loops: float = 1
             kernels += cost is None
             flops += times * (cost.flops if cost else 0)
             activations += times * (cost.bytes_accessed if cost else 0)
-        elif eqn.primitive.name == "dot_general":
-            flops += times * dot_flops(eqn)
+        elif eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+            flops += times * product_flops(eqn)
             largest = max(largest, _bytes(eqn.outvars[0].aval) * max(shards, 1))
             for v in (*eqn.invars, *eqn.outvars):
                 if v.aval.shape in shapes and not shards:

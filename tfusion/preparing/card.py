@@ -9,6 +9,7 @@ from tfusion.data import store
 from tfusion.errors import UserError
 
 HASHES = 2**24  # looked at at once
+FEW = 20  # held-out records of a source
 PERCENTILES = (5, 50, 95)
 
 
@@ -114,7 +115,8 @@ def lines(card: dict) -> list[str]:
                           ("copies", "exact copies of others"), ("also_in_train", "stand in train too")):
             if about.get(key):
                 text.append(f"{about[key]:,} {what}")
-        out.append(f"{title}: {', '.join(text)}")
+        few = title.endswith("/heldout") and about["records"] < FEW
+        out.append(f"{title}: {', '.join(text)}" + "; few: figures of them say little" * few)
         if about["skipped"]:
             out.append(f"  skipped: {_told(about['skipped'])}")
     return out

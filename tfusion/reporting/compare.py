@@ -136,7 +136,7 @@ def losses(runs: list[Compared]) -> str:
     for name, some in shared.items():
         title, reading, _ = charts.words(name)
         drawn = "".join(loss_on(name, some, *axis) for axis in AXES)
-        words = escape(f"{reading} Line: running mean in training; dots: held out.".strip())
+        words = escape(f"{reading} Faint line: running mean in training; dotted line: held out.".strip())
         made.append(f'<h3>{escape(title)}</h3><p class="lead">{words}</p><div class="cards">{drawn}</div>')
     return "".join(made)
 

@@ -4,9 +4,10 @@ from html import escape
 from typing import Any
 
 from tfusion.reporting import page, pictures, plots
-from tfusion.reporting.records import Missing, RunFiles, series_of
+from tfusion.reporting.records import FIGURES, Missing, RunFiles, series_of
 
-Figure = dict[str, Any]  # evals/statistics.py
+NAMED = 3  # figures below what was wanted that are named; of more, the number
+Figure = dict[str, Any]  # evals/figure.py
 MARKS = {None: "", True: '<span class="good">✓</span>', False: '<span class="bad">✗</span>'}
 
 
@@ -26,7 +27,8 @@ def verdict_html(found: dict[str, Figure]) -> str:
     verdicts = [verdict(figure) for figure in found.values() if verdict(figure) is not None]
     short = [figure["title"] for figure in found.values() if verdict(figure) is False]
     if short:
-        words = f"Below what was wanted: {len(short)} of {len(verdicts)}, {', '.join(short)}"
+        more = f" and {len(short) - NAMED} more" if len(short) > NAMED else ""
+        words = f"Below what was wanted: {len(short)} of {len(verdicts)}, {', '.join(short[:NAMED])}{more}"
         return f'<span class="verdict short">{escape(words)}</span>'
     return f'<span class="verdict">✓ As good as wanted: all {len(verdicts)} figures</span>' if verdicts else ""
 
@@ -72,7 +74,10 @@ def table(run: RunFiles) -> str:
         raise Missing(f"{run.root} was evaluated, and nothing could be measured")
     head = ('<tr><th>measured on held-out data</th><th>value, 95 % interval</th><th></th>'
             '<th class="num">chance</th><th class="num">wanted</th><th></th></tr>')
-    return (f'<div class="scroll"><table class="figures"><thead>{head}</thead><tbody>'
+    at, last = run.json(FIGURES).get("step"), max((row["step"] for row in run.log()), default=0)
+    old = (f'<p class="lead bad">Measured at step {at:,}; the run has gone on to step {last:,}.</p>'
+           if at and at < last else "")
+    return (f'{old}<div class="scroll"><table class="figures"><thead>{head}</thead><tbody>'
             f'{"".join(map(row, found.values()))}</tbody></table></div><p class="key">Dot: value, on its 95 % '
             "interval. Dashed mark: chance. Solid mark: wanted. Fractions are drawn from 0 to 1. Intervals are "
             "Wilson's over the prompts of this one run: what another seed of training would change is "

@@ -301,7 +301,8 @@ def compared(name: str, lines: Sequence[tuple[str, Series, Series | None, str]],
         _settled(ax, shown)
         ax.set_xlim(0, ax.dataLim.x1 * 1.01)
         ax.xaxis.set_major_locator(MaxNLocator(5))
-        ax.xaxis.set_major_formatter(EngFormatter())
+        if ax.dataLim.x1 >= 1000:  # counts; minutes are few
+            ax.xaxis.set_major_formatter(EngFormatter())
         ax.set_xlabel(unit)
         _legend(ax, 3)
 

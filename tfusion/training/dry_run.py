@@ -42,7 +42,7 @@ def dry_run(cfg: RunConfig, mesh) -> None:
     for name, value in batch._asdict().items():
         print(f"batch.{name:18s} {value.shape!s:20s} {value.dtype}  {np.array2string(value.ravel()[:12])}")
     state = states.restore_target(objective, tx, ema, mesh)
-    frozen = states.place(jax.eval_shape(objective.frozen), mesh)
+    frozen = sharding.whole(jax.eval_shape(objective.frozen), mesh)
     began = time.perf_counter()
     step = steps.jit_train_step(objective, tx, cfg, state)
     compiled = step.lower(state, frozen, sharding.put_batch(batch, mesh)).compile()

@@ -39,11 +39,17 @@ def start(cfg: config.RunConfig, objective: Objective, tx, mesh, checkpoints: Ch
         begun = Start(states.from_items(step, items, mesh), checkpoint.load_frozen(folder, meta, whole),
                       meta["next_row"], meta["totals"])
         changed = changes(meta["config"], cfg)
-        report(step, meta["config"], cfg, changed)
+        if step == cfg.train.num_steps:  # nothing is left to train: no changed key counts
+            print(f"step {step} of {step} is done")
+            cfg, changed = config.from_dict(meta["config"]), {}
+        else:
+            report(step, meta["config"], cfg, changed)
     else:
         frozen = jax.device_put(nn.meta.unbox(objective.frozen()), whole)
         checkpoint.save_frozen(folder, frozen)
         begun = Start(states.init_state(objective, tx, ema, cfg.seed, mesh), frozen, 0, None)
+    if step < cfg.train.num_steps:
+        (folder / "summary.json").unlink(missing_ok=True)  # who finds it takes the run to be done
     config.save(cfg, folder)
     workdir.copy_in(rows.assets, folder)
     if changed:

@@ -31,15 +31,9 @@ def abstract_state(objective: Objective, tx, ema: bool) -> TrainState:
     return jax.eval_shape(lambda: _create(objective, tx, ema, jax.random.key(0)))
 
 
-def place(boxed, mesh):
-    """Shapes, boxed with logical axis names -> shapes with their shardings on the mesh."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                        nn.meta.unbox(boxed), sharding.shardings(boxed, mesh))
-
-
 def restore_target(objective: Objective, tx, ema: bool, mesh) -> TrainState:
     """Shapes and shardings without boxes: what a checkpoint is restored into."""
-    return place(abstract_state(objective, tx, ema), mesh)
+    return sharding.placed(abstract_state(objective, tx, ema), mesh)
 
 
 def init_state(objective: Objective, tx, ema: bool, seed: int, mesh) -> TrainState:

@@ -9,9 +9,9 @@ dataclass is all it takes: docs/data.md, "Another kind of source".
 import importlib
 import pkgutil
 
-from tfusion.data.sources.base import Opened, Source, Unreadable, pictures, records
+from tfusion.data.sources.base import NoPictures, Opened, Source, Unreadable, pictures, records
 
-__all__ = ["Opened", "Source", "Unreadable", "pictures", "records"]
+__all__ = ["NoPictures", "Opened", "Source", "Unreadable", "pictures", "records"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -31,6 +31,10 @@ class Unreadable(UserError):
         self.reason, self.key = reason, key
 
 
+class NoPictures(UserError):
+    """A split has none."""
+
+
 class Opened(Protocol):
     """One split of a source. `source[i]` may be asked by several threads, and raises Unreadable where the
     record is damaged. One that can tell, without reading its records, when they have changed, has it told by
@@ -169,7 +173,7 @@ def pictures(sources: dict[str, Source], split: str, image_size: int,
             tally.tell(f"{name}/{split}", needed=split == "train")
     found = {name: some for name, some in found.items() if some}
     if not found:
-        raise UserError(f"data.sources = {', '.join(sources)}: none of these has pictures in its {split} "
+        raise NoPictures(f"data.sources = {', '.join(sources)}: none of these has pictures in its {split} "
                         "split; give a share to one that does")
     each = None if limit is None else max(1, limit // len(found))
     chosen = [picture for some in found.values() for picture in some[:each]]

@@ -7,9 +7,13 @@ and makes the Linen module, `make(d_model)`, with
                                              (B, I, h, w, c), float32
 
 skips: whatever encode hands to decode past the transformer, such as a U-Net's features; a pytree, () where
-there is nothing.
+there is nothing. Every file here is imported, so that registering the config is all it takes.
 
 B batch, I image slots, h w c latent, N patches per image, D d_model.
 """
 
-from tfusion.models.adapters import linear  # noqa: F401 (registers)
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,4 +1,12 @@
-"""Image tokenizers, one file a kind; `load` opens whichever a file holds."""
+"""Image tokenizers, one file a kind: every file here is imported, and registers itself; `load` opens whichever
+a file on disk holds."""
 
-from tfusion.models.codecs import kl  # noqa: F401 (registers)
-from tfusion.models.codecs.base import Codec, load  # noqa: F401
+import importlib
+import pkgutil
+
+from tfusion.models.codecs.base import Codec, load
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["Codec", "load"]
