@@ -18,6 +18,9 @@ REQUIREMENTS = [
     "optax>=0.2.8",  # AdamW, gradient clipping, the learning-rate schedule
     "orbax-checkpoint>=0.12",  # asynchronous, sharded, atomic checkpoints
     "grain>=0.2.18",  # step-indexed reading and prefetching of rows
+    "array_record>=0.8.6",  # the shards of prepared data
+    "etils[epath]>=1.15",  # their paths, local or gs://
+    "ml_dtypes>=0.5",  # bfloat16 on the host
     "ml-collections>=1.1",  # ConfigDict and --config=FILE.py:variant
     "einops>=0.8",  # patchify, space-to-depth
     "absl-py>=2.1",  # flags of the verbs
