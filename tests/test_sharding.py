@@ -114,9 +114,9 @@ def test_unboxed_leaves_are_replicated():
 
 def test_batch_size_that_does_not_divide_raises():
     mesh = sharding.make_mesh(MeshConfig(2, 2, 2, 1))
-    sharding.check_batch_size(8, mesh)
-    with pytest.raises(UserError, match=r"= 6 does not divide over 4 devices \(data x fsdp\)"):
-        sharding.check_batch_size(6, mesh)
+    sharding.check_batch_size(8, 2, mesh)
+    with pytest.raises(UserError, match=r"= 6 rows do not divide over 4 devices .*batch_size=4 or 8$"):
+        sharding.check_batch_size(6, 1, mesh)
 
 
 def test_put_batch_round_trip():

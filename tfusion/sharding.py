@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tfusion.config import MeshConfig
 from tfusion.errors import UserError
@@ -170,20 +170,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+def check_batch_size(batch_size: int, num_microbatches: int, mesh: Mesh | AbstractMesh) -> None:
+    """Raises UserError with the nearest batch sizes where rows do not divide over devices x micro-batches."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = devices * num_microbatches
     if batch_size % parts:
-        raise UserError(f"train.batch_size / train.num_microbatches = {batch_size} does not divide over "
-                         f"{parts} devices (data x fsdp); change train.batch_size or mesh.*")
+        below, above = batch_size // parts * parts, -(-batch_size // parts) * parts
+        near = " or ".join(str(n) for n in (below, above) if n)
+        raise UserError(
+            f"train.batch_size = {batch_size} rows do not divide over {devices} devices (data x fsdp) x "
+            f"{num_microbatches} micro-batches; set --config.train.batch_size={near}"
+            + ("" if below else f", or --config.mesh.tensor={mesh.shape['tensor'] * -(-parts // batch_size)}"))
 
 
-def check_length(seq_len: int, mesh: Mesh) -> None:
+def check_length(seq_len: int, mesh: Mesh | AbstractMesh) -> None:
     if seq_len % mesh.shape["sequence"]:
         raise UserError(f"data.seq_len = {seq_len} does not divide over mesh.sequence = "
                         f"{mesh.shape['sequence']}; change one of them")
 
 
-def check_heads(num_kv_heads: int, mesh: Mesh) -> None:
+def check_heads(num_kv_heads: int, mesh: Mesh | AbstractMesh) -> None:
     if num_kv_heads % mesh.shape["tensor"]:
         raise UserError(f"model.num_kv_heads = {num_kv_heads} does not divide over mesh.tensor = "
                         f"{mesh.shape['tensor']}: a head is not split; change one of them")

@@ -53,7 +53,6 @@ def main() -> None:
     cfg = config.absolute(experiment.read(CONFIG))
     workdir = writable_folder(WORKDIR.value)
     mesh = sharding.make_mesh(cfg.mesh)
-    sharding.check_batch_size(cfg.train.batch_size // cfg.train.num_microbatches, mesh)
     objectives.check_mesh(cfg, mesh)
     with jax.set_mesh(mesh):
         if DRY_RUN.value:

@@ -107,7 +107,7 @@ METRIC = '''
     import numpy as np
 
     from tfusion import inference
-    from tfusion.evals import statistics
+    from tfusion.evals import figure
     from tfusion.evals.base import Evaluator, register, section, write_card
 
 
@@ -116,7 +116,7 @@ METRIC = '''
         items = [{"caption": f"dark number {i}"} for i in range(len(made))]
         write_card(folder, section("dark", "How dark it is", {
             "kind": "gallery", "images": "made", "items": items, "of": len(items)}), made=made)
-        return {"dark": statistics.share("Dark pictures", [bool(x.max() < 9) for x in made], want=0.9)}
+        return {"dark": figure.share("Dark pictures", [bool(x.max() < 9) for x in made], want=0.9)}
 
 
     register(Evaluator("darkness", ("reconstruct",), run))

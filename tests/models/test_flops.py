@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 from flax import linen as nn
-from tfusion.models.image_adapters import TIME_FEATURES
 
 from experiments import transfusion
 from tfusion import config
 from tfusion.models import flops, lm_head
+from tfusion.models.adapters.linear import TIME_FEATURES
 from tfusion.objectives import make_objective
 from tfusion.objectives import transfusion as objective
 from tfusion.objectives.base import Aux

@@ -14,18 +14,19 @@ import pytest
 from flax import linen as nn
 
 from experiments import quickstart
-from tests.conftest import replace
+from tests.conftest import replace, with_shares
 from tfusion import config
 from tfusion.data import packing, pipeline
 from tfusion.data.layout import image, text
 from tfusion.diffusion import losses as diffusion_losses
 from tfusion.diffusion.process import ddpm
 from tfusion.models.transfusion import Transfusion
-from tfusion.objectives import kind_of, make_objective
+from tfusion.objectives import kind_of, make_objective, transfusion
 from tfusion.objectives.base import Aux
 from tfusion.types import BOS, EOS, PAD, Batch, Document
 
 NO_AUX = Aux(0, {}, {})
+
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compiles():
@@ -295,3 +296,24 @@ def test_the_layout_is_of_the_models_ids(cfg):
     example = cfg.rows.layout.lay(Document((text([5]), picture)))
     assert cfg.model.vocab_size == cfg.vocabulary.vocab_size == 262
     assert example.tokens_L.tolist() == [BOS, 5, 260, PAD, PAD, PAD, PAD, 261, EOS]
+
+
+@pytest.mark.parametrize("shares", [dict(scenes=1.0), dict(scenes=0.5, glosses=0.5)], ids=["pictures", "mixed"])
+def test_what_plans_expect_is_about_what_batches_hold(cfg, shares):
+    """Of full rows, so a little more; where data.image_share is the data's own."""
+    cfg = replace(with_shares(cfg, **shares), "data", caption_dropout=0.0)
+    kind = kind_of(cfg)
+    batches = list(pipeline.batches(kind.open_rows(cfg), 0, 8, 8))
+    totals = [jax.device_get(kind.totals(cfg, batch)) for batch in batches]
+    counts = [jax.device_get(transfusion.count(cfg.model, batch)) for batch in batches]
+    expected = kind.expected(cfg)
+
+    def mean(name, of):
+        return np.mean([float(each[name] if isinstance(each, dict) else getattr(each, name)) for each in of])
+
+    assert expected.positions == 8 * cfg.data.seq_len
+    for name, value, real in (("tokens", expected.positions, mean("tokens", totals)),
+                              ("scored", expected.scored, mean("scored", counts)),
+                              ("pairs", expected.pairs, mean("pairs", counts)),
+                              ("flops", sum(expected.flops.values()), mean("flops", totals))):
+        assert 0.8 < real / value < 1.05, name

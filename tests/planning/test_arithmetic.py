@@ -271,9 +271,10 @@ def test_other_compiler_errors_are_one_line():
     (500, 1, "train.batch_size=384 or 512"), (100, 1, "batch_size=128, or --config.mesh.tensor=2"),
     (128, 3, "batch_size=384")])
 def test_batch_that_does_not_divide(batch_size, micros, message):
+    mesh = topology.abstract_mesh(config.MeshConfig(1, -1, 1, 1), parse_accelerator("v5p-256"))
     with pytest.raises(UserError, match=message):
-        topology.check_batch(batch_size, micros, {"data": 1, "fsdp": 128, "tensor": 1})
-    topology.check_batch(512, 4, {"data": 1, "fsdp": 128, "tensor": 1})
+        sharding.check_batch_size(batch_size, micros, mesh)
+    sharding.check_batch_size(512, 4, mesh)
 
 
 def test_mesh_that_does_not_fit_the_chips():

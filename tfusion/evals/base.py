@@ -2,7 +2,7 @@
 
     def run(run: Trained, folder: Path, options: Options) -> {name: figure}
 
-Figures are made by evals/statistics.py and go into metrics.json under their names; `name/part` is the same
+Figures are made by evals/figure.py and go into metrics.json under their names; `name/part` is the same
 of one part of the data, and stands in no table but one that asks for it. What the report shows, an
 evaluator writes as a card (`write_card`); reporting/cards.py says which blocks there are. What it needs and
 a run lacks is named in a line; one that finds out for itself raises `LeftOut`.

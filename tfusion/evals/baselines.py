@@ -14,7 +14,7 @@ from tfusion.data.documents import Documents
 from tfusion.data.prepared import PreparedSource
 from tfusion.diffusion.losses import NUM_BINS, diffusion_losses, draw_noise
 from tfusion.diffusion.process import Process
-from tfusion.evals import losses, statistics
+from tfusion.evals import figure, losses
 from tfusion.evals.base import (
     Evaluator,
     LeftOut,
@@ -145,9 +145,9 @@ def text_figures(source: str, row: dict, tokens: int) -> dict:
     """How much less a source's loss is than the n-grams'. row: nats per token of model, unigram, bigram."""
     title = f"LM loss on held-out {source}"
     return {
-        f"{source}_vs_unigram": statistics.number(
+        f"{source}_vs_unigram": figure.number(
             f"{title} less a unigram's (nats per token)", row["model"] - row["unigram"], "lower", -0.5, tokens),
-        f"{source}_vs_bigram": statistics.number(
+        f"{source}_vs_bigram": figure.number(
             f"{title} less an interpolated bigram's (nats per token)", row["model"] - row["bigram"], "lower",
             0.0, tokens)}
 
@@ -158,9 +158,9 @@ def diffusion_figures(ours: Sums, theirs: Sums) -> dict:
     ratios = {name: ours.mean(name) / theirs.mean(name) for name in ("diffusion_loss", *used)}
     title = "Diffusion loss / that of the best linear predictor, "
     return {
-        "diffusion_vs_linear": statistics.number(
+        "diffusion_vs_linear": figure.number(
             title + "all noise levels", ratios.pop("diffusion_loss"), "lower", 0.75, ours.images),
-        "diffusion_vs_linear_worst_bin": statistics.number(
+        "diffusion_vs_linear_worst_bin": figure.number(
             title + "worst noise level", max(ratios.values()), "lower", 0.75, ours.images)}
 
 
@@ -210,7 +210,7 @@ def run(run: Trained, folder: Path, options: Options) -> dict:
         raise LeftOut("the held-out data have neither text nor images")
     write_card(folder, section("baselines", "What simpler models reach", *blocks))
     if not scenes_source(cfg):  # how far below is known of these, and not of any data
-        figures = {name: figure | {"want": None} for name, figure in figures.items()}
+        figures = {name: one | {"want": None} for name, one in figures.items()}
     return figures
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from tfusion import sharding
 from tfusion.config import replace_text
-from tfusion.evals import statistics
+from tfusion.evals import figure
 from tfusion.evals.base import Evaluator, Options, open_heldout, register, section, write_card
 from tfusion.inference.trained import Trained
 from tfusion.objectives import kind_of, make_objective
@@ -91,9 +91,9 @@ def text_figures(source: str, sums: Sums, size: int) -> dict:
     """Its loss per token and per byte; size: bytes of its texts."""
     title, (nats, tokens) = f"LM loss on held-out {source}", sums.losses["lm_loss"]
     return {
-        f"{source}_lm_loss": statistics.number(
+        f"{source}_lm_loss": figure.number(
             f"{title} (nats per token)", nats / tokens, "lower", n=int(tokens)),
-        f"{source}_bits_per_byte": statistics.number(
+        f"{source}_bits_per_byte": figure.number(
             f"{title} (bits per byte)", nats / math.log(2) / max(size, 1), "lower", n=size)}
 
 
@@ -101,12 +101,12 @@ def other_figures(name: str, sums: dict[str, Sums], total: Sums) -> dict:
     """Any other loss: over all sources, and each source's as a part of it."""
     title = f"Held-out {name.replace('_', ' ')}"
 
-    def figure(title, some):
-        return statistics.number(title, some.mean(name), "lower", n=some.images or None)
+    def loss(title, some):
+        return figure.number(title, some.mean(name), "lower", n=some.images or None)
 
-    parts = {f"{name}/{source}": figure(f"{title}, {source}", some) for source, some in sums.items()
+    parts = {f"{name}/{source}": loss(f"{title}, {source}", some) for source, some in sums.items()
              if some.mean(name) is not None}
-    return {name: figure(title, total)} | (parts if len(parts) > 1 else {})
+    return {name: loss(title, total)} | (parts if len(parts) > 1 else {})
 
 
 def table(sums: dict[str, Sums], weights, figures: dict) -> dict:

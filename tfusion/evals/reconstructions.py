@@ -7,7 +7,7 @@ import numpy as np
 from tfusion import inference
 from tfusion.data.sources import pictures
 from tfusion.errors import UserError
-from tfusion.evals import scenes, statistics
+from tfusion.evals import figure, scenes
 from tfusion.evals.base import (
     Evaluator,
     LeftOut,
@@ -53,7 +53,7 @@ def run(run: Trained, folder: Path, options: Options) -> dict:
                         "generated picture can be sharper than these."}
     write_card(folder, section("reconstructions", "What the autoencoder keeps", pairs),
                images=real[:SHOWN], reconstructions=again[:SHOWN])
-    return {"autoencoder_psnr": statistics.number(
+    return {"autoencoder_psnr": figure.number(
         "Autoencoder: PSNR of held-out pictures (dB)", psnr(real, again), "higher", n=len(real))}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from tfusion import inference
 from tfusion.config import RunConfig, replace_text
 from tfusion.data.scenes import parse_caption, render
-from tfusion.evals import statistics
+from tfusion.evals import figure
 from tfusion.evals.base import Evaluator, Options, register, scenes_source, section, write_card
 from tfusion.evals.scene_matcher import judge_caption, judge_picture, see
 from tfusion.inference.trained import Trained
@@ -86,7 +86,7 @@ def metrics(prefix: str, figures: tuple, scenes: list, verdicts: list, level: di
     def share(title, name, chosen, want):
         scored = [i for i in chosen if verdicts[i][name] is not None]
         by_chance = float(np.mean(level[name][scored])) if scored else None
-        return statistics.share(title, [verdicts[i][name] for i in scored], by_chance, want)
+        return figure.share(title, [verdicts[i][name] for i in scored], by_chance, want)
 
     every = range(len(scenes))
     whole = {f"{prefix}_{name}": share(title, name, every, want) for name, title, want in figures}
@@ -152,8 +152,8 @@ def run(run: Trained, folder: Path, options: Options) -> dict:
     write_verdicts(folder / "told.jsonl", held, truths, told=told)
     write_card(folder, classes_section(), drawn_section(held, right), told_section(held, told, truths),
                drawn=drawn[:SHOWN], real=real[:SHOWN])
-    return figures | {f"{name}/{word}": figure for word in classes
-                      for name, figure in (classes[word] | by_class[word]).items()}
+    return figures | {f"{name}/{word}": one for word in classes
+                      for name, one in (classes[word] | by_class[word]).items()}
 
 
 register(Evaluator("scenes", ("scenes", "draw", "describe", "reconstruct"), run, order=10))

@@ -21,7 +21,8 @@ def make_objective(cfg: RunConfig) -> Objective:
 
 
 def check_mesh(cfg: RunConfig, mesh) -> None:
-    """Raises UserError where a transformer does not divide over the mesh."""
+    """Raises UserError where rows, or a transformer, do not divide over the mesh."""
+    sharding.check_batch_size(cfg.train.batch_size, cfg.train.num_microbatches, mesh)
     trunk = kind_of(cfg).trunk(cfg)
     if trunk:
         sharding.check_length(trunk.seq_len, mesh)

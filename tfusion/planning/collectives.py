@@ -23,6 +23,7 @@ from flax import linen as nn
 from tfusion.config import RunConfig
 from tfusion.objectives import kind_of
 from tfusion.objectives.base import Trunk
+from tfusion.sharding import RULES
 
 
 class Collectives(NamedTuple):
@@ -49,7 +50,7 @@ def exchanged_parameters(boxed_params, shape: dict[str, int]) -> float:
     total = 0.0
     for leaf in jax.tree.leaves(boxed_params, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)):
         names = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else ()
-        split = any(name in ("mlp", "heads", "kv_heads", "vocab") for name in names)
+        split = any(RULES.get(name) == "tensor" for name in names)
         total += math.prod(nn.meta.unbox(leaf).shape) / (shape["tensor"] if split else 1)
     return total
 

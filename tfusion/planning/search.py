@@ -73,7 +73,6 @@ class Planner:
     def candidate(self, cfg: RunConfig) -> Candidate:
         """Raises UserError where the mesh does not fit the chips, the batch or the model."""
         mesh = topology.abstract_mesh(cfg.mesh, self.accelerator)
-        topology.check_batch(cfg.train.batch_size, cfg.train.num_microbatches, mesh.shape)
         check_mesh(cfg, mesh)
         done = self.work(cfg, mesh)
         held = memory.estimate(cfg, self.state, mesh, done)

@@ -70,15 +70,3 @@ def make_mesh(cfg: MeshConfig, accelerator: Accelerator) -> Mesh:
     """The mesh that training would make."""
     mesh_shape(cfg, accelerator)
     return sharding.make_mesh(cfg, devices(accelerator))
-
-
-def check_batch(batch_size: int, num_microbatches: int, shape: dict[str, int]) -> None:
-    """Raises UserError with the nearest batch sizes where rows do not divide over chips x micro-batches."""
-    parts = shape["data"] * shape["fsdp"] * num_microbatches
-    if batch_size % parts:
-        below, above = batch_size // parts * parts, -(-batch_size // parts) * parts
-        near = " or ".join(str(n) for n in (below, above) if n)
-        raise UserError(
-            f"train.batch_size = {batch_size} rows do not divide over {shape['data'] * shape['fsdp']} chips "
-            f"(data x fsdp) x {num_microbatches} micro-batches; set --config.train.batch_size={near}"
-            + ("" if below else f", or --config.mesh.tensor={shape['tensor'] * -(-parts // batch_size)}"))

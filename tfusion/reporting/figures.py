@@ -6,7 +6,7 @@ from typing import Any
 from tfusion.reporting import page, pictures, plots
 from tfusion.reporting.records import Missing, RunFiles, series_of
 
-Figure = dict[str, Any]  # evals/statistics.py
+Figure = dict[str, Any]  # evals/figure.py
 MARKS = {None: "", True: '<span class="good">✓</span>', False: '<span class="bad">✗</span>'}
 
 
