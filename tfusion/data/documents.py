@@ -21,7 +21,7 @@ from tfusion.data.config import SLOTS_PER_IMAGE, RowFormat
 from tfusion.data.layout import text
 from tfusion.data.store import Split
 from tfusion.errors import UserError
-from tfusion.types import Document, Example
+from tfusion.types import Document, Example, Part
 
 SAMPLE = 16  # shards, evenly spread, of which a source's mean lengths are taken
 MOST_LEFT_OUT = 0.1  # of a source's records with images; more is a mistake in the config
@@ -116,6 +116,11 @@ class Documents:
             sizes[here] = self.source.sizes(shard)[records[here] - self._firsts[shard]]
         return sizes.T
 
+    @property
+    def records(self):
+        """int64: those that are not left out. Reads the sizes of all."""
+        return np.unique(self.cut(np.arange(len(self))).of)
+
     def cut(self, records, dropped=False) -> Cut:
         """Into documents. dropped: bool, which records lost their captions."""
         tokens, images = self.sizes(np.asarray(records, np.int64))
@@ -140,17 +145,22 @@ class Documents:
         scale = self._positions(*of_all) / whole.mean()
         return float(positions.mean() * scale), float(in_images.mean() * scale)
 
+    def parts(self, records) -> list[list[Part]]:
+        """Of some records, as they are stored."""
+        parts, records = [None] * len(records), np.asarray(records, np.int64)
+        for shard, here in self._by_shard(records):
+            read = self.source.read(shard, (records[here] - self._firsts[shard]).tolist())
+            for place, found in zip(here.tolist(), read):
+                parts[place] = found
+        return parts
+
     def read(self, documents: Sequence[tuple[int, int]], drop_caption=None, image_first=None,
              image_first_max_t: float = 1.0) -> list[Example]:
         """Some (record, piece), arranged (transforms.arrange) and laid out, with one read per shard.
         drop_caption, image_first: bool of each; None = of none."""
         records = np.array([record for record, _ in documents], np.int64)
         records, which = np.unique(records, return_inverse=True)
-        parts = [None] * len(records)
-        for shard, here in self._by_shard(records):
-            read = self.source.read(shard, (records[here] - self._firsts[shard]).tolist())
-            for place, found in zip(here.tolist(), read):
-                parts[place] = found
+        parts = self.parts(records)
         none = [False] * len(documents)
         return [self._lay(parts[place], piece, bool(drop), bool(first), image_first_max_t)
                 for place, (_, piece), drop, first in zip(

@@ -18,7 +18,8 @@ from tfusion.data.transforms import keyed_bits
 from tfusion.errors import UserError
 from tfusion.types import PAD, Batch, Example
 
-DOCUMENT_COIN, ROW_COIN = 5, 6  # beside those of data/order.py
+DOCUMENT_COIN, LEFT_COIN, ROW_COIN = 5, 6, 7  # beside those of data/order.py
+SURE = 0.95  # of a window's positions and slots: what large documents first are sure to fit into
 
 
 class Candidates(NamedTuple):
@@ -67,27 +68,36 @@ def records_per_window(shares, mean_lengths, num_rows: int, seq_len: int) -> lis
 
 
 def pack(seed: int, window: int, offered: Candidates, num_rows: int, seq_len: int, num_slots: int) -> Packed:
-    """First-fit, large documents first, under T positions and I image slots a row. Of two orders, that which
-    fills more: all by their lengths; or those with images and those without each by their lengths, dealt so
-    that both end together, where else rows of text alone would leave too few slots for the images.
+    """First-fit under T positions and I image slots a row: large documents first, as far as they surely find
+    room, and then the others as chance has it. Which documents are left is so left to chance: were all packed
+    large first, it would be the smallest, a quarter of the smallest tenth where 2 % are too many.
     """
-    lengths, images = offered.lengths, offered.images
-    chance = keyed_bits(seed, window, np.arange(len(lengths)), DOCUMENT_COIN)
-    large_first = np.lexsort((chance, -lengths))
-    orders, pictured = [large_first], images[large_first] > 0
-    if pictured.any() and not pictured.all():
-        dealt = np.empty(len(lengths))
-        for some in (large_first[pictured], large_first[~pictured]):
-            ends = np.cumsum(lengths[some])
-            dealt[some] = ends / ends[-1]
-        orders.append(large_first[np.argsort(dealt[large_first], kind="stable")])
+    coins = keyed_bits(seed, window, np.arange(len(offered.lengths)), DOCUMENT_COIN)
+    chance = np.argsort(coins, kind="stable")
+    lengths, images = offered.lengths[chance], offered.images[chance]
+    sure = ((np.cumsum(lengths) <= SURE * num_rows * seq_len)
+            & (np.cumsum(images) <= SURE * num_rows * num_slots))
     tried = []
-    for order in orders:
+    for order in _large_first(lengths[sure], images[sure]):
+        order = np.concatenate([chance[sure][order], chance[~sure]])
         room, slots = np.full(num_rows, seq_len), np.full(num_rows, num_slots)
-        rows = np.empty(len(lengths), np.int64)
-        rows[order] = first_fit(lengths[order], images[order], room, slots)
+        rows = np.empty(len(order), np.int64)
+        rows[order] = first_fit(offered.lengths[order], offered.images[order], room, slots)
         tried.append(Packed(offered, rows, room, slots))
     return min(tried, key=lambda packed: packed.room.sum())
+
+
+def _large_first(lengths, images) -> list[np.ndarray]:
+    """Two orders, of which one or the other fills more: all by their lengths; and those with images and those
+    without each by their lengths, dealt so that both end together. Where slots are few, the first makes rows of
+    text alone and leaves too few slots for the images.
+    """
+    by_length = np.argsort(-lengths, kind="stable")
+    pictured = images[by_length] > 0
+    dealt = np.empty(len(lengths))
+    for some in (by_length[pictured], by_length[~pictured]):
+        dealt[some] = np.cumsum(lengths[some]) / max(lengths[some].sum(), 1)
+    return [by_length, by_length[np.argsort(dealt[by_length], kind="stable")]]
 
 
 def plan(seed: int, window: int, own: Packed, before: Packed | None) -> Plan:
@@ -99,7 +109,8 @@ def plan(seed: int, window: int, own: Packed, before: Packed | None) -> Plan:
     dropped = np.zeros(0, np.int64)
     if before is not None:
         left = before.left
-        left = left.take(np.argsort(-left.lengths, kind="stable"))
+        coins = keyed_bits(seed, window, np.arange(len(left.lengths)), LEFT_COIN)
+        left = left.take(np.argsort(coins, kind="stable"))
         again = first_fit(left.lengths, left.images, room, slots)
         documents += zip(again[again >= 0].tolist(), left.named(again >= 0))
         dropped = left.sources[again < 0]
