@@ -173,7 +173,7 @@ def test_every_record_once_per_epoch(cfg):
 
 def test_every_document_of_a_window_at_most_once_and_there_or_in_the_next(cfg):
     """Over 40 windows; the statistics tell what is not placed, source by source."""
-    rows = open_rows(replace(cfg, "data", window_rows=8))
+    rows = open_rows(replace(cfg, "data", window_rows=8, image_share=0.2))
     placed = {}
     for window in range(41):
         for document in itertools.chain(*rows.plan(window).rows):
