@@ -15,7 +15,7 @@ BASE = ("types", "config", "experiment", "errors", "sharding", "distributed", "a
         "paths")
 LAYERS = [  # DESIGN: each may import only from those before it or its own folder; siblings never each other
     {"base"}, {"diffusion", "models", "kernels", "data"}, {"objectives", "checkpoint"},
-    {"training", "inference"}, {"evals", "scaling", "planning", "reporting"}, {"verb"}]
+    {"training", "inference", "preparing"}, {"evals", "scaling", "planning", "reporting"}, {"verb"}]
 TOGETHER = {"models", "kernels"}  # "diffusion | models, kernels | data": these two are one group
 
 

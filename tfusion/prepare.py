@@ -4,30 +4,37 @@
   python -m tfusion.prepare --config=experiments/quickstart.py --inspect=rows.png     draws what is prepared:
       the attention mask of the first packed rows, and which blocks the attention kernels run
 
-What data.prepared held before is replaced at the end, and only if this verb made it.
+What data.prepared held before is replaced at the end, and only if this verb made it. Killed, the same command
+goes on; several processes share the work by --worker=0/2 and --worker=1/2.
 """
 
+import json
+import re
 import time
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 from tqdm import tqdm
 
 from tfusion import config, distributed, experiment, paths
-from tfusion.data import pipeline, prepared
+from tfusion.data import pipeline, store
 from tfusion.data.config import RowFormat
-from tfusion.data.sources import pictures, records
+from tfusion.data.sources import pictures
 from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError, run
 from tfusion.inference import decoder, trained
 from tfusion.models.codecs import Codec
 from tfusion.objectives import kind_of
+from tfusion.preparing import card, plan, shards, unfinished
+from tfusion.preparing.shards import Encoders, Job
 from tfusion.reporting.inspect_rows import draw_rows
 from tfusion.training.metrics import write_timing
 from tfusion.workdir import CODEC
 
 CONFIG = experiment.define()
 CODEC_RUN = paths.define("codec", None, "workdir of a trained image tokenizer; not for text alone")
+WORKER = flags.DEFINE_string("worker", "0/1", "K/N: this process writes every N-th shard, from the K-th on")
 INSPECT = paths.define("inspect", None, "PNG to draw packed rows of the prepared data to, and exit")
 INSPECT_ROWS = flags.DEFINE_integer("inspect_rows", 2, "how many rows to draw", lower_bound=1)
 INSPECT_BLOCK = flags.DEFINE_integer("inspect_block", 16, "side of a kernel block", lower_bound=1)
@@ -48,15 +55,6 @@ def open_codec(workdir: str, format: RowFormat) -> Codec:
     return codec
 
 
-def text_alone(records):
-    """The records, where none has a picture; raises UserError at the first that has."""
-    for record in records:
-        if not all(isinstance(part, str) for part in record):
-            raise UserError("data.sources names a source with pictures: --codec=WORKDIR is needed to encode "
-                            "them")
-        yield record
-
-
 def inspect(cfg: config.RunConfig, path: Path) -> None:
     if path.suffix != ".png" or not path.parent.is_dir():
         raise UserError(f"--inspect={path} must name a .png file in a folder that exists")
@@ -65,19 +63,62 @@ def inspect(cfg: config.RunConfig, path: Path) -> None:
     print(f"wrote {path}")
 
 
-def write(format: RowFormat, root: Path, sources: dict, tokenizer, codec: Codec | None) -> None:
-    """sources: {(name, split): opened source}."""
-    bar = tqdm(sources.items(), desc="prepare", unit="split")
-    for (name, split), source in bar:
-        title = f"{name}/{split}"
-        bar.set_postfix_str(title)
-        shown = tqdm(records(source, title, split == "train"), title, len(source), unit="record", leave=False)
-        prepared.write_source(root / name / split, shown if codec else text_alone(shown),
-                              tokenizer.encode_batch, codec.encode if codec else None)
+def parse_worker(text: str) -> tuple[int, int]:
+    """'0/2' -> (0, 2)."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    worker, workers = map(int, match.groups()) if match else (0, 0)
+    if worker >= workers:
+        raise UserError(f"--worker={text}: K/N is wanted, K from 0 to N - 1, such as 0/2 and 1/2")
+    return worker, workers
+
+
+def unwritten(folder: Path, jobs: list[Job]) -> list[Job]:
+    done = {split: store.finished(folder, *split) for split in {(job.source, job.split) for job in jobs}}
+    return [job for job in jobs if job.shard not in done[job.source, job.split]]
+
+
+def write(folder: Path, jobs: list[Job], encoders: Encoders) -> None:
+    """The shards that are not written yet."""
+    left = unwritten(folder, jobs)
+    total = sum(len(job.records) for job in jobs)
+    before = total - sum(len(job.records) for job in left)
+    with tqdm(desc="prepare", total=total, initial=before, unit="record") as bar:
+        for job in left:
+            bar.set_postfix_str(f"{job.source}/{job.split}", refresh=False)
+            shards.write(folder, job, encoders, bar.update)
+
+
+def finish(folder: Path, format: RowFormat, tokenizer, codec: Codec | None, began: float) -> None:
+    """What a folder holds beside shards."""
+    about = card.make(folder)
+    card.check(about)
+    config.replace_text(folder / "card.json", json.dumps(about, indent=2) + "\n")
     if codec:
-        codec.save(root / CODEC)
-    prepared.write_meta(root, tokenizer, codec.fingerprint if codec else "", format.image_shape,
-                        CODEC_RUN.value and str(Path(CODEC_RUN.value).absolute()))
+        codec.save(folder / CODEC)
+    write_timing(folder, "prepare", time.perf_counter() - began)
+    store.write_meta(folder, tokenizer, codec.fingerprint if codec else "", format.image_shape,
+                     CODEC_RUN.value and str(Path(CODEC_RUN.value).absolute()),
+                     store.stored_dtype(codec.dtype if codec else np.float32), plan.preprocessing(codec))
+    print("\n".join(card.lines(about)))
+
+
+def prepare(format: RowFormat, tokenizer, codec: Codec | None, worker: tuple[int, int], began: float) -> None:
+    data, size = format.data, codec.image_size if codec else None
+    specs = {name: spec for name, spec in data.sources.items() if spec.share > 0}
+    opened = {(name, split): spec.open(split, size)
+              for name, spec in specs.items() for split in ("train", "heldout")}
+    wanted, all_jobs = plan.make(specs, opened, tokenizer, codec), shards.jobs(opened, shards.RECORDS)
+    with unfinished.begun(data.prepared, wanted, *worker) as folder:
+        if folder is None:
+            print(f"{data.prepared} holds these data already; delete it to prepare them anew")
+            return
+        write(folder, all_jobs[worker[0] :: worker[1]],
+              Encoders(tokenizer.encode_batch, codec.encode if codec else None))
+        if left := unwritten(folder, all_jobs):
+            print(f"{len(left)} shards are left to other workers; who is last completes {data.prepared}")
+            return
+        unfinished.complete(data.prepared, wanted,
+                            lambda folder: finish(folder, format, tokenizer, codec, began))
 
 
 def main() -> None:
@@ -88,7 +129,7 @@ def main() -> None:
     began, cfg = time.perf_counter(), experiment.read(CONFIG)
     if INSPECT.value:
         return inspect(cfg, Path(INSPECT.value))
-    format = kind_of(cfg).row_format(cfg)
+    worker, format = parse_worker(WORKER.value), kind_of(cfg).row_format(cfg)
     if format is None:
         raise UserError(f"objective = '{cfg.objective}' trains on data.sources as they are: there is "
                         "nothing to prepare")
@@ -97,16 +138,9 @@ def main() -> None:
     if tokenizer.vocab_size != V:
         raise UserError(f"data.tokenizer = '{data.tokenizer}' has {tokenizer.vocab_size} pieces, "
                         f"model.text_vocab_size = {V}: set it to the former")
-    with prepared.replacing(data.prepared) as root:
-        codec = open_codec(CODEC_RUN.value, format) if CODEC_RUN.value else None
-        size = codec.image_size if codec else None
-        sources = {(name, split): spec.open(split, size)
-                   for name, spec in data.sources.items() if spec.share > 0 for split in ("train", "heldout")}
-        if codec is None:  # before a long wait for what comes first
-            for source in sources.values():
-                next(text_alone(records(source, "")), None)
-        write(format, root, sources, tokenizer, codec)
-        write_timing(root, "prepare", time.perf_counter() - began)
+    unfinished.check(data.prepared)  # before a long wait
+    codec = open_codec(CODEC_RUN.value, format) if CODEC_RUN.value else None
+    prepare(format, tokenizer, codec, worker, began)
 
 
 if __name__ == "__main__":

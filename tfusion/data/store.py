@@ -82,6 +82,11 @@ def _is_float(x) -> bool:
     return x.dtype.kind == "f" or x.dtype == BFLOAT16  # numpy calls the latter's kind V
 
 
+def stored_dtype(dtype) -> str:
+    """The name of the type that images of a type are stored in."""
+    return str(BFLOAT16 if _is_float(np.zeros(0, dtype)) else np.dtype(dtype))
+
+
 # ---------------------------------------------------------------- the ledger
 
 class Shard(NamedTuple):
@@ -185,26 +190,29 @@ class Writer:
         self._skipped[reason] = (count + 1, [*keys, key][:KEYS])
 
     def _check(self, part: Part) -> None:
-        x, where = np.asarray(part.values), f"{self.folder}: shard {self.name}, record {len(self._sizes)}"
+        x = np.asarray(part.values)
         if part.kind == "text":
             if x.ndim != 1 or (x.size and (x.dtype.kind not in "iu" or x.min() < 0 or x.max() >= 2**31)):
-                raise UserError(f"{where}: a text is {x.ravel()[:4]}: ids are whole numbers from 0")
+                raise self._bad(f"a text is {x.ravel()[:4]}: ids are whole numbers from 0")
             self._max_token_id = max(self._max_token_id, int(x.max(initial=0)))
             return
         if not _is_float(x) and x.dtype not in DTYPES:
-            raise UserError(f"{where}: an image is {x.dtype}: floats are wanted, or codes as "
+            raise self._bad(f"an image is {x.dtype}: floats are wanted, or codes as "
                             f"{', '.join(str(dtype) for dtype in DTYPES if dtype != BFLOAT16)}")
-        image = x.shape, str(BFLOAT16 if _is_float(x) else x.dtype)
+        image = x.shape, stored_dtype(x.dtype)
         if self._image not in (None, image):
-            raise UserError(f"{where}: an image is {image[1]} {image[0]}, those before it "
-                            f"{self._image[1]} {self._image[0]}: bring all to one form")
+            raise self._bad(f"an image is {image[1]} {image[0]}, those before it {self._image[1]} "
+                            f"{self._image[0]}: bring all to one form")
         self._image = image
         if _is_float(x):
-            rows = x.astype(np.float32).astype(np.float64).reshape(-1, x.shape[-1])
-            if not np.isfinite(rows).all():
-                raise UserError(f"{where}: its image holds NaN or infinity: mend it, or leave the record out")
-            sums = np.stack([np.full(len(rows[0]), len(rows)), rows.sum(0), (rows**2).sum(0)])
+            rows = x.reshape(-1, x.shape[-1]).astype(np.float64)
+            sums = np.stack([np.full(rows.shape[1], len(rows)), rows.sum(0), np.einsum("nc,nc->c", rows, rows)])
+            if not np.isfinite(sums).all():
+                raise self._bad("its image holds NaN or infinity: mend it, or leave the record out")
             self._sums = sums if self._sums is None else self._sums + sums
+
+    def _bad(self, what: str) -> UserError:
+        return UserError(f"{self.folder}: shard {self.name}, record {len(self._sizes)}: {what}")
 
     def __exit__(self, error, *_) -> None:
         if self._file is not None:

@@ -23,12 +23,18 @@ PATIENCE = 3  # seconds before a progress bar shows
 
 
 class Unreadable(UserError):
-    """One record cannot be read; those beside it may be well."""
+    """One record cannot be used; those beside it may be well. reason: what kind of fault it is, in a word or
+    two, for counting. key: what the record is called."""
+
+    def __init__(self, message: str, reason: str = "unreadable", key: str = ""):
+        super().__init__(message)
+        self.reason, self.key = reason, key
 
 
 class Opened(Protocol):
     """One split of a source. `source[i]` may be asked by several threads, and raises Unreadable where the
-    record is damaged."""
+    record is damaged. One that can tell, without reading its records, when they have changed, has it told by
+    an attribute `fingerprint`, a text; of others `prepare` looks at a few records."""
 
     def __len__(self) -> int: ...
 
@@ -102,8 +108,8 @@ class Tally:
             _say("\n  ".join([head, *map(str, self.unreadable[:NAMED]), *more]))
 
 
-def _read(source: Opened, order: Iterable[int], tally: Tally) -> Iterator[list]:
-    """The records of `order` but for those that are Unreadable, read ahead by a few threads."""
+def attempts(source: Opened, order: Iterable[int]) -> Iterator[list | Unreadable]:
+    """The records of `order`, or why one cannot be read, read ahead by a few threads."""
     order, ahead = iter(order), collections.deque()
     pool = ThreadPoolExecutor(READERS)
     try:
@@ -112,15 +118,21 @@ def _read(source: Opened, order: Iterable[int], tally: Tally) -> Iterator[list]:
                 ahead.append(pool.submit(_attempt, source, some))
             if not ahead:
                 return
-            for record in ahead.popleft().result():
-                if isinstance(record, Unreadable):
-                    tally.unreadable.append(record)
-                else:
-                    tally.read += 1
-                    tally.alone += not any(isinstance(part, str) for part in record)
-                    yield record
+            yield from ahead.popleft().result()
     finally:  # also where the reader stops early
         pool.shutdown(cancel_futures=True)
+
+
+def _read(source: Opened, order: Iterable[int], tally: Tally) -> Iterator[list]:
+    """The records of `order` but for those that are Unreadable."""
+    with contextlib.closing(attempts(source, order)) as read:
+        for record in read:
+            if isinstance(record, Unreadable):
+                tally.unreadable.append(record)
+            else:
+                tally.read += 1
+                tally.alone += not any(isinstance(part, str) for part in record)
+                yield record
 
 
 def records(source: Opened, title: str, needed: bool = True) -> Iterator[list]:

@@ -52,6 +52,11 @@ def read_text(path: Path) -> str:
                         f"`iconv -f LATIN1 -t UTF-8`") from e
 
 
+def inside(root: Path, path: Path) -> bool:
+    """Whether a path, as it is written, stays below a folder. A link in there may lead anywhere."""
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root))
+
+
 def whole(text: str) -> str:
     """The text with U+FFFD for halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import functools
+import hashlib
 import io
 import json
 import os
@@ -13,7 +15,7 @@ import numpy as np
 from tfusion import config
 from tfusion.data.pictures import read_picture
 from tfusion.data.sources.base import Source, Unreadable, held_out
-from tfusion.data.sources.files import read_text, walk, whole
+from tfusion.data.sources.files import inside, read_text, walk, whole
 from tfusion.errors import UserError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -117,26 +119,54 @@ def find(root: Path) -> list[Captioned]:
 class Folder:
     """Record i is [caption, picture], or [picture] where there is no caption."""
 
-    def __init__(self, items: list[Captioned], image_size: int | None):
-        self.items, self.image_size = items, image_size
+    def __init__(self, items: list[Captioned], image_size: int | None, root: Path):
+        self.items, self.image_size, self.root = items, image_size, root
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, record: int) -> list:
         item = self.items[record]
-        caption = _read_caption(item.caption) if isinstance(item.caption, Path) else item.caption
+        if not inside(self.root, item.path):
+            raise Unreadable(f"{item.key} leads out of {self.root}: pictures are taken from there alone",
+                             "path out of the folder", item.key)
+        caption = _read_caption(item) if isinstance(item.caption, Path) else item.caption
         try:
             picture = read_picture(item.path, self.image_size)
         except UserError as e:
-            raise Unreadable(str(e)) from e
+            raise Unreadable(str(e), "damaged picture", item.key) from e
         return [caption, picture] if caption else [picture]
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the captions of tables, and of every file's name, size and time."""
+        digest = hashlib.sha256()
+        for item in self.items:
+            files = [item.path, item.caption] if isinstance(item.caption, Path) else [item.path]
+            caption = item.caption if len(files) == 1 else ""
+            digest.update(repr((item.key, caption, *map(_state, files))).encode())
+        return digest.hexdigest()
 
-def _read_caption(path: Path) -> str:
-    if (size := path.stat().st_size) > LONGEST_CAPTION:
-        raise Unreadable(f"{path} has {size} bytes, a caption has at most {LONGEST_CAPTION}")
-    return read_text(path).strip()
+
+def _state(path: Path) -> tuple | None:
+    try:
+        about = path.stat()
+    except OSError:  # whoever wants to read it says so
+        return None
+    return about.st_size, about.st_mtime_ns
+
+
+def _read_caption(item: Captioned) -> str:
+    path = item.caption
+    try:
+        if (size := path.stat().st_size) > LONGEST_CAPTION:
+            raise Unreadable(f"{path} has {size} bytes, a caption has at most {LONGEST_CAPTION}",
+                             "long caption", item.key)
+        return read_text(path).strip()
+    except Unreadable:
+        raise
+    except (UserError, OSError) as e:
+        raise Unreadable(str(e), "unreadable caption", item.key) from e
 
 
 @config.register("source", "folder")
@@ -150,4 +180,5 @@ class FolderSource(Source):
     def open(self, split: str, image_size: int | None = None) -> Folder:
         items = find(Path(self.path))
         held = held_out((item.key for item in items), self.heldout_fraction)
-        return Folder([items[i] for i in np.flatnonzero(held == (split == "heldout"))], image_size)
+        chosen = np.flatnonzero(held == (split == "heldout"))
+        return Folder([items[i] for i in chosen], image_size, Path(self.path))

@@ -3,6 +3,7 @@
 import dataclasses
 import glob
 import gzip
+import hashlib
 import json
 import os
 import tempfile
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from tfusion import config
 from tfusion.data.pictures import read_picture
 from tfusion.data.sources.base import PATIENCE, Source, Unreadable, held_out
-from tfusion.data.sources.files import walk, whole
+from tfusion.data.sources.files import inside, walk, whole
 from tfusion.errors import UserError
 
 ENDINGS = (".jsonl", ".jsonl.gz")
@@ -83,8 +84,9 @@ class Jsonl:
     from an unpacked copy, a file without a name that goes when this does.
     """
 
-    def __init__(self, files: list[Path], image_size: int | None):
-        self.files, self.image_size = files, image_size
+    def __init__(self, files: list[Path], image_size: int | None, root: Path | None = None):
+        """root: the folder that pictures must lie in; None: each file's own."""
+        self.files, self.image_size, self.root = files, image_size, root
         self._unpacked, self._places = tempfile.TemporaryFile(), []  # noqa: SIM115
         weakref.finalize(self, self._unpacked.close)
 
@@ -126,13 +128,23 @@ class Jsonl:
             with path.open("rb") as lines:
                 line = os.pread(lines.fileno(), stop - start, start)
         _, parts = _record(line, f"{path}, byte {start}")
-        return [value if kind == "text" else self._picture(path.parent / value) for kind, value in parts]
+        return [value if kind == "text" else self._picture(path.parent, value) for kind, value in parts]
 
-    def _picture(self, path: Path) -> np.ndarray:
+    def _picture(self, folder: Path, value: str) -> np.ndarray:
+        root, path = self.root or folder, folder / value
+        if not inside(root, path):
+            raise Unreadable(f"{value} leads out of {root}: pictures are taken from there alone",
+                             "path out of the folder", value)
         try:
             return read_picture(path, self.image_size)
         except UserError as e:
-            raise Unreadable(str(e)) from e
+            raise Unreadable(str(e), "damaged picture", str(path)) from e
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the lines that were chosen, and of every file's name, size and time."""
+        states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.files]
+        return hashlib.sha256(repr(states).encode() + np.asarray(self._places).tobytes()).hexdigest()
 
 
 @config.register("source", "jsonl")
@@ -144,7 +156,8 @@ class JsonlSource(Source):
     heldout_fraction: float = config.fraction()  # of the lines, by a hash of the id, or of file name and number
 
     def open(self, split: str, image_size: int | None = None) -> Jsonl:
-        source = Jsonl(find(self.path), image_size)
+        root = Path(self.path)
+        source = Jsonl(find(self.path), image_size, root if root.is_dir() else None)
         held = held_out(source.scan(), self.heldout_fraction)
         if not len(held):
             raise UserError(f"{self.path} holds no records: every line is blank")

@@ -1,0 +1,105 @@
+"""What may be wrong with a record: each fault has one outcome, and stops nothing beside it."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tfusion.data import store
+from tfusion.data.sources.folder import FolderSource
+from tfusion.data.sources.jsonl import JsonlSource
+from tfusion.data.store import Split
+from tfusion.data.tokenizers import load_tokenizer
+from tfusion.errors import UserError
+from tfusion.preparing.shards import Encoders, Job, write
+
+
+def draw(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(path)
+    return path
+
+
+def encode(images):
+    return np.zeros((len(images), 1, 1, 1), np.float32)
+
+
+def prepared(tmp_path, spec, tokenizer="byte"):
+    """(records as (text or None, number of pictures), what the ledger has skipped)."""
+    tokenizer = load_tokenizer(tokenizer)
+    write(tmp_path / "data", Job("s", "train", 0, spec.open("train", 4), 4096),
+          Encoders(tokenizer.encode_batch, encode))
+    source = Split(tmp_path / "data", "s", "train")
+    found = []
+    for parts in source.read(0, range(len(source))) if source.shards else []:
+        texts = [tokenizer.decode(part.values) for part in parts if part.kind == "text"]
+        found.append((" ".join(texts) if texts else None, sum(part.kind == "image" for part in parts)))
+    line, = store.ledger(source.folder).values()
+    return found, line["skipped"]
+
+
+def bomb(path):
+    """A PNG that says it has 40,000 x 40,000 pixels."""
+    draw(path)
+    data = bytearray(path.read_bytes())
+    data[16:24] = (40_000).to_bytes(4) * 2
+    path.write_bytes(data)
+
+
+def test_of_a_folder(tmp_path):
+    root = tmp_path / "photos"
+    for name in ("good", "noise", "latin", "blank", "long", "alone", "odd"):
+        draw(root / f"{name}.png")
+    (root / "noise.png").write_bytes(b"GIF89a and nothing more")
+    bomb(root / "bomb.png")
+    for name, text in (("good", b"a fox"), ("noise", b"b"), ("bomb", b"c"),
+                       ("latin", "Füchsin".encode("latin1")), ("blank", b" \n"), ("long", b"x" * 100_000),
+                       ("odd", b"a\0b\x07c\x1b[1m")):
+        (root / f"{name}.txt").write_bytes(text)
+    found, skipped = prepared(tmp_path, FolderSource("folder", 1.0, str(root), 0.0))
+    assert found == [(None, 1), (None, 1), ("a fox", 1), ("a\0b\x07c\x1b[1m", 1)]  # alone, blank, good, odd
+    assert skipped == {"damaged picture": [2, ["bomb.png", "noise.png"]], "long caption": [1, ["long.png"]],
+                       "unreadable caption": [1, ["latin.png"]]}
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "default"])
+def test_nul_and_control_characters_are_text(tmp_path, tokenizer):
+    """They neither end a text nor the run; SentencePiece writes some kinds of blanks as one."""
+    (tmp_path / "a.jsonl").write_text(json.dumps("fox\0apple\x01moon\x7fsun") + "\n")
+    (text, _), = prepared(tmp_path, JsonlSource("jsonl", 1.0, str(tmp_path / "a.jsonl"), 0.0), tokenizer)[0]
+    assert all(word in text for word in ("fox", "apple", "moon", "sun"))
+
+
+@pytest.mark.parametrize("place", ["../secret/a.png", "/etc/passwd", "in/../../secret/a.png"])
+def test_a_path_that_leads_out_of_the_folder(tmp_path, place):
+    """Whoever wrote the table could else read any picture of this machine."""
+    draw(tmp_path / "secret" / "a.png")
+    draw(tmp_path / "photos" / "in" / "a.png")
+    for name, line in (("photos/metadata.jsonl", {"file_name": place, "text": "a"}),
+                       ("photos/metadata.jsonl", {"file_name": "in/../in/a.png", "text": "b"}),
+                       ("lines/a.jsonl", {"segments": [{"image": place}]}), ("lines/a.jsonl", {"text": "c"})):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        with (tmp_path / name).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    for case, spec, wanted in (
+            ("f", FolderSource("folder", 1.0, str(tmp_path / "photos"), 0.0), [("b", 1)]),
+            ("l", JsonlSource("jsonl", 1.0, str(tmp_path / "lines/a.jsonl"), 0.0), [("c", 0)])):
+        (tmp_path / case).mkdir()
+        found, skipped = prepared(tmp_path / case, spec)
+        assert found == wanted and list(skipped) == ["path out of the folder"]
+
+
+def test_pictures_beside_the_folders_of_lines(tmp_path):
+    """A folder of jsonl files is one root: its files may share pictures."""
+    draw(tmp_path / "all/pictures/a.png")
+    (tmp_path / "all/lines").mkdir()
+    line = json.dumps({"segments": [{"image": "../pictures/a.png"}]})
+    (tmp_path / "all/lines/a.jsonl").write_text(line + "\n")
+    assert prepared(tmp_path, JsonlSource("jsonl", 1.0, str(tmp_path / "all"), 0.0)) == ([(None, 1)], {})
+
+
+def test_a_line_that_is_no_record_is_a_mistake_of_the_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text('"a"\n{"text": \n')
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: "):
+        prepared(tmp_path, JsonlSource("jsonl", 1.0, str(tmp_path / "a.jsonl"), 0.0))

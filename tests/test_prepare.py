@@ -1,0 +1,201 @@
+"""The verb: killed at any move and run again, or by several workers, it makes the same bytes."""
+
+import dataclasses
+import json
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tests.conftest import import_verb
+from tfusion.data import store
+from tfusion.data.sources.base import Source, Unreadable
+from tfusion.data.tokenizers import ByteTokenizer
+from tfusion.errors import UserError
+from tfusion.preparing import shards
+
+verb = import_verb("prepare")
+
+
+class Pairs:
+    """Deterministic records: a caption and a picture, two texts, damaged ones in between."""
+
+    def __init__(self, number: int, word: str = "fox"):
+        self.number, self.word = number, word
+
+    def __len__(self):
+        return self.number
+
+    def __getitem__(self, record):
+        if record % 7 == 3:
+            raise Unreadable(f"{record}.png is damaged", "damaged picture", f"{record}.png")
+        if record % 3 == 1:
+            return [f"{self.word} {record}", "and more"]
+        return [f"{self.word} {record}", np.full((4, 4, 3), record, np.uint8)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec(Source):
+    number: int = 20
+    word: str = "fox"
+
+    def open(self, split, image_size=None):
+        return Pairs(self.number if split == "train" else 3, self.word)
+
+
+class Codec:
+    image_size, shape, dtype, fingerprint = 4, (2, 2, 1), np.float32, "fake"
+
+    def encode(self, images):
+        return images[:, ::2, ::2, :1] / np.float32(10)
+
+    def save(self, path):
+        path.write_text("codec")
+
+
+def format_of(root, **specs):
+    specs = specs or {"a": Spec("x", 0.5), "b": Spec("x", 0.5, 9, "cow"), "left": Spec("x", 0.0)}
+    return SimpleNamespace(data=SimpleNamespace(prepared=str(root), sources=specs), image_shape=(2, 2, 1))
+
+
+def prepare(root, worker=(0, 1), **specs) -> None:
+    verb.prepare(format_of(root, **specs), ByteTokenizer(), Codec(), worker, 0.0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_shards():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "PICTURES", 3)
+        patch.setattr(shards, "RECORDS", 4)
+        yield
+
+
+def tree(root) -> dict:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*"))
+            if path.is_file() and path.name not in (".lock", "timing.json")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole") / "data"
+    prepare(root)
+    return tree(root)
+
+
+def test_what_is_prepared(tmp_path, whole, capsys):
+    root = tmp_path / "data"
+    prepare(root)
+    assert tree(root) == whole
+    assert {"meta.json", "card.json", "codec.npz", "tokenizer.json", "plan.json",
+            "a/train/ledger.jsonl", "b/heldout/00000.array_record"} <= whole.keys()
+    split = store.Split(root, "a", "train")
+    assert len(split) == 17 and len(split.shards) == 5
+    ids, latents = (part.values for part in split.read(1, [2])[0])  # shard 1 is of records 4, 5, 6, 7
+    assert ids.tolist() == ByteTokenizer().encode("fox 6") and (latents == 0.6015625).all()  # 0.6 in bfloat16
+    made = json.loads((root / "card.json").read_text())
+    assert made["a/train"]["skipped"] == {"damaged picture": [3, ["3.png", "10.png", "17.png"]]}
+    assert "a/train: 17 records" in capsys.readouterr().out
+    meta = store.read_meta(root)
+    assert meta["codec"] == "fake" and meta["image_dtype"] == "bfloat16" and meta["preprocessing"]
+    prepare(root)
+    assert "holds these data already" in capsys.readouterr().out and tree(root) == whole
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_at(move: int, root, monkeypatch, **args) -> bool:
+    """Whether there was such a move."""
+    moves, real = [], os.replace
+
+    def replace(a, b):
+        if len(moves) == move:
+            raise Killed
+        moves.append(b)
+        real(a, b)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        try:
+            prepare(root, **args)
+        except Killed:
+            return True
+    return False
+
+
+def test_killed_at_any_move_and_run_again(tmp_path, monkeypatch):
+    """Nothing is found before all is there."""
+    specs, wanted = {"a": Spec("x", 0.5, 6)}, None
+    prepare(tmp_path / "whole", **specs)
+    wanted, move = tree(tmp_path / "whole"), 0
+    while killed_at(move, tmp_path / f"{move}", monkeypatch, **specs):
+        assert not (tmp_path / f"{move}").exists()
+        prepare(tmp_path / f"{move}", **specs)
+        assert tree(tmp_path / f"{move}") == wanted and not (tmp_path / f"{move}.unfinished").exists(), move
+        move += 1
+    assert move > 15
+
+
+def test_killed_again_and_again(tmp_path, monkeypatch, whole):
+    """What is written is not written again."""
+    read, real = [], shards.attempts
+
+    def attempts(source, order):
+        read.extend((source.word, len(source), record) for record in order)
+        return real(source, order)
+
+    monkeypatch.setattr(shards, "attempts", attempts)
+    runs = 1
+    while killed_at(7, tmp_path / "data", monkeypatch):
+        runs += 1
+    assert tree(tmp_path / "data") == whole and runs > 5
+    assert len(read) < 2 * len(set(read)) + 4 * runs and len(set(read)) == 20 + 9 + 3 + 3
+
+
+def test_workers_side_by_side_make_the_same_bytes(tmp_path, whole, capsys):
+    for worker in (1, 2, 0):
+        assert not (tmp_path / "data").exists()
+        prepare(tmp_path / "data", worker=(worker, 3))
+    assert capsys.readouterr().out.count("left to other workers") == 2
+    assert tree(tmp_path / "data") == whole
+    prepare(tmp_path / "data", worker=(1, 3))  # a launcher started it again
+    assert tree(tmp_path / "data") == whole
+
+
+def test_a_worker_that_is_missing_can_be_made_up_for(tmp_path, whole):
+    prepare(tmp_path / "data", worker=(1, 3))
+    prepare(tmp_path / "data")
+    assert tree(tmp_path / "data") == whole
+
+
+def test_a_source_changed_since_it_was_begun(tmp_path, capsys):
+    prepare(tmp_path / "data", worker=(0, 2), a=Spec("x", 1.0, 9))
+    prepare(tmp_path / "data", a=Spec("x", 1.0, 9, "cow"))
+    prepare(tmp_path / "whole", a=Spec("x", 1.0, 9, "cow"))
+    assert "begun anew" in capsys.readouterr().err and tree(tmp_path / "data") == tree(tmp_path / "whole")
+
+
+def test_where_no_record_can_be_read_nothing_is_replaced(tmp_path):
+    class Damaged(Pairs):
+        def __getitem__(self, record):
+            raise Unreadable(f"{record}.png is damaged", "damaged picture", f"{record}.png")
+
+    @dataclasses.dataclass(frozen=True)
+    class Bad(Spec):
+        def open(self, split, image_size=None):
+            return Damaged(3)
+
+    prepare(tmp_path / "data")
+    before = tree(tmp_path / "data")
+    with pytest.raises(UserError, match=r"photos/train: none of 3 records .* 3 damaged picture \(0.png, 1"):
+        prepare(tmp_path / "data", photos=Bad("x", 1.0))
+    assert tree(tmp_path / "data") == before
+
+
+@pytest.mark.parametrize("text", ["", "1", "2/2", "0/0", "-1/2", "a/b"])
+def test_a_worker_is_one_of_several(text):
+    assert verb.parse_worker("3/12") == (3, 12)
+    with pytest.raises(UserError, match=f"--worker={text}: K/N is wanted"):
+        verb.parse_worker(text)
