@@ -333,7 +333,7 @@ def test_packed_rows_equal_each_document_alone(runs):
     model = runs.cfg.model
     B, plans = runs.cfg.train.batch_size, runs.rows.plan(0).rows
     packed = next(pair for pair in itertools.combinations(enumerate(plans), 2) if suits(runs, pair, B))
-    packed = [(row, [runs.rows.example(*d) for d in plan]) for row, plan in packed]
+    packed = [(row, runs.rows.examples(plan)) for row, plan in packed]
     documents = [(i, x) for i, (_, examples) in enumerate(packed) for x in examples]
 
     def rows(chosen):

@@ -48,26 +48,6 @@ def test_rows_do_not_depend_on_the_order_of_reading(cfg):
         assert_same(jumbled[row], expected[row])
 
 
-@pytest.mark.parametrize("first", [8, 13, 40])
-def test_a_run_can_start_at_any_row(cfg, first):
-    """Also across a window's end and in the middle of a batch: batch k holds rows first + 8 k onwards."""
-    whole = batches(cfg, 0, 8)
-    rows = {int(row): (batch, i) for batch in whole for i, row in enumerate(batch.row_ids_B)}
-    for k, batch in enumerate(batches(cfg, first, 2)):
-        np.testing.assert_array_equal(batch.row_ids_B, first + 8 * k + np.arange(8))
-        for i, row in enumerate(batch.row_ids_B):
-            source, j = rows[int(row)]
-            for x, y in zip(batch, source):
-                np.testing.assert_array_equal(x[i], y[j])
-
-
-@pytest.mark.parametrize("num_processes", [1, 2, 4])
-def test_shares_of_the_processes_make_the_global_batch(cfg, num_processes):
-    shares = [batches(cfg, 28, 2, process=p, num_processes=num_processes) for p in range(num_processes)]
-    for whole, *parts in zip(batches(cfg, 28, 2), *shares):
-        assert_same(type(whole)(*(np.concatenate(x) for x in zip(*parts))), whole)
-
-
 def test_seeds_and_splits_give_other_rows(cfg):
     plain = open_rows(cfg)[0]
     for other in (open_rows(dataclasses.replace(cfg, seed=1))[0], HeldOut(cfg.rows, "scenes")[0]):
@@ -314,13 +294,6 @@ def test_autoencoder_rows_show_every_picture_once_per_epoch():
     assert rows.identity == open_rows(cfg).identity != fewer.identity and list(rows.identity) == ["pictures"]
     stored = sorted(image.tobytes() for image in rows.images)
     assert sorted(epoch(0)) == sorted(epoch(1)) == stored and epoch(0) != epoch(1)
-
-
-def test_autoencoder_batches_are_shared_like_any_other():
-    cfg = tiny_autoencoder_config()
-    (whole,), *parts = (batches(cfg, 3, 1, process=p, num_processes=n) for p, n in ((0, 1), (0, 2), (1, 2)))
-    assert whole.images_BHWC.shape == (8, 32, 32, 3) and whole.images_BHWC.dtype == np.uint8
-    assert_same(type(whole)(*(np.concatenate(x) for x in zip(*(part[0] for part in parts)))), whole)
 
 
 def test_autoencoder_of_another_picture_size_is_refused():

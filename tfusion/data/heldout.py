@@ -31,8 +31,7 @@ class HeldOut:
         number = len(self.source) if documents is None else min(documents, len(self.source))
         records, pieces, lengths, images = self.source.cut(np.arange(number))
         self.num_documents = len(records)
-        room, slots = np.full(self.num_documents, format.data.seq_len), np.full(self.num_documents,
-                                                                              format.image_slots)
+        room, slots = (np.full(len(records), most) for most in (format.data.seq_len, format.image_slots))
         rows = packing.first_fit(lengths, images, room, slots)
         self._rows = [[] for _ in range(max(rows, default=-1) + 1)]
         for row, record, piece in zip(rows.tolist(), records.tolist(), pieces.tolist()):
