@@ -111,6 +111,7 @@ class Documents:
 
     def sizes(self, records):
         """(text tokens, images) of records, int64."""
+        records = np.asarray(records, np.int64)
         sizes = np.zeros((len(records), 2), np.int64)
         for shard, here in self._by_shard(records):
             sizes[here] = self.source.sizes(shard)[records[here] - self._firsts[shard]]
@@ -123,7 +124,7 @@ class Documents:
 
     def cut(self, records, dropped=False) -> Cut:
         """Into documents. dropped: bool, which records lost their captions."""
-        tokens, images = self.sizes(np.asarray(records, np.int64))
+        tokens, images = self.sizes(records)
         number = self._pieces(tokens, images)
         of = np.repeat(np.arange(len(number)), number)
         pieces = np.arange(len(of)) - np.repeat(np.cumsum(number) - number, number)
