@@ -8,6 +8,7 @@ Synthetic records, made from their numbers: four of five a caption and a picture
 own each time: some records and ten times as many, whose peaks of memory are compared; some with SIGKILL at
 random moments, the same command again and again; some by two processes side by side. The last two are compared,
 file by file, with what one process made in one go. With 100,000 records it takes four minutes on two cores.
+Before that, a folder of 256 px JPEGs is prepared in turns with decoding it and nothing else.
 """
 
 import argparse
@@ -16,21 +17,27 @@ import hashlib
 import json
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+from PIL import Image
 
 from benchmarks.decode import machine
 from benchmarks.worker import peak_mib
-from tfusion.data.sources.base import Source, Unreadable
+from tfusion.data.pictures import read_picture
+from tfusion.data.sources.base import READERS, Source, Unreadable, attempts
+from tfusion.data.sources.folder import FolderSource
 from tfusion.data.tokenizers import ByteTokenizer
+from tfusion.preparing import shards
 
 WORDS = ("a", "fox", "left", "of", "an", "apple", "on", "teal", "canvas", "and", "the", "moon", "above", "it")
 PER_SHARD = 128  # records, where processes are killed or work side by side
@@ -77,7 +84,6 @@ class BlockMeans:
 
 def child(root: Path, number: int, worker: str, per_shard: int) -> None:
     from tfusion import prepare
-    from tfusion.preparing import shards
     shards.RECORDS = per_shard or shards.RECORDS
     format = SimpleNamespace(data=SimpleNamespace(prepared=str(root), sources={
         "pairs": RecordsSource("x", 1.0, number)}), image_shape=BlockMeans.shape)
@@ -124,6 +130,57 @@ def memory(folder: Path, number: int) -> list[dict]:
     return out
 
 
+class EighthPixels(BlockMeans):
+    """A codec that costs little beside decoding: 256 x 256 pixels -> every eighth, as 32 x 32 x 8."""
+
+    image_size, shape = 256, (32, 32, 8)
+
+    def encode(self, images):
+        x = images[:, ::8, ::8].astype(np.float32) / 64 - 2
+        return np.concatenate([x, x, x[..., :2]], -1)
+
+
+def jpegs(folder: Path, number: int, rounds: int = 5) -> dict:
+    """A folder of 256 px JPEGs with captions: decoded by as many threads as prepare has and dropped; read as
+    prepare reads them; prepared."""
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for i in range(number):
+        noise = Image.fromarray(draw.integers(0, 256, (64, 64, 3), np.uint8))
+        noise.resize((256, 256), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=90)
+        (folder / f"{i}.txt").write_text("a fox left of an apple on a teal canvas")
+    source = FolderSource("folder", 1.0, str(folder), 0.0).open("train", 256)
+
+    def bare():
+        with ThreadPoolExecutor(READERS) as pool:
+            for _ in pool.map(lambda item: read_picture(item.path, 256).shape, source.items):
+                pass
+
+    def read():
+        for _ in attempts(source, range(number)):
+            pass
+
+    def prepared():
+        for job in shards.jobs({("photos", str(len(took["prepared"]))): source}, shards.RECORDS):
+            shards.write(folder.with_name("jpeg_store"), job,
+                         shards.Encoders(ByteTokenizer().encode_batch, EighthPixels().encode))
+
+    took = {"bare": [], "read": [], "prepared": []}
+    for _ in range(rounds):
+        for fn in (bare, read, prepared):
+            wall, cpu = time.perf_counter(), time.process_time()
+            fn()
+            took[fn.__name__].append((time.perf_counter() - wall, time.process_time() - cpu))
+    def ratio(name: str, which: int) -> float:
+        return round(statistics.median(a[which] / b[which] for a, b in zip(took["bare"], took[name])), 3)
+
+    return {"pictures": number, "bytes": sum(path.stat().st_size for path in folder.glob("*.jpg")),
+            "wall_seconds": {name: [round(wall, 2) for wall, _ in some] for name, some in took.items()},
+            "cpu_seconds": {name: [round(cpu, 2) for _, cpu in some] for name, some in took.items()},
+            **{f"bare_over_{name}": {"wall": ratio(name, 0), "cpu": ratio(name, 1)}
+               for name in ("read", "prepared")}}
+
+
 def kills(folder: Path, number: int, times: int) -> dict:
     whole = end(start(folder / "whole", number, per_shard=PER_SHARD))
     draw, after = random.Random(0), []
@@ -152,6 +209,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--records", type=int, default=100_000)
+    parser.add_argument("--jpegs", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -160,11 +218,15 @@ def main():
         return child(Path(root), int(number), worker, int(per_shard))
     about = machine()
     with tempfile.TemporaryDirectory() as folder:
-        result = {"memory": memory(Path(folder), args.records),
+        result = {"jpegs": jpegs(Path(folder) / "jpegs", args.jpegs),
+                  "memory": memory(Path(folder), args.records),
                   "bytes": kills(Path(folder), args.records // 4, args.kills)}
     for line in result["memory"]:
         print(f"{line['records']:>10,} records: {line['seconds']:>7} s, peak {line['peak_mib']} MiB "
               f"({line['peak_mib_before']} before it began), store {line['store_mib']} MiB")
+    for name, what in (("read", "read with captions"), ("prepared", "read, tokenised, encoded and written")):
+        ratio = result["jpegs"][f"bare_over_{name}"]
+        print(f"256 px JPEGs {what}: {ratio['wall']:.0%} of bare decoding's rate, {ratio['cpu']:.0%} by CPU")
     same = result["bytes"]
     print(f"killed {len(same['kills'])} times: same bytes {same['killed_equals_whole']}; two processes: "
           f"{same['two_processes_equal_whole']}")

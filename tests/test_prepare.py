@@ -142,9 +142,9 @@ def test_killed_again_and_again(tmp_path, monkeypatch, whole):
     """What is written is not written again."""
     read, real = [], shards.attempts
 
-    def attempts(source, order):
+    def attempts(source, order, ahead):
         read.extend((source.word, len(source), record) for record in order)
-        return real(source, order)
+        return real(source, order, ahead)
 
     monkeypatch.setattr(shards, "attempts", attempts)
     runs = 1

@@ -13,11 +13,12 @@ import re
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from tfusion import config, distributed, experiment, paths
+from tfusion import config, distributed, experiment, paths, sharding
 from tfusion.data import pipeline, store
 from tfusion.data.config import RowFormat
 from tfusion.data.sources import pictures
@@ -139,8 +140,9 @@ def main() -> None:
         raise UserError(f"data.tokenizer = '{data.tokenizer}' has {tokenizer.vocab_size} pieces, "
                         f"model.text_vocab_size = {V}: set it to the former")
     unfinished.check(data.prepared)  # before a long wait
-    codec = open_codec(CODEC_RUN.value, format) if CODEC_RUN.value else None
-    prepare(format, tokenizer, codec, worker, began)
+    with jax.set_mesh(sharding.make_mesh(config.MeshConfig(1, -1, 1, 1))):  # all devices encode
+        codec = open_codec(CODEC_RUN.value, format) if CODEC_RUN.value else None
+        prepare(format, tokenizer, codec, worker, began)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,13 @@ def num_shards(name: str) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in axes)
 
 
+def split_rows(x):
+    """x with its first axis over the devices of the current mesh, as rows are; as it is where there is no mesh,
+    or it does not divide."""
+    number = num_shards("batch")
+    return x if number == 1 or len(x) % number else jax.device_put(x, batch_sharding(jax.sharding.get_mesh()))
+
+
 def sharded(fn, in_axes, out_axes):
     """shard_map by logical axes, for kernels, which the compiler cannot partition: fn sees one device's part.
 

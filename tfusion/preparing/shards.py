@@ -12,12 +12,13 @@ from typing import NamedTuple
 import numpy as np
 
 from tfusion.data import layout, store
-from tfusion.data.sources.base import Opened, Unreadable, attempts
+from tfusion.data.sources.base import AT_ONCE, Opened, Unreadable, attempts
 from tfusion.errors import UserError
 from tfusion.types import Part
 
 RECORDS = 4096  # of the source per shard
 PICTURES = 256  # encoded at once
+AHEAD = PICTURES // AT_ONCE  # as many records are read while a batch is encoded
 TEXTS = 1024  # records that wait to be tokenised at once
 NO_CODEC = "data.sources names a source with pictures: --codec=WORKDIR is needed to encode them"
 
@@ -54,14 +55,14 @@ def write(root, job: Job, encoders: Encoders, advance: Callable[[int], None] = l
     records that are Unreadable, or empty, are skipped and counted in the ledger.
     """
     with store.Writer(root, job.source, job.split, job.shard) as writer, \
-            contextlib.closing(attempts(job.opened, job.records)) as read:
+            contextlib.closing(attempts(job.opened, job.records, AHEAD)) as read:
         for parts in encoded(_usable(read, job, writer, advance), encoders):
             writer.add(parts)
 
 
 def _usable(read: Iterable, job: Job, writer: store.Writer, advance: Callable) -> Iterator[list]:
     """The records that can be used, without their blank texts; the others are counted."""
-    for number, record in zip(job.records, read):
+    for number, record in zip(job.records, read, strict=True):
         advance(1)
         if isinstance(record, Unreadable):
             writer.skip(record.reason, record.key or f"record {number}")
@@ -87,43 +88,55 @@ def _check(part, where: str) -> None:
 def encoded(records: Iterable[list], encoders: Encoders) -> Iterator[list[Part]]:
     """The records as ids and encoded images. Pictures are encoded PICTURES at a time, across records; records
     wait for theirs."""
-    waiting, pictures, images = collections.deque(), [], collections.deque()
+    waiting, batch, images = collections.deque(), _Pictures(encoders), collections.deque()
 
     def ready() -> Iterator[list[Part]]:
         """Those that wait no longer, tokenised at once."""
         some, number = [], len(images)
-        while waiting and (needs := _pictures(waiting[0])) <= number:
+        while waiting and (needs := waiting[0].count(None)) <= number:
             some.append(waiting.popleft())
             number -= needs
-        ids = iter(encoders.text([part for record in some for part in record if isinstance(part, str)]))
+        ids = iter(encoders.text([text for record in some for text in record if text is not None]))
         for record in some:
-            yield [layout.text(next(ids)) if isinstance(part, str) else layout.image(images.popleft())
-                   for part in record]
+            yield [layout.image(images.popleft()) if text is None else layout.text(next(ids))
+                   for text in record]
 
     for record in records:
-        waiting.append(record)
-        pictures += [part for part in record if not isinstance(part, str)]
-        if len(pictures) >= PICTURES or len(waiting) >= TEXTS:
-            while len(pictures) >= PICTURES:
-                images.extend(_encode(pictures[:PICTURES], encoders))
-                del pictures[:PICTURES]
+        for part in record:
+            if not isinstance(part, str):
+                images.extend(batch.add(part))
+        waiting.append([part if isinstance(part, str) else None for part in record])
+        if len(images) >= PICTURES or len(waiting) >= TEXTS:
             yield from ready()
-    if pictures:
-        images.extend(_encode(pictures, encoders))
+    images.extend(batch.encode())
     yield from ready()
 
 
-def _pictures(record: list) -> int:
-    return sum(not isinstance(part, str) for part in record)
+class _Pictures:
+    """Those that wait to be encoded, in one array that is filled again and again: fresh memory costs more than
+    decoding does."""
 
+    def __init__(self, encoders: Encoders):
+        self._encode, self._filled, self._array = encoders.images, 0, None
 
-def _encode(pictures: list, encoders: Encoders):
-    if encoders.images is None:
-        raise UserError(NO_CODEC)
-    sizes = sorted({picture.shape for picture in pictures})
-    if len(sizes) > 1:
-        raise UserError(f"pictures of {sizes[0]} and {sizes[-1]} in one source: bring all to one size")
-    images = np.asarray(encoders.images(np.stack(pictures)))
-    if len(images) != len(pictures):
-        raise UserError(f"the encoder made {images.shape} of {len(pictures)} pictures")
-    return images
+    def add(self, picture):
+        """The encoded batch where this picture fills it, else nothing."""
+        if self._encode is None:
+            raise UserError(NO_CODEC)
+        if self._array is None:
+            self._array = np.empty((PICTURES, *picture.shape), np.uint8)
+        if picture.shape != self._array.shape[1:]:
+            raise UserError(f"pictures of {self._array.shape[1:]} and {picture.shape} in one source: bring all "
+                            "to one size")
+        self._array[self._filled] = picture
+        self._filled += 1
+        return self.encode() if self._filled == PICTURES else ()
+
+    def encode(self):
+        number, self._filled = self._filled, 0
+        if not number:
+            return ()
+        images = np.asarray(self._encode(self._array[:number]))
+        if len(images) != number:
+            raise UserError(f"the encoder made {images.shape} of {number} pictures")
+        return images

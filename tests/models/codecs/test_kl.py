@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tfusion import sharding
+from tfusion.config import MeshConfig
 from tfusion.errors import UserError
 from tfusion.models.codecs import base, load
 from tfusion.models.codecs.kl import Autoencoder, AutoencoderConfig, KLCodec, to_pixels, to_unit
@@ -95,3 +97,18 @@ def test_any_number_of_pictures_in_chunks_of_one_size(number):
     assert len(latents) == number == len(codec.decode(latents))
     np.testing.assert_allclose(latents[-1], codec.encode(images[-1:])[0], atol=1e-5)
     assert codec._encode._cache_size() == 1
+
+
+def test_pictures_are_encoded_on_all_devices_of_the_mesh(monkeypatch):
+    """In a chunk's rows; the latents are those of one device, as is what is saved."""
+    codec, images = KLCodec.fit(CFG, params(), pictures(40)), pictures(300)
+    alone, seen = codec.encode(images), []
+    encode = codec._encode
+    monkeypatch.setattr(codec, "_encode", lambda x: seen.append(x) or encode(x))
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(1, -1, 1, 1))):
+        spread = codec.encode(images)
+        again = KLCodec.fit(CFG, params(), pictures(40))
+    assert [len(x.sharding.device_set) for x in seen] == [8, 8]
+    assert {shard.data.shape for shard in seen[0].addressable_shards} == {(base.CHUNK // 8, 8, 8, 3)}
+    np.testing.assert_allclose(spread, alone, atol=2e-6)  # programs of other sizes round differently
+    np.testing.assert_allclose(again.std, codec.std, rtol=1e-5)

@@ -108,17 +108,18 @@ class Tally:
             _say("\n  ".join([head, *map(str, self.unreadable[:NAMED]), *more]))
 
 
-def attempts(source: Opened, order: Iterable[int]) -> Iterator[list | Unreadable]:
-    """The records of `order`, or why one cannot be read, read ahead by a few threads."""
-    order, ahead = iter(order), collections.deque()
+def attempts(source: Opened, order: Iterable[int], ahead: int = AHEAD) -> Iterator[list | Unreadable]:
+    """The records of `order`, or why one cannot be read, read by a few threads, AT_ONCE times `ahead` of them
+    at most before they are asked for."""
+    order, reading = iter(order), collections.deque()
     pool = ThreadPoolExecutor(READERS)
     try:
         while True:
-            while len(ahead) < AHEAD and (some := list(itertools.islice(order, AT_ONCE))):
-                ahead.append(pool.submit(_attempt, source, some))
-            if not ahead:
+            while len(reading) < ahead and (some := list(itertools.islice(order, AT_ONCE))):
+                reading.append(pool.submit(_attempt, source, some))
+            if not reading:
                 return
-            yield from ahead.popleft().result()
+            yield from reading.popleft().result()
     finally:  # also where the reader stops early
         pool.shutdown(cancel_futures=True)
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tfusion import sharding
 from tfusion.errors import UserError
 
 CHUNK = 256  # pictures per call, so that one compiled shape serves any number
@@ -81,10 +82,10 @@ def check_pictures(images, image_size: int) -> None:
 
 
 def in_chunks(fn, x):
-    """fn over CHUNK rows at a time, the last chunk padded; numpy out."""
+    """fn over CHUNK rows at a time, on all devices of the current mesh, the last chunk padded; numpy out."""
     x, out = np.asarray(x), []
     for start in range(0, len(x), CHUNK):
         part = x[start : start + CHUNK]
         padded = np.concatenate([part, np.repeat(part[-1:], CHUNK - len(part), axis=0)])
-        out.append(np.asarray(fn(padded))[: len(part)])
+        out.append(np.asarray(fn(sharding.split_rows(padded)))[: len(part)])
     return np.concatenate(out)
