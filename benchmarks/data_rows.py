@@ -83,7 +83,7 @@ def write(root: Path) -> None:
 
 
 def link(folder: Path, shards) -> None:
-    """All shards are in the ledger, and those that will be read are there: making ten thousand takes minutes."""
+    """All shards are in the ledger; those that will be read are there, for ten thousand take minutes to make."""
     for shard, end in itertools.product(shards, ("array_record", "sizes.npy")):
         if not (path := folder / f"{shard:05d}.{end}").exists():
             os.link(folder / f"00000.{end}", path)
@@ -141,7 +141,7 @@ def filling(root: Path) -> dict:
         filled.append(round(plan.num_positions / (512 * 4096), 4))
         dropped.append(round(rows.stats(window * 512)["data/dropped_documents"], 4))
     return {"windows": WINDOWS, "fill": filled, "dropped": dropped,
-            "shares": {source.name: round(x, 4) for source, x in zip(rows.sources, taken / taken.sum())}}
+            "shares": {source.name: round(float(x), 4) for source, x in zip(rows.sources, taken / taken.sum())}}
 
 
 def resident_mib() -> float:

@@ -13,6 +13,7 @@ from tests.data.test_documents import spec
 from tests.golden import write_split
 from tfusion.data import layout, packing, pipeline, store, transforms
 from tfusion.data.heldout import HeldOut
+from tfusion.data.rows import warn_of_other_sources
 from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError
 from tfusion.objectives import kind_of
@@ -349,3 +350,17 @@ def test_identity_is_what_decides_the_order(cfg, change, other):
     one, two = open_rows(cfg), open_rows(change(cfg))
     assert (one.identity["order"] != two.identity["order"]) == other
     assert other or one.plan(3).rows == two.plan(3).rows
+
+
+def test_other_sources_than_were_prepared_are_said(cfg, capsys):
+    """Training takes what stands in data.prepared: who changed a path and did not prepare is told."""
+    sources = {name: dataclasses.asdict(spec) for name, spec in cfg.data.sources.items()}
+    warn_of_other_sources({"sources": sources}, cfg.data.sources)
+    warn_of_other_sources({}, cfg.data.sources)  # prepared by other means
+    sources["scenes"] |= {"share": 0.9}  # that is training's own
+    warn_of_other_sources({"sources": sources}, cfg.data.sources)
+    assert capsys.readouterr().err == ""
+    sources["scenes"] |= {"num_records": 7}
+    warn_of_other_sources({"sources": sources}, cfg.data.sources)
+    assert "data.sources.scenes was prepared with num_records = 7, the config has 200" in (
+        capsys.readouterr().err)

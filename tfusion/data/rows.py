@@ -5,10 +5,12 @@ planned on lengths alone (data/packing.py). The position in the data is therefor
 any number of processes, and any row costs two packings and what it reads.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
 import math
+import sys
 import threading
 from collections.abc import Sequence
 
@@ -40,6 +42,17 @@ def read_meta(format: RowFormat) -> dict:
     return meta
 
 
+def warn_of_other_sources(meta: dict, sources: dict) -> None:
+    """A line where a source's spec is no longer what was prepared: its new records wait for `prepare`."""
+    for name, spec in sources.items():
+        was, now = meta.get("sources", {}).get(name), dataclasses.asdict(spec)
+        changed = [key for key in now if was and key != "share" and was.get(key) != now[key]]
+        if spec.share > 0 and changed:
+            print(f"warning: data.sources.{name} was prepared with " + ", ".join(
+                f"{key} = {was.get(key)}, the config has {now[key]}" for key in changed)
+                + ": training takes what was prepared; `prepare` again for the other", file=sys.stderr)
+
+
 def check_image_share(image_share: float, shares, means, in_images) -> None:
     """Raises UserError where rows have too few image slots for sources of these mean lengths."""
     real = sum(share * images / mean for share, images, mean in zip(shares, in_images, means)) / sum(shares)
@@ -56,6 +69,7 @@ class PackedRows:
         data, by_name = format.data, shares(format.data.sources)
         self.format, self.seed, self.where = format, seed, data.prepared
         meta, self.assets = read_meta(format), store.assets(data.prepared)
+        warn_of_other_sources(meta, data.sources)
         self.sources = [Documents(format, name, "train") for name in by_name]
         for source in self.sources:
             if not len(source):

@@ -36,6 +36,7 @@ LAMBDAS = np.linspace(0.05, 0.95, 19)
 MAX_LATENTS = 20_000  # of each source
 MAX_RECORDS = 200_000  # of each source
 AT_ONCE = 1024  # records that are read together
+MAX_VALUES = 4096  # of a latent: its covariance has the square of that
 BINS = [f"diffusion_loss_bin{i}" for i in range(NUM_BINS)]
 
 
@@ -48,13 +49,17 @@ def stored_images(source: Split):
 
 
 def fit_gaussian(cfg: RunConfig):
-    """(mean (D,), eigenvalues (D,), eigenvectors (D, D)) of the training latents, D = h w c; None of none."""
-    latents = []
+    """(mean (D,), eigenvalues (D,), eigenvectors (D, D)) of the training latents, D = h w c; None of none, and
+    where D is beyond MAX_VALUES."""
+    latents, D = [], int(np.prod(kind_of(cfg).row_format(cfg).image_shape))
+    if D > MAX_VALUES:
+        print(f"left out: the linear predictor (latents of {D} numbers, more than {MAX_VALUES})")
+        return None
     for name in sources(cfg):
         latents += itertools.islice(stored_images(Split(cfg.data.prepared, name, "train")), MAX_LATENTS)
     if not latents:
         return None
-    x = np.stack(latents).reshape(-1, np.prod(cfg.model.latent_shape)).astype(np.float64)
+    x = np.stack(latents).reshape(-1, D).astype(np.float64)
     mean = x.mean(0)
     values, vectors = np.linalg.eigh(np.cov(x - mean, rowvar=False))
     return mean, np.maximum(values, 0), vectors
@@ -78,7 +83,7 @@ def linear_prediction(process: Process, gaussian, x_t, t):
 def linear_losses(cfg: RunConfig, gaussian, batch) -> dict:
     """{name: (sum, count)} of the linear predictor, as the model's diffusion losses on held-out rows."""
     process = cfg.process.make()
-    t, eps = draw_noise(process, eval_key(), batch.noise_ids_BI2, batch.max_t_BI, cfg.model.latent_shape)
+    t, eps = draw_noise(process, eval_key(), batch.noise_ids_BI2, batch.max_t_BI, batch.latents_BIhwc.shape[2:])
     x_t = process.corrupt(batch.latents_BIhwc, eps, t)
     used = np.where(batch.max_t_BI > 0, t, np.float32(0.5))  # unused slots: t = 0 divides by 0
     prediction = linear_prediction(process, gaussian, x_t, used)
@@ -135,7 +140,8 @@ def count_ngrams(cfg: RunConfig, source: Documents, number: int) -> Ngrams | Non
         pairs += [scored_pairs(example.tokens_L, example.loss_mask_L) for example in examples]
     first, second = (np.concatenate(x) for x in zip(*pairs))
     has_text = any(shard.text_tokens for shard in source.source.shards)
-    return Ngrams(cfg.vocabulary.vocab_size, first, second) if has_text else None
+    size = kind_of(cfg).row_format(cfg).vocabulary.vocab_size
+    return Ngrams(size, first, second) if has_text else None
 
 
 def measure(cfg: RunConfig, held, gaussian, source: str) -> tuple[Sums, list]:
@@ -143,7 +149,7 @@ def measure(cfg: RunConfig, held, gaussian, source: str) -> tuple[Sums, list]:
     documents."""
     sums, pairs = NOTHING, []
     for batch in losses.batches(held, source):
-        if (batch.max_t_BI > 0).any():
+        if gaussian and (batch.max_t_BI > 0).any():
             linear = linear_losses(cfg, gaussian, batch)
             sums += Sums({name: [float(x) for x in pair] for name, pair in linear.items()}, 0)
         pairs.append(scored_pairs(batch.tokens_BT, batch.loss_mask_BT))

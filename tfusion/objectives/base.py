@@ -52,8 +52,8 @@ class Trunk(NamedTuple):
 class Kind(NamedTuple):
     config: type  # its frozen dataclass, a subclass of config.RunConfig
     make: Callable  # (cfg) -> Objective
-    # (cfg) -> Rows of training: read(numbers) from 0 on, check(batch), stats(row); identity (fingerprints of the
-    # data), where (their name in messages), assets (files of theirs that a run copies)
+    # (cfg) -> Rows of training: read(numbers), from 0 on, check(batch), stats(row); identity (fingerprints of
+    # the data), where (their name in messages), assets (files of theirs that a run copies)
     open_rows: Callable
     # (cfg, documents=None) -> {source: held-out rows}: read(rows), len, check(batch), batches(size, process,
     # processes), of the first so many records
