@@ -5,8 +5,7 @@
 
 The rows of experiments/transfusion.py (T = 4096, 512 rows a window) of a store of two sources, equally shared:
 pictures as (32, 32, 8) bfloat16 latents, 256 patches each, with captions of 30 tokens; and texts of 900 tokens,
-lognormal. Their documents are read a batch at a time, one call a shard, and, by turns, record by record (from a
-local disk a seventh faster; a bucket answers a call in the time of one read, so the batch it is). Tokens
+lognormal. Their documents are read a batch at a time, one call a shard, and, by turns, record by record. Tokens
 are positions of full rows; per core is per second of processor time, all threads counted. The store is in
 memory or not as the system pleases. The same for pictures of a source of 8 records; memory over many rows; the
 first batch of 10,000 shards; a restart at step 10^6. Takes two minutes on two cores.
@@ -84,7 +83,7 @@ def write(root: Path) -> None:
 
 
 def link(folder: Path, shards) -> None:
-    """All shards are in the ledger; those that will be read are there, for ten thousand take minutes to make."""
+    """All shards are in the ledger; those that will be read are there: all would take minutes to make."""
     for shard, end in itertools.product(shards, ("array_record", "sizes.npy")):
         if not (path := folder / f"{shard:05d}.{end}").exists():
             os.link(folder / f"00000.{end}", path)
