@@ -14,8 +14,9 @@ import pytest
 from absl import flags
 
 from experiments import quickstart
+from tests.golden import write_split
 from tfusion import config, objectives, sharding  # noqa: F401 (registers the kinds)
-from tfusion.data import prepared
+from tfusion.data import store
 from tfusion.data.tokenizers import load_tokenizer
 
 
@@ -67,8 +68,8 @@ def prepared_root(tmp_path_factory):
             records = [records[i] for i in range(min(len(records), 200))]
             if name == "glosses":
                 records = [[text[:60]] for (text,) in records]
-            prepared.write_source(root / name / split, records, tokenizer.encode_batch, fake_encode)
-    prepared.write_meta(root, tokenizer, "none", cfg.model.latent_shape)
+            write_split(root, name, split, records, tokenizer.encode_batch, fake_encode)
+    store.write_meta(root, tokenizer, "none", cfg.model.latent_shape)
     return root
 
 

@@ -62,10 +62,34 @@ def open_source(cfg, name: str, split: str):
     return make_source(name, cfg.data, split)
 
 
+def write_split(root: Path, name: str, split: str, records, encode_text, encode_images,
+                shards: int = 1) -> None:
+    """records: each a list of parts (str, or uint8 (H, W, 3)). encode_text: list[str] -> list of id lists.
+    encode_images: uint8 (n, H, W, 3) -> (n, h, w, c)."""
+    try:
+        from tfusion.data import layout, store
+    except ImportError:  # BASE may be older
+        from tfusion.data import prepared
+
+        return prepared.write_source(root / name / split, records, encode_text, encode_images)
+    for shard in range(shards):
+        with store.Writer(root, name, split, shard) as writer:
+            for record in records[shard * len(records) // shards : (shard + 1) * len(records) // shards]:
+                writer.add([layout.text(encode_text([part])[0]) if isinstance(part, str)
+                            else layout.image(encode_images(part[None])[0]) for part in record])
+
+
+def write_meta(root: Path, *about) -> None:
+    try:
+        from tfusion.data import store
+    except ImportError:  # BASE may be older
+        from tfusion.data import prepared as store
+    store.write_meta(root, *about)
+
+
 def write_data(root: Path) -> None:
     """The prepared data of the tiny training: byte tokenizer, 200 records of each source."""
     from tfusion import config, objectives  # noqa: F401 (registers the kinds)
-    from tfusion.data import prepared
     from tfusion.data.tokenizers import load_tokenizer
 
     tree, tokenizer = tiny_tree(root), load_tokenizer("byte")
@@ -76,8 +100,8 @@ def write_data(root: Path) -> None:
             records = [source[i] for i in range(min(len(source), 200))]
             if name == "glosses":
                 records = [[text[:60]] for (text,) in records]
-            prepared.write_source(root / name / split, records, tokenizer.encode_batch, encode)
-    prepared.write_meta(root, tokenizer, "none", cfg.model.latent_shape)
+            write_split(root, name, split, records, tokenizer.encode_batch, encode)
+    write_meta(root, tokenizer, "none", cfg.model.latent_shape)
 
 
 def read_metrics(workdir: Path) -> list[dict]:

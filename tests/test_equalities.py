@@ -323,7 +323,7 @@ def test_diagnostics_are_the_norms_of_separate_gradients(runs):
 
 def suits(runs, rows, limit: int) -> bool:
     """No more than `limit` documents, some with several pictures, some with none, several to a row."""
-    images = [[int(runs.rows.sources[s].images(r)) for s, _, r, _ in plan] for _, plan in rows]
+    images = [[int(runs.rows.sources[s].sizes([r])[1][0]) for s, _, r, _ in plan] for _, plan in rows]
     every = list(itertools.chain(*images))
     return len(every) <= limit and 0 in every and max(every) > 1 and min(map(len, images)) > 1
 
@@ -333,7 +333,7 @@ def test_packed_rows_equal_each_document_alone(runs):
     model = runs.cfg.model
     B, plans = runs.cfg.train.batch_size, runs.rows.plan(0).rows
     packed = next(pair for pair in itertools.combinations(enumerate(plans), 2) if suits(runs, pair, B))
-    packed = [(row, [runs.rows.example(*d) for d in plan]) for row, plan in packed]
+    packed = [(row, runs.rows.examples(plan)) for row, plan in packed]
     documents = [(i, x) for i, (_, examples) in enumerate(packed) for x in examples]
 
     def rows(chosen):

@@ -88,7 +88,7 @@ def test_every_kind_plans_its_real_batch(cfg):
     for each in (cfg, config.from_dict(toy.get_config())):
         kind, B = KINDS[each.objective], each.train.batch_size
         rows = kind.open_rows(each)
-        real = jax.tree.map(lambda *x: np.stack(x), *(rows[k] for k in range(B)))
+        real = jax.tree.map(lambda *x: np.stack(x), *rows.read(range(B)))
         shapes = jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), real)
         assert shapes == jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), kind.abstract_batch(each))
 

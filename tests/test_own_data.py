@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from experiments import own_data
-from tfusion.data.prepared import PreparedSource
+from tfusion.data.store import Split
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,7 +44,7 @@ def test_from_a_folder_to_samples(tmp_path):
                               capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, (verb, done.stderr[-2000:])
     assert "1 of 58 records cannot be read and are left out" in done.stderr
-    counts = {split: len(PreparedSource(tmp_path / "runs/both/data", "photos", split))
+    counts = {split: len(Split(tmp_path / "runs/both/data", "photos", split))
               for split in ("train", "heldout")}
     assert sum(counts.values()) == 59 and min(counts.values()) > 0
     run = tmp_path / "runs/own/transfusion"

@@ -16,9 +16,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from tests.conftest import replace, tiny_config, tiny_dict
+from tests.golden import write_split
 from tfusion import config, sharding
 from tfusion.checkpoint import Checkpoints
-from tfusion.data.prepared import write_source
 from tfusion.data.tokenizers import load_saved
 from tfusion.errors import Stopped, UserError
 from tfusion.inference import trained
@@ -238,7 +238,8 @@ def test_other_data_are_refused(whole, copied, tmp_path):
     """Prepared again with a record more, the rows are others: a run must not go on as if they were not."""
     cfg, before = whole[0], digest(copied)
     root = shutil.copytree(cfg.data.prepared, tmp_path / "data")
-    write_source(root / "glosses" / "train", [["another"], ["text"]], load_saved(root).encode_batch, None)
+    shutil.rmtree(root / "glosses" / "train")
+    write_split(root, "glosses", "train", [["another"], ["text"]], load_saved(root).encode_batch, None)
     elsewhere = replace(cfg, "data", prepared=str(root))
     with pytest.raises(UserError, match=r"trained on other data than .*/data now holds \(changed: .*glosses"):
         train(elsewhere, copied)

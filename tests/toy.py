@@ -42,7 +42,10 @@ class ToyRows:
     def __len__(self) -> int:
         return self.number
 
-    def __getitem__(self, row: int) -> ToyBatch:
+    def read(self, rows) -> list[ToyBatch]:
+        return [self._row(row) for row in rows]
+
+    def _row(self, row: int) -> ToyBatch:
         x_D = np.random.default_rng([self.seed, row]).standard_normal(self.width).astype(np.float32)
         return ToyBatch(np.int32(row), x_D, np.float32(x_D.sum() + OFFSET))
 

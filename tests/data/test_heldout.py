@@ -9,8 +9,9 @@ import pytest
 from tests.conftest import replace, tiny_autoencoder_config, with_shares
 from tests.data.test_documents import picture, spec, text, write
 from tests.data.test_transforms import splitmix64_chain_state
-from tfusion.data import packing, pipeline
+from tfusion.data import packing
 from tfusion.data.heldout import HeldOut, open_heldout
+from tfusion.data.rows import PackedRows
 from tfusion.errors import UserError
 from tfusion.objectives import kind_of
 from tfusion.types import BOS
@@ -22,7 +23,7 @@ def mixed(cfg, tmp_path):
     rng = np.random.default_rng(0)
     pairs = [[text(rng, 1, 20), picture(rng)] for _ in range(30)]
     stories = [[text(rng, 1, 9), picture(rng), text(rng, 1, 9), picture(rng)] for _ in range(10)]
-    return write(tmp_path, cfg, mixed=[*pairs, *stories, *([text(rng, 5, 70)] for _ in range(40))],
+    return write(tmp_path, cfg, shards=3, mixed=[*pairs, *stories, *([text(rng, 5, 70)] for _ in range(40))],
                  other=pairs)
 
 
@@ -51,7 +52,7 @@ def test_every_document_once(mixed):
     seen = everything(held)
     assert held.num_documents == 80 == seen.total() == len(seen)
     source = held.source
-    stored = {tuple(source.read(record, 0).tokens_L.tolist()) for record in range(80)}
+    stored = {tuple(example.tokens_L.tolist()) for example in source.read([(r, 0) for r in range(80)])}
     assert {tokens for tokens, *_ in seen} == stored
     assert all(tokens[0] == BOS and max(limits, default=1) == min(limits, default=1) == 1
                and np.frombuffer(scored, bool).any() for tokens, scored, _, limits, _ in seen)
@@ -94,7 +95,7 @@ def test_noise_is_keyed_by_the_pictures_name(mixed):
     for names, source in zip(named, ("mixed", "other")):
         held = heldout(mixed, source)
         for record, _ in (document for row in held._rows for document in row):
-            pictures = held.source.read(record, 0).latents_Ihwc
+            pictures = held.source.read([(record, 0)])[0].latents_Ihwc
             names |= {(record, k): pictures[k].tobytes() for k in range(len(pictures))}
         ids = {ids: pixels for _, _, pixels, _, each in everything(held) for ids in each}
         expected = {splitmix64_chain_state(held.source.key, record, k) for record, k in names}
@@ -131,11 +132,11 @@ def test_sources_without_held_out_records_are_named_and_left_out(cfg, tmp_path, 
     said = capsys.readouterr().out
     assert f"{tmp_path}/none/heldout holds no records: 'none' is not evaluated\n" in said and "'never'" in said
     with pytest.raises(UserError, match=r"none/train holds no records: .*data.sources.none.share to 0"):
-        pipeline.PackedRows(cfg.rows, cfg.seed)
+        PackedRows(cfg.rows, cfg.seed)
 
 
 def test_documents_that_fit_no_row_are_refused(mixed):
-    with pytest.raises(UserError, match=r"heldout: record 30 has 2 images"):
+    with pytest.raises(UserError, match=r"heldout: 10 of 40 records .* one has 2 images"):
         heldout(replace(mixed, "data", image_share=0.02))
 
 

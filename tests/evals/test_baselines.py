@@ -7,9 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tfusion.data import packing, prepared
+from tests.golden import write_split
+from tfusion.data import packing
 from tfusion.data.documents import Documents
-from tfusion.data.prepared import PreparedSource
+from tfusion.data.store import Split
 from tfusion.diffusion.losses import NUM_BINS, draw_noise
 from tfusion.diffusion.process import ddpm
 from tfusion.diffusion.schedule import alpha_bar
@@ -101,9 +102,10 @@ def gaussian_root(tmp_path_factory):
     """A prepared data set whose latents are drawn from the known Gaussian; captions alone beside it."""
     root = tmp_path_factory.mktemp("gaussian")
     image = np.zeros((1, 1, 3), np.uint8)
-    prepared.write_source(root / "scenes/train", [["a", image]] * N, lambda texts: [[5]] * len(texts),
-                          lambda images: draw(known_gaussian(), len(images), 4))
-    prepared.write_source(root / "glosses/train", [["a"]] * 3, lambda texts: [[5]] * len(texts), None)
+    latents = iter(draw(known_gaussian(), N, 4))
+    write_split(root, "scenes", "train", [["a", image]] * N, lambda texts: [[5]],
+                lambda images: next(latents)[None], shards=3)
+    write_split(root, "glosses", "train", [["a"]] * 3, lambda texts: [[5]], None)
     return root
 
 
@@ -210,11 +212,11 @@ def test_a_large_vocabulary_costs_what_was_seen():
 def test_a_source_is_counted_document_by_document(cfg, monkeypatch):
     """Each once; BOI is predicted, what follows EOI too, and nothing by BOI or patches."""
     documents = Documents(cfg.rows, "stories", "train")
-    source = PreparedSource(cfg.data.prepared, "stories", "train")
+    source = Split(cfg.data.prepared, "stories", "train")
     want = Counter()
-    for record in range(len(source)):
+    for parts in source.read(0, list(range(len(source)))):
         ids = [BOS]
-        for part in source.read(record):
+        for part in parts:
             ids += part.values.tolist() if part.kind == "text" else [cfg.vocabulary.boi, cfg.vocabulary.eoi]
         want.update((a, b) for a, b in zip(ids, [*ids[1:], EOS]) if a != cfg.vocabulary.boi)
     ngrams = baselines.count_ngrams(cfg, documents, len(source))
@@ -222,7 +224,7 @@ def test_a_source_is_counted_document_by_document(cfg, monkeypatch):
     assert {divmod(key, V): n for key, n in zip(ngrams.keys.tolist(), ngrams.pairs.tolist())} == want
     half = baselines.count_ngrams(cfg, documents, len(source) // 2)
     assert 0.4 < half.pairs.sum() / want.total() < 0.6
-    monkeypatch.setattr(baselines, "MAX_DOCUMENTS", len(source) // 2)
+    monkeypatch.setattr(baselines, "MAX_RECORDS", len(source) // 2)
     np.testing.assert_array_equal(baselines.count_ngrams(cfg, documents, len(source)).keys, half.keys)
 
 
@@ -231,7 +233,7 @@ def test_the_bigram_has_read_no_more_than_the_model(cfg):
     rows = kind_of(cfg).open_rows(cfg)
 
     def read(steps):
-        return {name: number for name, (_, number) in baselines.documents_read(cfg, rows, steps).items()}
+        return {name: number for name, (_, number) in baselines.records_read(cfg, rows, steps).items()}
 
     window = cfg.data.window_rows // cfg.train.batch_size
     assert list(read(window).values()) == [min(n, len(s)) for n, s in zip(rows.per_window, rows.sources)]

@@ -12,10 +12,12 @@ import pytest
 from flax import linen as nn
 
 from tests.conftest import fake_encode, tiny_config
+from tests.golden import write_split
 from tfusion import sharding
 from tfusion.config import MeshConfig
-from tfusion.data import prepared
-from tfusion.data.prepared import PreparedSource
+from tfusion.data import store
+from tfusion.data.documents import Documents
+from tfusion.data.store import Split
 from tfusion.data.tokenizers import load_tokenizer
 from tfusion.evals import baselines, losses, reconstructions
 from tfusion.evals.base import Options
@@ -106,25 +108,26 @@ def test_all_held_out_documents_as_training_measures_them(model, reported, one_d
 def test_every_image_and_every_token_counts_once(model, reported):
     cfg, _ = model
     figures, *_ = reported
-    sources = {name: PreparedSource(cfg.data.prepared, name, "heldout") for name in cfg.data.sources}
-    assert figures["diffusion_loss"]["n"] == sum(source.images.sum() for source in sources.values())
-    for name, source in sources.items():  # one more for EOS, one for each BOI
-        scored = source.text_tokens.sum() + len(source) + source.images.sum()
+    sizes = {name: Split(cfg.data.prepared, name, "heldout").sizes(0) for name in cfg.data.sources}
+    assert figures["diffusion_loss"]["n"] == sum(size[:, 1].sum() for size in sizes.values())
+    for name, size in sizes.items():  # one more for EOS, one for each BOI
+        text_tokens, scored = size[:, 0].sum(), size.sum() + len(size)
         assert figures[f"{name}_lm_loss"]["n"] == scored
         nats = figures[f"{name}_lm_loss"]["value"] * scored
-        assert figures[f"{name}_bits_per_byte"]["n"] == source.text_tokens.sum()  # a token is a byte here
+        assert figures[f"{name}_bits_per_byte"]["n"] == text_tokens  # a token is a byte here
         assert figures[f"{name}_bits_per_byte"]["value"] == pytest.approx(
-            nats / math.log(2) / source.text_tokens.sum())
+            nats / math.log(2) / text_tokens)
 
 
 def test_bytes_are_those_of_the_text(cfg, tmp_path):
     """Not of the pieces, whose first one has a space that the text has not."""
     texts, tokenizer = ["a panda on a teal canvas", "caf\u00e9 \U0001f43c", "x"], load_tokenizer("default")
     image = np.zeros((32, 32, 3), np.uint8)
-    prepared.write_source(tmp_path / "t", [[texts[0], image], [texts[1]], [texts[2], image]],
-                          tokenizer.encode_batch, fake_encode)
-    source = PreparedSource(tmp_path, "t", ".")
-    held = SimpleNamespace(source=SimpleNamespace(source=source, records=range(len(source))))
+    write_split(tmp_path, "t", "heldout", [[texts[0], image], [texts[1]], [texts[2], image]],
+                tokenizer.encode_batch, fake_encode)
+    cfg = replace(cfg, "data", prepared=str(tmp_path))
+    cfg = replace(cfg, "model", text_vocab_size=tokenizer.vocab_size)
+    held = SimpleNamespace(source=Documents(cfg.rows, "t", "heldout"))
     assert losses.text_bytes(held, tokenizer) == sum(len(text.encode()) for text in texts)
 
 
@@ -147,10 +150,10 @@ def test_text_alone(model, tmp_path, capsys):
     cfg, params = model
     tokenizer = load_tokenizer("byte")
     for split, texts in (("train", ["ab", "abc"]), ("heldout", ["abcd", "b"])):
-        prepared.write_source(tmp_path / "words" / split, [[t] for t in texts], tokenizer.encode_batch, None)
-    prepared.write_source(tmp_path / "more/train", [["ab"]], tokenizer.encode_batch, None)
-    prepared.write_source(tmp_path / "more/heldout", [], tokenizer.encode_batch, None)
-    prepared.write_meta(tmp_path, tokenizer, "", cfg.model.latent_shape)
+        write_split(tmp_path, "words", split, [[t] for t in texts], tokenizer.encode_batch, None)
+    write_split(tmp_path, "more", "train", [["ab"]], tokenizer.encode_batch, None)
+    write_split(tmp_path, "more", "heldout", [], tokenizer.encode_batch, None)
+    store.write_meta(tmp_path, tokenizer, "", cfg.model.latent_shape)
     spec = cfg.data.sources["glosses"]
     shares = {"words": 1.0, "more": 1.0, "never": 0.0}
     specs = {name: dataclasses.replace(spec, share=share) for name, share in shares.items()}

@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import tiny_config
 from tfusion import sharding
 from tfusion.checkpoint import Checkpoints
-from tfusion.data import layout, prepared
+from tfusion.data import layout, store
 from tfusion.data.tokenizers import ByteTokenizer, load_tokenizer
 from tfusion.errors import UserError
 from tfusion.inference import trained, transfusion
@@ -40,7 +40,7 @@ def trained_once(prepared_root, tmp_path_factory):
     cfg = tiny_config(root)
     codec = make_codec(0)
     codec.save(root / "codec.npz")
-    prepared.write_meta(root, ByteTokenizer(), codec.fingerprint, cfg.model.latent_shape)
+    store.write_meta(root, ByteTokenizer(), codec.fingerprint, cfg.model.latent_shape)
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(
         cfg.train, num_steps=STEPS, checkpoint_every=1, eval_every=0, diagnostics_every=0))
     mesh = sharding.parse_mesh(None)
@@ -154,9 +154,9 @@ def test_data_of_another_foreign_encoder_are_refused(copied, prepared_root, tmp_
     identity = {"tokenizer": ByteTokenizer.fingerprint, "codec": "mine"}
     run = trained.load(copied)._replace(codec=None, identity=identity)
     root = shutil.copytree(prepared_root, tmp_path / "data")
-    prepared.write_meta(root, ByteTokenizer(), "mine", run.cfg.model.latent_shape)
+    store.write_meta(root, ByteTokenizer(), "mine", run.cfg.model.latent_shape)
     trained.check_data(run, root)
-    prepared.write_meta(root, ByteTokenizer(), "another", run.cfg.model.latent_shape)
+    store.write_meta(root, ByteTokenizer(), "another", run.cfg.model.latent_shape)
     with pytest.raises(UserError, match=r"\(changed: codec\)"):
         trained.check_data(run, root)
 

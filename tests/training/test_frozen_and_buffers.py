@@ -82,7 +82,7 @@ def step_of(cfg):
     """(the step, lowered; its state, frozen trees and batch) on one device."""
     made, tx = objective(cfg), make_optimizer(cfg.optimizer, STEPS)
     rows = KINDS["toy"].open_rows(cfg)
-    batch = packing.stack_rows([rows[k] for k in range(cfg.train.batch_size)])
+    batch = packing.stack_rows(rows.read(range(cfg.train.batch_size)))
     one = sharding.parse_mesh(None)
     with jax.set_mesh(one):
         state = states.init_state(made, tx, True, 0, one)

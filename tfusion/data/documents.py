@@ -1,135 +1,180 @@
-"""A source's documents, the unit that windows, orders and shuffles count in: (record, piece).
+"""A source's documents, which rows are packed from: (record, piece). Records are numbered through the shards.
 
 A record is one document, but for a text whose `<bos> text <eos>` is longer than a row: it goes on in further
 documents, its pieces. Each opens with BOS and takes the next T - 1 tokens; the last one alone ends with EOS.
 A position predicts the next token of its own piece, the last position of a piece that goes on predicts nothing:
-every token of the text, EOS too, is predicted once. Windows count documents and not records, so that one very
-long text is spread over the run instead of overflowing its window.
+every token of the text, EOS too, is predicted once.
 
-A record with images that a row does not hold is never cut: it is left out, and how many are is told.
+A record with images that a row does not hold is never cut: it has no document, and is counted.
 """
 
 import math
 import sys
 import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from tfusion.data import transforms
 from tfusion.data.config import SLOTS_PER_IMAGE, RowFormat
 from tfusion.data.layout import text
-from tfusion.data.prepared import PreparedSource
+from tfusion.data.store import Split
 from tfusion.errors import UserError
-from tfusion.types import Document, Example
+from tfusion.types import Document, Example, Part
 
-MEAN_SAMPLE = 65_536  # records from which a source's mean length is taken
+SAMPLE = 16  # shards, evenly spread, of which a source's mean lengths are taken
 MOST_LEFT_OUT = 0.1  # of a source's records with images; more is a mistake in the config
 
 
+class Cut(NamedTuple):
+    """The documents of some records (parallel int64 arrays)."""
+
+    of: np.ndarray  # which of the records
+    pieces: np.ndarray
+    lengths: np.ndarray  # positions, as `read` lays them out
+    images: np.ndarray
+
+
 class Documents:
-    """The documents of one split of one prepared source, by number: record after record, piece after piece.
+    """The documents of one split of one source. Opening reads the ledger and the sizes of a few shards.
 
     Raises UserError where a record does not fit the config.
     """
 
     def __init__(self, format: RowFormat, name: str, split: str):
         self.format, self.seq_len, self.name = format, format.data.seq_len, name
-        self.source = PreparedSource(format.data.prepared, name, split)
+        self.source = Split(format.data.prepared, name, split)
         self.key = zlib.crc32(name.encode())  # the source's own, whatever stands beside it
+        shards = self.source.shards
+        self._firsts = np.cumsum([0, *(shard.records for shard in shards)])  # record numbers
         self._check()
-        pieces = self._pieces(slice(None))
-        self._number = int(pieces.sum())
-        self._tell_left_out(pieces)
-        self._firsts = None if (pieces == 1).all() else np.cumsum(pieces) - pieces  # per record
+        some = np.unique(np.linspace(0, len(shards) - 1, SAMPLE).round().astype(int)) if shards else ()
+        sizes = [self.source.sizes(shard) for shard in some]
+        self._sample = np.concatenate([np.zeros((0, 2), np.int64), *sizes]).T  # text tokens, images
+        self._tell_left_out()
 
     def _positions(self, text_tokens, images):
         return self.format.layout.sizes(text_tokens, images).positions
 
     def _check(self) -> None:
         source, V = self.source, self.format.vocabulary.text_vocab_size
-        if source.latent_shape not in (None, self.format.image_shape):
-            raise UserError(f"{source.folder} holds latents of shape {source.latent_shape}, the model expects "
+        if source.image_shape not in (None, self.format.image_shape):
+            raise UserError(f"{source.folder} holds latents of shape {source.image_shape}, the model expects "
                             f"{self.format.image_shape}: write that source again")
-        if source.meta["max_token_id"] >= V:
-            raise UserError(f"{source.folder}: token id {source.meta['max_token_id']} is not below "
-                            f"model.text_vocab_size = {V}; was it prepared with another tokenizer?")
+        largest = max((shard.max_token_id for shard in source.shards), default=0)
+        if largest >= V:
+            raise UserError(f"{source.folder}: token id {largest} is not below model.text_vocab_size = {V}; "
+                            "was it prepared with another tokenizer?")
 
-    def _tell_left_out(self, pieces) -> None:
-        """A line on stderr where records are left out. Raises UserError where they are many."""
-        source, T, slots = self.source, self.seq_len, self.format.image_slots
+    def _tell_left_out(self) -> None:
+        """A line on stderr where records of the sample are left out. Raises UserError where they are many."""
+        (tokens, images), T, slots = self._sample, self.seq_len, self.format.image_slots
+        pieces = self._pieces(tokens, images)
         if pieces.all():
             return
-        record = int(np.argmin(pieces))
-        number = int(source.images[record])
-        needs = int(self._positions(source.text_tokens[record], number))
+        first = int(np.argmin(pieces))
+        number, needs = int(images[first]), int(self._positions(tokens[first], images[first]))
         one = self._positions(0, 1) - self._positions(0, 0)
         share = min(1.0, math.ceil(100 * number * one / T / SLOTS_PER_IMAGE) / 100)
-        left_out, of = int((pieces == 0).sum()), int((source.images > 0).sum())
-        why = (f"record {record} has {number} images and needs {needs} positions; a row has {T}, and {slots} "
-               f"image slots, and a document with images is never cut: raise "
+        left_out, of = int((pieces == 0).sum()), int((images > 0).sum())
+        sampled = "" if len(pieces) == len(self) else f" (of a sample of {len(pieces)} records)"
+        why = (f"one has {number} images and needs {needs} positions; a row has {T}, and {slots} image slots, "
+               "and a document with images is never cut: raise "
                + (f"data.seq_len to {needs}" if needs > T else f"data.image_share to {share}"))
+        told = f"{self.source.folder}: {left_out} of {of} records with images are left out{sampled}: {why}"
         if left_out > MOST_LEFT_OUT * of:
-            raise UserError(f"{source.folder}: {why} ({left_out} of {of} records with images do not fit)")
-        print(f"warning: {source.folder}: {left_out} of {of} records with images are left out. The first: "
-              f"{why}", file=sys.stderr)
+            raise UserError(told)
+        print(f"warning: {told}", file=sys.stderr)
 
-    def _pieces(self, some):
-        """How many documents each of some records becomes: a long text several, each but the first for one more
-        BOS; one with images that a row does not hold none.
+    def _pieces(self, text_tokens, images):
+        """How many documents records become: a long text several, each but the first for one more BOS; one with
+        images that a row does not hold none.
         """
-        images = self.source.images[some]
-        lengths = self._positions(self.source.text_tokens[some], images)
-        pieces = np.maximum(1, -(-(lengths - 1) // (self.seq_len - 1)))
+        pieces = np.maximum(1, -(-(self._positions(text_tokens, images) - 1) // (self.seq_len - 1)))
         return np.where(images > 0, (pieces == 1) & (images <= self.format.image_slots), pieces)
 
     def __len__(self) -> int:
-        return self._number
+        """Records, those that are left out too."""
+        return int(self._firsts[-1])
 
-    def locate(self, documents):
-        """(records, pieces), int64, of document numbers."""
-        documents = np.asarray(documents, np.int64)
-        if self._firsts is None:
-            return documents, np.zeros_like(documents)
-        records = np.searchsorted(self._firsts, documents, side="right") - 1
-        return records, documents - self._firsts[records]
+    def number(self, shards, records):
+        """Of records of shards."""
+        return self._firsts[shards] + records
+
+    def _by_shard(self, records):
+        """Iterator over (shard, which of the records lie in it)."""
+        shards = np.searchsorted(self._firsts, records, side="right") - 1
+        order = np.argsort(shards, kind="stable")
+        found, begins = np.unique(shards[order], return_index=True)
+        return zip(found.tolist(), np.split(order, begins[1:])) if len(order) else ()
+
+    def sizes(self, records):
+        """(text tokens, images) of records, int64."""
+        records = np.asarray(records, np.int64)
+        sizes = np.zeros((len(records), 2), np.int64)
+        for shard, here in self._by_shard(records):
+            sizes[here] = self.source.sizes(shard)[records[here] - self._firsts[shard]]
+        return sizes.T
 
     @property
     def records(self):
-        """int64: those that are not left out."""
-        return np.unique(self.locate(np.arange(len(self)))[0])
+        """int64: those that are not left out. Reads the sizes of all."""
+        return np.unique(self.cut(np.arange(len(self))).of)
 
-    def images(self, records):
-        return np.asarray(self.source.images[records])
-
-    def lengths(self, records, pieces, dropped=False):
-        """Positions of documents as `read` lays them out. dropped: bool, which lost their captions."""
-        images = self.images(records)
-        tokens = np.where(dropped & (images > 0), 0, self.source.text_tokens[records])
-        T = self.seq_len
-        return np.minimum(self._positions(tokens, images) - pieces * (T - 1), T)
+    def cut(self, records, dropped=False) -> Cut:
+        """Into documents. dropped: bool, which records lost their captions."""
+        tokens, images = self.sizes(records)
+        number = self._pieces(tokens, images)
+        of = np.repeat(np.arange(len(number)), number)
+        pieces = np.arange(len(of)) - np.repeat(np.cumsum(number) - number, number)
+        tokens = np.where(dropped & (images > 0), 0, tokens)
+        lengths = self._positions(tokens, images)[of] - pieces * (self.seq_len - 1)
+        return Cut(of, pieces, np.minimum(lengths, self.seq_len), images[of])
 
     def means(self, dropout: float) -> tuple[float, float]:
-        """Mean positions of a document, and those in images, where `dropout` of the documents with images lose
-        their captions; over a sample.
+        """Mean positions of a record, and those in images, where `dropout` of those with images lose their
+        captions. Of the sample, in proportion to what the ledger says of all.
         """
-        some = slice(None, None, max(1, len(self.source) // MEAN_SAMPLE))
-        tokens, images = self.source.text_tokens[some], self.source.images[some]
-        whole = self._positions(tokens, images)
-        pieces = self._pieces(some)
+        tokens, images = self._sample
+        whole, pieces = self._positions(tokens, images), self._pieces(tokens, images)
         kept = self._positions((1 - dropout) * tokens, images)
         positions = np.where(images > 0, kept, whole + pieces - 1) * (pieces > 0)
         in_images = (self._positions(0, images) - self._positions(0, 0)) * (pieces > 0)
-        return float(positions.sum() / pieces.sum()), float(in_images.sum() / pieces.sum())
+        of_all = (sum(getattr(shard, x) for shard in self.source.shards) / len(self)
+                  for x in ("text_tokens", "images"))
+        scale = self._positions(*of_all) / whole.mean()
+        return float(positions.mean() * scale), float(in_images.mean() * scale)
 
-    def read(self, record: int, piece: int, drop_caption: bool = False, image_first: bool = False,
-             image_first_max_t: float = 1.0) -> Example:
-        """One document, arranged (transforms.arrange) and laid out."""
-        if self.source.images[record]:
-            return self.format.layout.lay(transforms.arrange(
-                self.source.read(record), drop_caption, image_first, image_first_max_t))
+    def parts(self, records) -> list[list[Part]]:
+        """Of some records, as they are stored."""
+        parts, records = [None] * len(records), np.asarray(records, np.int64)
+        for shard, here in self._by_shard(records):
+            read = self.source.read(shard, (records[here] - self._firsts[shard]).tolist())
+            for place, found in zip(here.tolist(), read):
+                parts[place] = found
+        return parts
+
+    def read(self, documents: Sequence[tuple[int, int]], drop_caption=None, image_first=None,
+             image_first_max_t: float = 1.0) -> list[Example]:
+        """Some (record, piece), arranged (transforms.arrange) and laid out, with one read per shard.
+        drop_caption, image_first: bool of each; None = of none."""
+        records = np.array([record for record, _ in documents], np.int64)
+        records, which = np.unique(records, return_inverse=True)
+        parts = self.parts(records)
+        none = [False] * len(documents)
+        return [self._lay(parts[place], piece, bool(drop), bool(first), image_first_max_t)
+                for place, (_, piece), drop, first in zip(
+                    which.tolist(), documents, none if drop_caption is None else drop_caption,
+                    none if image_first is None else image_first)]
+
+    def _lay(self, parts: list, piece: int, drop: bool, first: bool, max_t: float) -> Example:
+        if any(part.kind == "image" for part in parts):
+            return self.format.layout.lay(transforms.arrange(parts, drop, first, max_t))
         T = self.seq_len
-        tokens = self.source.read_text(record, piece * (T - 1), (piece + 1) * (T - 1))
-        example = self.format.layout.lay(Document((text(tokens),)))
+        tokens = np.concatenate([np.zeros(0, np.int32), *(part.values for part in parts)])
+        here = tokens[piece * (T - 1) : (piece + 1) * (T - 1)]
+        example = self.format.layout.lay(Document((text(here),)))
         return example if len(example.tokens_L) <= T else without_end(example)
 
 

@@ -6,13 +6,14 @@ first-fit in the order of the records, as many as it takes. Another length of ro
 change which row a document stands in, and nothing that is drawn for it.
 """
 
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 
-from tfusion.data import packing, pipeline, transforms
+from tfusion.data import packing, pipeline, store, transforms
 from tfusion.data.config import RowFormat
 from tfusion.data.documents import Documents
+from tfusion.data.rows import read_meta
 from tfusion.data.sources import pictures
 from tfusion.types import Batch, ImageBatch
 
@@ -25,25 +26,32 @@ class HeldOut:
     def __init__(self, format: RowFormat, source: str, documents: int | None = None, image_first: bool = False):
         """documents: of the first so many records alone. image_first: each picture before its caption."""
         self.format, self.image_first = format, image_first
-        pipeline.read_meta(format)
+        read_meta(format)
         self.source = Documents(format, source, "heldout")
-        records, pieces = self.source.locate(np.arange(len(self.source)))
-        if documents is not None:
-            chosen = records < documents
-            records, pieces = records[chosen], pieces[chosen]
+        number = len(self.source) if documents is None else min(documents, len(self.source))
+        records, pieces, lengths, images = self.source.cut(np.arange(number))
         self.num_documents = len(records)
-        rows = packing.first_fit(self.source.lengths(records, pieces), self.source.images(records),
-                                 len(records), format.data.seq_len, format.image_slots)
+        room, slots = (np.full(len(records), most) for most in (format.data.seq_len, format.image_slots))
+        rows = packing.first_fit(lengths, images, room, slots)
         self._rows = [[] for _ in range(max(rows, default=-1) + 1)]
-        for row, record, piece in zip(rows, records.tolist(), pieces.tolist()):
+        for row, record, piece in zip(rows.tolist(), records.tolist(), pieces.tolist()):
             self._rows[row].append((record, piece))
 
     def __len__(self) -> int:
         return len(self._rows)
 
+    def read(self, rows: Sequence[int]) -> list[Batch]:
+        """Several rows, their documents read together."""
+        planned = [self._rows[row] if row < len(self) else [] for row in rows]
+        documents = [document for documents in planned for document in documents]
+        examples = iter(self.source.read(documents, image_first=[self.image_first] * len(documents)))
+        return [self._pack(row, documents, [next(examples) for _ in documents])
+                for row, documents in zip(rows, planned)]
+
     def __getitem__(self, row: int) -> Batch:
-        documents = self._rows[row] if row < len(self) else []
-        examples = [self.source.read(*document, image_first=self.image_first) for document in documents]
+        return self.read([row])[0]
+
+    def _pack(self, row: int, documents: list, examples: list) -> Batch:
         packed = packing.pack_row(row, examples, self.format)
         names = [transforms.picture_names(self.source.key, record, len(example.max_t_I))
                  for (record, _), example in zip(documents, examples)]
@@ -68,8 +76,8 @@ class HeldOutPictures:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, row: int) -> ImageBatch:
-        return ImageBatch(np.int32(row), self.images[row % len(self)])
+    def read(self, rows: Sequence[int]) -> list[ImageBatch]:
+        return [ImageBatch(np.int32(row), self.images[row % len(self)]) for row in rows]
 
     def check(self, batch) -> None:
         del batch
@@ -86,7 +94,7 @@ def open_heldout(format: RowFormat, documents: int | None = None) -> dict[str, H
     """
     found = {}
     for name in (name for name, source in format.data.sources.items() if source.share > 0):
-        folder = Path(format.data.prepared) / name / "heldout"
+        folder = store.split_folder(format.data.prepared, name, "heldout")
         if folder.is_dir() and len(held := HeldOut(format, name, documents)):
             found[name] = held
         else:

@@ -1,8 +1,9 @@
-"""Packing documents into rows: `plan_window` decides on lengths only, `pack_row` fills in the data.
+"""Packing documents into rows: `pack` and `plan` decide on lengths only, `pack_row` fills in the data.
 
-A window holds a fixed number of documents per source, so that token shares come out, and is packed into
-exactly R rows. Row k of the run = (window k // R, index k % R); a plan is a pure function of
-(seed, window), so any process can start at any row for the price of one plan.
+A window holds a fixed number of records per source, so that token shares come out, and is packed into exactly
+R rows. `pack` packs what a window is offered; what is left of it is offered once more: `plan` puts it into the
+room that the next window's own packing leaves, and what finds none there is dropped and counted. Row k of the
+run = (window k // R, index k % R); both are pure, so any process can start at any row for two packings.
 
 R rows per window, T positions, I image slots, L positions of a document.
 """
@@ -13,66 +14,130 @@ import numpy as np
 
 from tfusion.data.config import RowFormat
 from tfusion.data.layout import Vocabulary
+from tfusion.data.transforms import keyed_bits
 from tfusion.errors import UserError
 from tfusion.types import PAD, Batch, Example
 
-
-class Plan(NamedTuple):
-    """rows[r] = list of (source, epoch, record, piece); what did not fit is counted."""
-
-    rows: list
-    num_documents: int
-    num_dropped: int
-    num_positions: int  # filled
+DOCUMENT_COIN, LEFT_COIN, ROW_COIN = 5, 6, 7  # beside those of data/order.py
+SURE = 0.95  # of a window's positions and slots: what large documents first are sure to fit into
 
 
-class Candidate(NamedTuple):
-    """Documents of one source offered to a window, and their sizes (parallel int arrays)."""
+class Candidates(NamedTuple):
+    """Documents offered to a window, and their sizes (parallel int64 arrays)."""
 
+    sources: np.ndarray
     epochs: np.ndarray
     records: np.ndarray
     pieces: np.ndarray  # of a text longer than a row (data/documents.py)
     lengths: np.ndarray
     images: np.ndarray
 
+    def take(self, some) -> "Candidates":
+        return Candidates(*(x[some] for x in self))
 
-def documents_per_window(shares, mean_lengths, num_rows: int, seq_len: int) -> list[int]:
-    """How many documents of each source fill num_rows * seq_len positions in the given token shares."""
+    def named(self, some) -> list[tuple]:
+        """(source, epoch, record, piece) of each."""
+        return list(zip(*(x[some].tolist() for x in self[:4])))
+
+
+class Packed(NamedTuple):
+    """A window's own packing."""
+
+    offered: Candidates
+    rows: np.ndarray  # of each document, -1 = left
+    room: np.ndarray  # (R,): positions that are free
+    slots: np.ndarray  # (R,): image slots that are free
+
+    @property
+    def left(self) -> Candidates:
+        return self.offered.take(self.rows < 0)
+
+
+class Plan(NamedTuple):
+    """rows[r] = list of (source, epoch, record, piece)."""
+
+    rows: list
+    num_positions: int  # filled
+    dropped: np.ndarray  # sources of the last window's documents that found no room in this one either
+
+
+def records_per_window(shares, mean_lengths, num_rows: int, seq_len: int) -> list[int]:
+    """How many records of each source fill num_rows * seq_len positions in the given token shares."""
     total = sum(shares)
     return [round(num_rows * seq_len * share / total / mean) for share, mean in zip(shares, mean_lengths)]
 
 
-def plan_window(seed: int, window: int, candidates: list[Candidate], num_rows: int, seq_len: int,
-                num_slots: int) -> Plan:
-    """First-fit over the shuffled documents of one window, under T positions and I image slots a row."""
-    rng = np.random.default_rng([seed, window])
-    documents = [(s, *document) for s, c in enumerate(candidates)
-                 for document in zip(c.epochs.tolist(), c.records.tolist(), c.pieces.tolist())]
-    lengths, images = (np.concatenate([getattr(c, x) for c in candidates]) for x in ("lengths", "images"))
-    order = rng.permutation(len(documents))
-    rows, dropped, filled = [[] for _ in range(num_rows)], 0, 0
-    for index, row in zip(order, first_fit(lengths[order], images[order], num_rows, seq_len, num_slots)):
-        if row < 0:
-            dropped += 1
-        else:
-            rows[row].append(documents[index])
-            filled += int(lengths[index])
-    return Plan([rows[i] for i in rng.permutation(num_rows)], len(documents), dropped, filled)
+def pack(seed: int, window: int, offered: Candidates, num_rows: int, seq_len: int, num_slots: int) -> Packed:
+    """First-fit under T positions and I image slots a row: large documents first, as far as they surely find
+    room, and then the others as chance has it. Which documents are left is so left to chance: were all packed
+    large first, it would be the smallest, a quarter of the smallest tenth where 2 % are too many.
+    """
+    coins = keyed_bits(seed, window, np.arange(len(offered.lengths)), DOCUMENT_COIN)
+    chance = np.argsort(coins, kind="stable")
+    lengths, images = offered.lengths[chance], offered.images[chance]
+    sure = ((np.cumsum(lengths) <= SURE * num_rows * seq_len)
+            & (np.cumsum(images) <= SURE * num_rows * num_slots))
+    tried = []
+    for order in _large_first(lengths[sure], images[sure]):
+        order = np.concatenate([chance[sure][order], chance[~sure]])
+        room, slots = np.full(num_rows, seq_len), np.full(num_rows, num_slots)
+        rows = np.empty(len(order), np.int64)
+        rows[order] = first_fit(offered.lengths[order], offered.images[order], room, slots)
+        tried.append(Packed(offered, rows, room, slots))
+    return min(tried, key=lambda packed: packed.room.sum())
 
 
-def first_fit(lengths, images, num_rows: int, seq_len: int, num_slots: int) -> list[int]:
-    """The row of each document: the first with room for it, in positions and image slots, or -1."""
-    room, slots = np.full(num_rows, seq_len), np.full(num_rows, num_slots)
-    placed, used = [], 0
+def _large_first(lengths, images) -> list[np.ndarray]:
+    """Two orders, of which one or the other fills more: all by their lengths; and those with images and those
+    without each by their lengths, dealt so that both end together. Where slots are few, the first makes rows of
+    text alone and leaves too few slots for the images.
+    """
+    by_length = np.argsort(-lengths, kind="stable")
+    pictured = images[by_length] > 0
+    dealt = np.empty(len(lengths))
+    for some in (by_length[pictured], by_length[~pictured]):
+        dealt[some] = np.cumsum(lengths[some]) / max(lengths[some].sum(), 1)
+    return [by_length, by_length[np.argsort(dealt[by_length], kind="stable")]]
+
+
+def plan(seed: int, window: int, own: Packed, before: Packed | None) -> Plan:
+    """The window's own packing, and what the window before it left in the room that remains."""
+    R, room, slots = len(own.room), own.room.copy(), own.slots.copy()
+    rows = [[] for _ in range(R)]
+    placed = own.rows >= 0
+    documents = list(zip(own.rows[placed].tolist(), own.offered.named(placed)))
+    dropped = np.zeros(0, np.int64)
+    if before is not None:
+        left = before.left
+        coins = keyed_bits(seed, window, np.arange(len(left.lengths)), LEFT_COIN)
+        left = left.take(np.argsort(coins, kind="stable"))
+        again = first_fit(left.lengths, left.images, room, slots)
+        documents += zip(again[again >= 0].tolist(), left.named(again >= 0))
+        dropped = left.sources[again < 0]
+    for row, document in documents:
+        rows[row].append(document)
+    order = np.argsort(keyed_bits(seed, window, np.arange(R), ROW_COIN), kind="stable")
+    full = int((own.room - room).sum() + own.offered.lengths[placed].sum())
+    return Plan([rows[row] for row in order], full, dropped)
+
+
+def first_fit(lengths, images, room, slots) -> np.ndarray:
+    """The row of each document: the first with room for it, in positions and image slots, or -1. room, slots:
+    int (R,), what rows have free; taken from."""
+    other = np.flatnonzero((room != room[-1]) | (slots != slots[-1])) if len(room) else ()
+    used = other[-1] + 1 if len(other) else 0  # all rows from here on are alike
+    placed = []
     for length, number in zip(lengths.tolist(), images.tolist()):
-        fits = (room[: used + 1] >= length) & (slots[: used + 1] >= number)  # an empty row is like another
-        row = int(fits.argmax())
-        if fits[row]:
+        fits = (room[: used + 1] >= length) & (slots[: used + 1] >= number)
+        row = int(fits.argmax()) if len(fits) else -1
+        if row >= 0 and fits[row]:
             room[row] -= length
             slots[row] -= number
             used = max(used, row + 1)
-        placed.append(row if fits[row] else -1)
-    return placed
+        else:
+            row = -1
+        placed.append(row)
+    return np.asarray(placed, np.int64)
 
 
 def empty_row(row_id: int, format: RowFormat) -> Batch:

@@ -4,6 +4,7 @@ Both are scored on exactly the positions, t and noise that the model was scored 
 large data set they see a sample, which is plenty for what they can learn.
 """
 
+import itertools
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 
 from tfusion.config import RunConfig
 from tfusion.data.documents import Documents
-from tfusion.data.prepared import PreparedSource
+from tfusion.data.store import Split
 from tfusion.diffusion.losses import NUM_BINS, diffusion_losses, draw_noise
 from tfusion.diffusion.process import Process
 from tfusion.evals import figure, losses
@@ -33,9 +34,18 @@ from tfusion.training.step import eval_key
 
 LAMBDAS = np.linspace(0.05, 0.95, 19)
 MAX_LATENTS = 20_000  # of each source
-MAX_DOCUMENTS = 200_000  # of each source
+MAX_RECORDS = 200_000  # of each source
+AT_ONCE = 1024  # records that are read together
 MAX_VALUES = 4096  # of a latent: its covariance has the square of that
 BINS = [f"diffusion_loss_bin{i}" for i in range(NUM_BINS)]
+
+
+def stored_images(source: Split):
+    """Iterator over a split's encoded images."""
+    for shard, about in enumerate(source.shards):
+        for first in range(0, about.records if about.images else 0, AT_ONCE):
+            for parts in source.read(shard, list(range(first, min(first + AT_ONCE, about.records)))):
+                yield from (part.values for part in parts if part.kind == "image")
 
 
 def fit_gaussian(cfg: RunConfig):
@@ -46,12 +56,10 @@ def fit_gaussian(cfg: RunConfig):
         print(f"left out: the linear predictor (latents of {D} numbers, more than {MAX_VALUES})")
         return None
     for name in sources(cfg):
-        source = PreparedSource(cfg.data.prepared, name, "train")
-        if source.meta["images"]:
-            latents.append(np.load(source.folder / "latents.npy", mmap_mode="r")[:MAX_LATENTS])
+        latents += itertools.islice(stored_images(Split(cfg.data.prepared, name, "train")), MAX_LATENTS)
     if not latents:
         return None
-    x = np.concatenate(latents).reshape(-1, D).astype(np.float64)
+    x = np.stack(latents).reshape(-1, D).astype(np.float64)
     mean = x.mean(0)
     values, vectors = np.linalg.eigh(np.cov(x - mean, rowvar=False))
     return mean, np.maximum(values, 0), vectors
@@ -109,11 +117,11 @@ class Ngrams:
         return float(-np.log(unigram).mean()), float(min(mixed))
 
 
-def documents_read(cfg: RunConfig, rows, step: int) -> dict:
-    """{source: (its training documents, how many of them the run was given up to a step, each
+def records_read(cfg: RunConfig, rows, step: int) -> dict:
+    """{source: (its training documents, how many of its records the run was given up to a step, each
     counted once)}.
 
-    rows: the training rows (data/pipeline.PackedRows).
+    rows: the training rows (data/rows.PackedRows).
     """
     windows = step * cfg.train.batch_size / cfg.data.window_rows
     return {source.name: (source, min(len(source), max(1, round(windows * count))))
@@ -121,18 +129,19 @@ def documents_read(cfg: RunConfig, rows, step: int) -> dict:
 
 
 def count_ngrams(cfg: RunConfig, source: Documents, number: int) -> Ngrams | None:
-    """N-grams of `number` of a source's training documents (at most MAX_DOCUMENTS), evenly spread, captions
+    """N-grams of `number` of a source's training records (at most MAX_RECORDS), evenly spread, captions
     first, as held-out ones are laid out; None where they hold no text. A run's order is a shuffle, so as many
     as it has read are as good as those: the bigram knows no more text than the model.
     """
-    chosen = np.linspace(0, len(source) - 1, min(number, MAX_DOCUMENTS)).astype(int)
-    pairs = []
-    for document in zip(*(x.tolist() for x in source.locate(chosen))):
-        example = source.read(*document)
-        pairs.append(scored_pairs(example.tokens_L, example.loss_mask_L))
+    chosen, pairs = np.linspace(0, len(source) - 1, min(number, MAX_RECORDS)).astype(int), []
+    for records in np.array_split(chosen, -(-len(chosen) // AT_ONCE)):
+        cut = source.cut(records)
+        examples = source.read(list(zip(records[cut.of].tolist(), cut.pieces.tolist())))
+        pairs += [scored_pairs(example.tokens_L, example.loss_mask_L) for example in examples]
     first, second = (np.concatenate(x) for x in zip(*pairs))
+    has_text = any(shard.text_tokens for shard in source.source.shards)
     size = kind_of(cfg).row_format(cfg).vocabulary.vocab_size
-    return Ngrams(size, first, second) if source.source.meta["tokens"] else None
+    return Ngrams(size, first, second) if has_text else None
 
 
 def measure(cfg: RunConfig, held, gaussian, source: str) -> tuple[Sums, list]:
@@ -199,7 +208,7 @@ def run(run: Trained, folder: Path, options: Options) -> dict:
     total = sum(sums.values(), NOTHING)
     if total.mean("diffusion_loss") is not None:
         gaussian = fit_gaussian(cfg)
-    training = documents_read(cfg, kind_of(cfg).open_rows(cfg), run.step)
+    training = records_read(cfg, kind_of(cfg).open_rows(cfg), run.step)
     for source, held in open_heldout(cfg).items():
         more, pairs = measure(cfg, held, gaussian, source)
         linear += more

@@ -25,6 +25,7 @@ from tfusion.objectives import kind_of, make_objective
 from tfusion.training.step import make_eval_step
 
 POSITIONS = 8192  # looked at at once by each share of the devices: the figures do not depend on it
+AT_ONCE = 1024  # records that are read together
 SUMS = "sums.json"
 
 
@@ -84,7 +85,9 @@ def read_sums(folder: Path) -> dict[str, Sums]:
 
 def text_bytes(held, tokenizer) -> int:
     """UTF-8 bytes of a source's held-out texts, as far as they are looked at: whole records."""
-    parts = (part for record in held.source.records for part in held.source.source.read(record))
+    records = held.source.records
+    parts = (part for first in range(0, len(records), AT_ONCE)
+             for record in held.source.parts(records[first : first + AT_ONCE]) for part in record)
     return sum(len(tokenizer.decode(part.values.tolist()).encode()) for part in parts if part.kind == "text")
 
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from tfusion import config, sharding
 from tfusion.checkpoint import Checkpoints, check_identity, load_frozen
-from tfusion.data import prepared
+from tfusion.data import store
 from tfusion.data.tokenizers import Tokenizer, load_saved
 from tfusion.errors import UserError
 from tfusion.models import codecs
@@ -68,7 +68,7 @@ def load(path, step: int | None = None, mesh: Mesh | None = None) -> Trained:
 
 def check_data(run: Trained, root) -> None:
     """Raises UserError where prepared data are of another tokenizer or codec than the run's."""
-    now = prepared.identity(prepared.read_meta(root))
+    now = store.identity(store.read_meta(root))
     check_identity({name: run.identity.get(name) for name in now}, now, "the run", root)
 
 

@@ -68,7 +68,7 @@ def make(cfg: AutoencoderRunConfig) -> Objective:
 
 
 def open_rows(cfg: AutoencoderRunConfig):
-    from tfusion.data.pipeline import ImageRows  # here, so that who only uses a trained run needs no grain
+    from tfusion.data.rows import ImageRows  # here, so that who only uses a trained run needs no grain
 
     return ImageRows(cfg.data.sources, cfg.autoencoder.image_size, cfg.seed)
 

@@ -53,10 +53,10 @@ class Trunk(NamedTuple):
 class Kind(NamedTuple):
     config: type  # its frozen dataclass, a subclass of config.RunConfig
     make: Callable  # (cfg) -> Objective
-    # (cfg) -> Rows of training: rows[k] for any k >= 0, check(batch), stats(k); identity (fingerprints of the
-    # data), where (their name in messages), assets (files of theirs that a run copies)
+    # (cfg) -> Rows of training: read(numbers), from 0 on, check(batch), stats(row); identity (fingerprints of
+    # the data), where (their name in messages), assets (files of theirs that a run copies)
     open_rows: Callable
-    # (cfg, documents=None) -> {source: held-out rows}: rows[k], len, check(batch), batches(size, process,
+    # (cfg, documents=None) -> {source: held-out rows}: read(rows), len, check(batch), batches(size, process,
     # processes), of the first so many records
     open_heldout: Callable
     abstract_batch: Callable  # (cfg) -> the global batch's shapes (jax.ShapeDtypeStruct); needs no data

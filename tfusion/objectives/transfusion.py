@@ -85,7 +85,7 @@ def make(cfg: TransfusionConfig) -> Objective:
 
 
 def open_rows(cfg: TransfusionConfig):
-    from tfusion.data.pipeline import PackedRows  # here, so that who only uses a trained run needs no grain
+    from tfusion.data.rows import PackedRows  # here, so that who only uses a trained run needs no grain
 
     return PackedRows(cfg.rows, cfg.seed)
 

@@ -1,0 +1,195 @@
+"""How fast rows of training are read, how full they are, and what opening and restarting cost.
+
+  python benchmarks/data_rows.py                                                 # a table
+  python benchmarks/data_rows.py --out benchmarks/results/data_rows_cpu.json     # and a file
+
+The rows of experiments/transfusion.py (T = 4096, 512 rows a window) of a store of two sources, equally shared:
+pictures as (32, 32, 8) bfloat16 latents, 256 patches each, with captions of 30 tokens; and texts of 900 tokens,
+lognormal. Their documents are read a batch at a time, one call a shard, and, by turns, record by record. Tokens
+are positions of full rows; per core is per second of processor time, all threads counted. The store is in
+memory or not as the system pleases. The same for pictures of a source of 8 records; memory over many rows; the
+first batch of 10,000 shards; a restart at step 10^6. Takes two minutes on two cores.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import ml_dtypes
+import numpy as np
+
+from benchmarks.decode import machine
+from experiments import transfusion
+from tfusion import config, objectives  # noqa: F401 (registers)
+from tfusion.data import layout, packing, pipeline, store
+from tfusion.data.documents import SAMPLE
+from tfusion.data.rows import PackedRows
+from tfusion.data.tokenizers import ByteTokenizer
+
+VOCABULARY, BATCH, ROUNDS, WINDOWS = 32_000, 32, 4, 4
+MANY = 10_000  # shards
+PAIRS, TEXTS, PER_SHARD = 4096, 16_384, 512
+
+
+class Tokenizer(ByteTokenizer):
+    vocab_size = VOCABULARY  # ids are drawn
+
+
+def write(root: Path) -> None:
+    draw, latents = np.random.default_rng(0), []
+    for _ in range(64):
+        latents.append(draw.standard_normal((32, 32, 8)).astype(ml_dtypes.bfloat16))
+
+    def ids(mean: float, spread: float):
+        number = int(np.exp(draw.normal(np.log(mean) - spread**2 / 2, spread)))
+        return layout.text(draw.integers(4, VOCABULARY, max(1, number)))
+
+    def records(number: int, make):
+        for shard in range(-(-number // PER_SHARD)):
+            yield shard, [make() for _ in range(min(PER_SHARD, number - shard * PER_SHARD))]
+
+    def pair():
+        return [ids(30, 0.6), layout.image(latents[draw.integers(64)])]
+
+    for name, number, make in (("images", PAIRS, pair), ("text", TEXTS, lambda: [ids(900, 1.0)]),
+                               ("few", 8, pair)):
+        for shard, some in records(number, make):
+            with store.Writer(root, name, "train", shard) as writer:
+                for parts in some:
+                    writer.add(parts)
+    folder = root / "many" / "train"
+    with store.Writer(root, "many", "train", 0) as writer:
+        for _ in range(8):
+            writer.add([ids(900, 1.0)])
+    (line,) = store.ledger(folder).values()
+    (folder / "ledger.00000.jsonl").unlink()
+    (folder / "ledger.jsonl").write_text("".join(
+        json.dumps(line | {"shard": f"{shard:05d}"}) + "\n" for shard in range(MANY)))
+    store.write_meta(root, Tokenizer(), "none", (32, 32, 8))
+    link(folder, np.unique(np.linspace(0, MANY - 1, SAMPLE).round().astype(int)))
+    rows = open_rows(root, many=1.0)
+    for first in (0, 10**6 * BATCH // 512 - 1):  # windows
+        (order,), (count,) = rows.order, rows.per_window
+        link(folder, np.unique(order.between(first * count, (first + 2) * count).shards))
+
+
+def link(folder: Path, shards) -> None:
+    """All shards are in the ledger; those that will be read are there: all would take minutes to make."""
+    for shard, end in itertools.product(shards, ("array_record", "sizes.npy")):
+        if not (path := folder / f"{shard:05d}.{end}").exists():
+            os.link(folder / f"00000.{end}", path)
+
+
+def open_rows(root: Path, **shares) -> PackedRows:
+    cfg = config.from_dict(transfusion.get_config())
+    spec = cfg.data.sources["text"]
+    data = dataclasses.replace(cfg.data, prepared=str(root), image_share=1.0 if "few" in shares else 0.5,
+                               sources={name: dataclasses.replace(spec, share=share)
+                                        for name, share in shares.items()})
+    return PackedRows(dataclasses.replace(cfg, data=data).rows, cfg.seed)
+
+
+def one_by_one(split: store.Split):
+    real = split.read
+    return lambda shard, records: [parts for record in records for parts in real(shard, [record])]
+
+
+def rate(rows: PackedRows, first: int, number: int) -> dict:
+    """Of `number` rows from `first` on, in batches, on this thread."""
+    wall, cpu, positions = time.perf_counter(), time.process_time(), 0
+    for row in range(first, first + number, BATCH):
+        batch = packing.stack_rows(rows.read(range(row, row + BATCH)))
+        rows.check(batch)
+        positions += batch.tokens_BT.size
+    return {"tokens_per_second": round(positions / (time.perf_counter() - wall)),
+            "tokens_per_core_second": round(positions / (time.process_time() - cpu))}
+
+
+def reading(root: Path) -> dict:
+    """Batched and single reads, by turns, each over one window; and 8 records."""
+    out = {"batched": [], "single": [], "few": []}
+    for turn in range(ROUNDS):
+        for name in out:
+            rows = open_rows(root, **({"few": 1.0} if name == "few" else {"images": 0.5, "text": 0.5}))
+            if name == "single":
+                for source in rows.sources:
+                    source.source.read = one_by_one(source.source)
+            out[name].append(rate(rows, turn * 512, 512))
+    middle = {name: {key: statistics.median(one[key] for one in all_of_them) for key in all_of_them[0]}
+              for name, all_of_them in out.items()}
+    return {"rounds": out, "median": middle}
+
+
+def filling(root: Path) -> dict:
+    rows, filled, taken = open_rows(root, images=0.5, text=0.5), [], np.zeros(2)
+    dropped = []
+    for window in range(1, WINDOWS + 1):
+        plan = rows.plan(window)
+        sizes = {name: length for w in (window - 1, window) for name, length in zip(
+            rows.offered(w).named(slice(None)), rows.offered(w).lengths.tolist())}
+        for document in (document for row in plan.rows for document in row):
+            taken[document[0]] += sizes[document]
+        filled.append(round(plan.num_positions / (512 * 4096), 4))
+        dropped.append(round(rows.stats(window * 512)["data/dropped_documents"], 4))
+    return {"windows": WINDOWS, "fill": filled, "dropped": dropped,
+            "shares": {source.name: round(float(x), 4) for source, x in zip(rows.sources, taken / taken.sum())}}
+
+
+def resident_mib() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def memory(root: Path, number: int) -> dict:
+    """Resident size after each eighth of the rows, read as the loop does."""
+    rows, after = open_rows(root, images=0.5, text=0.5), {}
+    for k, _ in enumerate(pipeline.batches(rows, 0, number // BATCH, BATCH), start=1):
+        if k % (number // BATCH // 8) == 0:
+            after[k * BATCH] = round(resident_mib())
+    return after
+
+
+def opening(root: Path) -> dict:
+    out = {}
+    for name, shares, row in (("first batch of 10,000 shards", {"many": 1.0}, 0),
+                              ("restart at step 10^6 of 10,000 shards", {"many": 1.0}, 10**6 * BATCH),
+                              ("restart at step 10^6", {"images": 0.5, "text": 0.5}, 10**6 * BATCH)):
+        began = time.perf_counter()
+        rows = open_rows(root, **shares)
+        opened = time.perf_counter()
+        packing.stack_rows(rows.read(range(row, row + BATCH)))
+        out[name] = {"open_seconds": round(opened - began, 3), "batch_seconds": round(
+            time.perf_counter() - opened, 3)}
+    return out
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--rows", type=int, default=20_480, help="over which memory is looked at")
+    args = parser.parse_args()
+    about = machine()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write(root)
+        result = {"opening": opening(root), "filling": filling(root), "reading": reading(root),
+                  "resident_mib_after_rows": memory(root, args.rows)}
+    for name, values in (*result["opening"].items(), *result["reading"]["median"].items()):
+        print(f"{name:>40}: {values}")
+    print(f"{'filling':>40}: {result['filling']}\n{'MiB after rows':>40}: {result['resident_mib_after_rows']}")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"machine": about, "result": result}, indent=1) + "\n")
+        print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
