@@ -122,6 +122,14 @@ def finished(root, source: str, split: str) -> set[int]:
     return {int(name) for name in ledger(split_folder(root, source, split))}
 
 
+def _has(folder: epath.Path, name: str) -> bool:
+    """Whether a shard's line is there; of others' lines only those that are collected are read."""
+    collected = folder / "ledger.jsonl"
+    return (folder / f"ledger.{name}.jsonl").exists() or (
+        collected.exists() and any(_parse(line, collected)["shard"] == name
+                                   for line in collected.read_text().splitlines()))
+
+
 def _parse(text: str, path) -> dict:
     try:
         return json.loads(text)
@@ -168,7 +176,7 @@ class Writer:
         return self.folder / f".{self.name}.{end}"
 
     def __enter__(self) -> "Writer":
-        if self.name in ledger(self.folder):
+        if _has(self.folder, self.name):
             raise UserError(f"{self.folder}: shard {self.name} is written already: store.finished names those "
                             "that are")
         self.folder.mkdir(parents=True, exist_ok=True)
