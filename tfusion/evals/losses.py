@@ -52,7 +52,7 @@ NOTHING = Sums({}, 0)
 
 def rows_at_once(held) -> int:
     """A row's positions, or a picture's side, decide how many go at once."""
-    longest = max((size for x in held[0] for size in np.shape(x)), default=1)
+    longest = max((size for x in held.read([0])[0] for size in np.shape(x)), default=1)
     shards = sharding.num_shards("batch")
     return max(1, min(POSITIONS // longest, len(held) // shards)) * shards
 
