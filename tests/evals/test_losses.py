@@ -167,9 +167,14 @@ def test_text_alone(model, tmp_path, capsys):
     assert "'more' is not evaluated" in capsys.readouterr().out
 
 
+class SameRows(list):
+    def read(self, numbers):
+        return [self[number] for number in numbers]
+
+
 def test_rows_at_once_divide_over_the_devices(cfg):
     def rows(number, length):
-        return [(np.zeros(length), np.zeros((3, 4)))] * number
+        return SameRows([(np.zeros(length), np.zeros((3, 4)))] * number)
 
     assert losses.rows_at_once(rows(1000, 192)) == losses.POSITIONS // 192
     assert losses.rows_at_once(rows(5, 192)) == 5
