@@ -12,7 +12,6 @@ within a run, not between machines. Dense is left out where its arrays would not
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.report import machine
 from tfusion.kernels import interval_attention_cpu as cpu
 from tfusion.kernels.block_map import block_map
 from tfusion.models.masks import key_intervals
@@ -118,14 +118,6 @@ def ratios(T: int, results) -> dict:
         for key in ("forward_s", "forward_backward_s", "growth_mib"):
             row[f"dense_over_interval_{key}"] = round(dense[key] / max(ours[key], 1e-9), 2)
     return row
-
-
-def machine() -> dict:
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = next((line.split(":")[1].strip() for line in text.splitlines() if "model name" in line), None)
-    return {"cpu": model or platform.processor(), "cores": os.cpu_count(), "system": platform.platform(),
-            "load_average_at_start": os.getloadavg()[0], "python": platform.python_version(),
-            "jax": jax.__version__, "numpy": np.__version__}
 
 
 def print_table(report: dict) -> None:

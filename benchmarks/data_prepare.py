@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from PIL import Image
 
-from benchmarks.decode import machine
+from benchmarks.report import machine, save
 from benchmarks.worker import peak_mib
 from tfusion.data.pictures import read_picture
 from tfusion.data.sources.base import READERS, Source, Unreadable, attempts
@@ -230,10 +230,7 @@ def main():
     same = result["bytes"]
     print(f"killed {len(same['kills'])} times: same bytes {same['killed_equals_whole']}; two processes: "
           f"{same['two_processes_equal_whole']}")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"machine": about, "result": result}, indent=1) + "\n")
-        print(f"wrote {args.out}")
+    save(args.out, about, result)
 
 
 if __name__ == "__main__":

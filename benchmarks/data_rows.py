@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ml_dtypes
 import numpy as np
 
-from benchmarks.decode import machine
+from benchmarks.report import machine, save
 from experiments import transfusion
 from tfusion import config, objectives  # noqa: F401 (registers)
 from tfusion.data import layout, packing, pipeline, store
@@ -185,10 +185,7 @@ def main():
     for name, values in (*result["opening"].items(), *result["reading"]["median"].items()):
         print(f"{name:>40}: {values}")
     print(f"{'filling':>40}: {result['filling']}\n{'MiB after rows':>40}: {result['resident_mib_after_rows']}")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"machine": about, "result": result}, indent=1) + "\n")
-        print(f"wrote {args.out}")
+    save(args.out, about, result)
 
 
 if __name__ == "__main__":

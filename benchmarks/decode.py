@@ -10,10 +10,6 @@ ratio is taken within one round. The tokens they write must be the same. On two 
 """
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -27,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from benchmarks.report import machine, save
 from experiments import quickstart
 from tfusion import config, sharding
 from tfusion.inference import transfusion as decoding
@@ -92,15 +89,6 @@ def measure(length: int, num_rows: int, rounds: int) -> dict:
         "recomputed_over_kept": [round(b / a, 1) for a, b in zip(seconds["kept"], seconds["recomputed"])]}
 
 
-def machine() -> dict:
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = next((line.split(":")[1].strip() for line in text.splitlines() if "model name" in line), None)
-    return {"date": datetime.date.today().isoformat(), "device": jax.devices()[0].device_kind,
-            "cpu": model or platform.processor(), "cores": os.cpu_count(), "system": platform.platform(),
-            "load_average_at_start": os.getloadavg()[0], "python": platform.python_version(),
-            "jax": jax.__version__, "numpy": np.__version__}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -115,10 +103,7 @@ def main():
         print(f"{name:>10}: {rate:>9} tokens/s")
     print(f"     ratio: {statistics.median(result['recomputed_over_kept'])} "
           f"(rounds {', '.join(map(str, result['recomputed_over_kept']))})")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"machine": about, "result": result}, indent=1) + "\n")
-        print(f"wrote {args.out}")
+    save(args.out, about, result)
 
 
 if __name__ == "__main__":
