@@ -61,8 +61,8 @@ def scenes_source(cfg):
 
 def prepared_folder(cfg) -> Path | None:
     """Where the run's prepared data are, or were; None of a kind of training that reads sources as they are."""
-    folder = getattr(getattr(cfg, "data", None), "prepared", None)
-    return Path(folder) if folder else None
+    format = kind_of(cfg).row_format(cfg)
+    return Path(format.data.prepared) if format else None
 
 
 def open_heldout(cfg) -> dict[str, Any]:
