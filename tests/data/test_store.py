@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tfusion.data import store
+from tfusion.data import readers, store
 from tfusion.data.layout import image, text
 from tfusion.data.store import Split, Writer, assets, identity, read_meta, write_meta
 from tfusion.data.tokenizers import ByteTokenizer, load_saved
@@ -148,13 +148,13 @@ def test_a_split_is_read_by_threads_and_processes(source):
 
 
 def test_few_shards_stay_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "OPEN", 2)
+    monkeypatch.setattr(readers, "OPEN", 2)
     for shard in range(4):
         write(tmp_path, [[text([shard])]], shard)
     source = Split(tmp_path, "mixed", "train")
     for shard in (0, 1, 2, 0, 3, 3, 1):
         assert source.read(shard, [0])[0][0].values == [shard]
-        assert len(source._readers) <= 2 and next(reversed(source._readers)) == shard
+        assert len(source._readers.kept) <= 2 and next(reversed(source._readers.kept)) == shard
 
 
 # ---------------------------------------------------------------- a shard is there whole or not at all

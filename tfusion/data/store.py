@@ -15,22 +15,21 @@
 Opening a split reads its ledger alone. Paths are epath's: local, or gs://.
 """
 
-import collections
 import functools
 import hashlib
 import io
 import json
 import struct
 import sys
-import threading
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from tfusion.data import layout
+from tfusion.data.readers import Readers, reader_of
 from tfusion.data.tokenizers import SAVED, Tokenizer
 from tfusion.errors import UserError
 from tfusion.types import Part
@@ -40,7 +39,7 @@ FORMAT_VERSION = 4  # of the store; 3 was a folder of arrays per source
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = (np.dtype(np.int32), BFLOAT16, np.dtype(np.uint8), np.dtype(np.uint16))  # a record names them by place
 OPTIONS = "group_size:1,zstd:1"  # a record can be read without its neighbours; latents shrink by a fifth
-OPEN, SIZES = 64, 64  # shards of a split whose readers, and whose sizes, are kept
+SIZES = 64  # shards of a split whose sizes are kept
 KEYS = 3  # records that are named for each reason to skip
 MANY = 100  # pictures; of fewer the deviation says little
 UNIT_STD = (0.5, 2.0)  # of a channel of the latents: within, nothing is said
@@ -272,7 +271,7 @@ class Split:
             raise UserError(f"{self.folder} not found: data.sources names '{source}'; run "
                             "`python -m tfusion.prepare` with the same config, or leave it out")
         self.shards = [_shard(line) for line in lines.values() if line["records"]]
-        self._readers, self._lock = collections.OrderedDict(), threading.Lock()
+        self._readers = Readers(self._open)
         self._kept_sizes = functools.lru_cache(SIZES)(self._load_sizes)
 
     def __reduce__(self):
@@ -314,11 +313,11 @@ class Split:
     def read(self, shard: int, records: list[int]) -> list[list[Part]]:
         """Some records of a shard, in the order asked for, in one read. Raises UserError where the shard is
         missing or broken."""
-        reader, lock = self._reader(shard)
         try:
-            with lock:
-                data = reader.read([int(record) for record in records]) if len(records) else []
+            data = self._readers.read(shard, [int(record) for record in records])
             return [decode(x) for x in data]
+        except UserError:  # said by _open
+            raise
         except (RuntimeError, ValueError, struct.error) as e:  # as array_record says it; as decode does
             raise self._broken(shard, e) from e
 
@@ -326,20 +325,12 @@ class Split:
         return UserError(f"{self.folder / self.shards[shard].name}.array_record is missing or broken ({why}): "
                          + AGAIN)
 
-    def _reader(self, shard: int):
-        """(reader, its lock), the one that was used longest ago closed where too many are open."""
-        with self._lock:
-            if shard not in self._readers:
-                about = self.shards[shard]
-                reader = ArrayRecordReader(str(self.folder / f"{about.name}.array_record"),
-                                           "readahead_buffer_size:0")
-                if not reader.ok() or reader.num_records() != about.records:
-                    raise self._broken(shard, f"{reader.num_records()} records of {about.records}")
-                self._readers[shard] = reader, threading.Lock()
-            self._readers.move_to_end(shard)
-            while len(self._readers) > OPEN:
-                self._readers.popitem(last=False)  # closed when its last reader is done with it
-            return self._readers[shard]
+    def _open(self, shard: int):
+        about = self.shards[shard]
+        reader = reader_of(self.folder / f"{about.name}.array_record")
+        if not reader.ok() or reader.num_records() != about.records:
+            raise self._broken(shard, f"{reader.num_records()} records of {about.records}")
+        return reader
 
 
 def _shard(line: dict) -> Shard:

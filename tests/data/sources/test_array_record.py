@@ -12,6 +12,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from tests.data.sources.conftest import same
+from tfusion.data import readers
 from tfusion.data.sources import records, shards
 from tfusion.data.sources.array_record import ArrayRecordSource
 from tfusion.data.sources.folder import FolderSource
@@ -126,7 +127,7 @@ def test_held_out_files_of_their_own_need_no_keys(tmp_path, monkeypatch):
 
 
 def test_many_files_from_many_threads_with_few_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "OPEN", 4)
+    monkeypatch.setattr(readers, "OPEN", 4)
     for i in range(20):
         write(tmp_path / f"{i:02d}.array_record", *({"text": f"{i} {j}"} for j in range(5)))
     source, wrong, most = open_it(tmp_path), [], []

@@ -1,19 +1,16 @@
 """Records of ArrayRecord files, read where they stand."""
 
-import threading
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
-from array_record.python import array_record_module
 from tqdm import tqdm
 
+from tfusion.data.readers import Readers, reader_of
 from tfusion.data.sources.base import PATIENCE, Unreadable, held_out
 from tfusion.errors import UserError
 
 NONE = "none"  # where a spec's name of a split, a path or a feature may be left out
-OPEN = 64  # files at once
-OPTIONS = "readahead_buffer_size:0"  # records are asked for singly
 
 
 class Shard(NamedTuple):
@@ -27,7 +24,7 @@ class Shard(NamedTuple):
 def open_shard(path: str):
     """A reader. Raises UserError: of a file that is missing or cut the library's own says only that it holds
     nothing."""
-    reader = array_record_module.ArrayRecordReader(path, options=OPTIONS)
+    reader = reader_of(path)
     if not reader.ok():
         try:
             reader.close()
@@ -54,7 +51,7 @@ class Shards:
     def __init__(self, shards: Iterable[Shard]):
         self.shards = list(shards)
         self._ends = np.cumsum([shard.records for shard in self.shards], dtype=np.int64)
-        self._readers, self._lock = {}, threading.Lock()
+        self._readers = Readers(open_shard)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self.shards else 0
@@ -69,19 +66,10 @@ class Shards:
 
     def __getitem__(self, record: int) -> bytes:
         path, number = self.place(record)
-        reader = self._reader(path)
         try:
-            return reader.read([number])[0]
+            return self._readers.read(path, [number])[0]
         except RuntimeError as e:
             raise Unreadable(f"{path}, record {number}: {str(e)[:120]}") from e
-
-    def _reader(self, path: str):
-        with self._lock:
-            reader = self._readers.pop(path, None) or open_shard(path)
-            self._readers[path] = reader  # now the last to go
-            if len(self._readers) > OPEN:
-                del self._readers[next(iter(self._readers))]  # closed when whoever reads there has done
-            return reader
 
 
 class Chosen:
