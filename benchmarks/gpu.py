@@ -83,10 +83,14 @@ class Process:
 
     def read(self, seconds: float):
         """The next answer, or None after the last one."""
-        seconds = max(seconds, 1.0)
-        killer = threading.Timer(seconds, self.process.kill)
+        seconds, late = max(seconds, 1.0), threading.Event()
+
+        def kill():
+            late.set()
+            self.process.kill()
+
+        killer = threading.Timer(seconds, kill)
         killer.start()
-        began = time.monotonic()
         line = self.process.stdout.readline()
         killer.cancel()
         if line:
@@ -97,8 +101,8 @@ class Process:
         self.errors.seek(0)
         said = [line.strip() for line in self.errors if line.strip()] or [""]
         reason = next((line for line in reversed(said) if "rror" in line or "Check fail" in line), said[-1])
-        late = f"no answer in {seconds:.0f} s; " if time.monotonic() - began >= seconds else ""
-        raise OSError(f"{late}worker ended with status {status}: {reason[:300]}")
+        why = f"no answer in {seconds:.0f} s; " if late.is_set() else ""
+        raise OSError(f"{why}worker ended with status {status}: {reason[:300]}")
 
     def answer(self, seconds: float):
         """The next answer; that there is none is an error too."""
