@@ -237,7 +237,9 @@ def test_what_a_card_says_stands_in_the_table(tmp_path):
     said = words(html := data_page.prepared(data_page.open_data(made)))
     assert "|pairs|train|43|" in said and "|3|6.98 %|" in said and "1: 100%" in said
     assert "|other|heldout, not in this config|1|few: figures say little|" in said
-    assert '<span class="bad">1</span>' in html and html.index("train") < html.index("heldout")
+    assert '<span class="bad">1</span>' in html and html.index(">train<") < html.index(">heldout<")
+    assert '<span class="bad">0.00 to ' in html  # of latents, one channel is 0
+    assert data_page.spread([0.9, 1.1]) == "<span>0.90 to 1.10</span>"
     (tmp_path / card.NAME).write_text("{")
     with pytest.raises(ValueError, match=r"card.json is broken .* or delete it"):
         data_page.open_data(made)

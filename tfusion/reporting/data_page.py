@@ -171,7 +171,8 @@ def prepared(data: Data) -> str:
     note = f'<h3>Skipped</h3><ul class="note">{"".join(skipped)}</ul>' if skipped else ""
     return ('<p class="lead">Counted over all records. Exact copies are alike to the last byte, text and '
             "latents, of an earlier record; of held-out ones, those that some training split holds too are bad "
-            f"news.</p>{page.table(HEAD, lines, numeric=range(1, len(HEAD)))}{note}")
+            "news. Latents ought to have a standard deviation of about 1 in each channel."
+            f"</p>{page.table(HEAD, lines, numeric=range(1, len(HEAD)))}{note}")
 
 
 def split_line(name: str, split: str, about: dict, used: bool) -> list[str]:
@@ -193,7 +194,14 @@ def split_line(name: str, split: str, about: dict, used: bool) -> list[str]:
         f"{about['copies']:,}<small>{page.number(100 * about['copies'] / about['records'])} %</small>"
         if about["copies"] else "0",
         bad(about.get("also_in_train")),
-        f"{min(std):.2f} to {max(std):.2f}" if std else "–"]
+        spread(std) if std else "–"]
+
+
+def spread(std: list[float]) -> str:
+    """The least and the greatest deviation of a channel; the noise schedule is made for about 1."""
+    low, high = store.UNIT_STD
+    css = "" if low <= min(std) and max(std) <= high else ' class="bad"'
+    return f"<span{css}>{min(std):.2f} to {max(std):.2f}</span>"
 
 
 def bad(number: int | None) -> str:
