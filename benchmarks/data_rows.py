@@ -152,34 +152,36 @@ def memory(root: Path, number: int) -> dict:
     return after
 
 
-def seconds(fn) -> float:
-    began = time.perf_counter()
+def seconds(fn) -> dict:
+    wall, cpu = time.perf_counter(), time.process_time()
     fn()
-    return round(time.perf_counter() - began, 3)
+    return {"seconds": round(time.perf_counter() - wall, 3), "cpu_seconds": round(time.process_time() - cpu, 3)}
 
 
 def completing(root: Path) -> dict:
     """What 10,000 shards cost who goes on with writing them, who completes the folder, and who opens it."""
     folder = root / "many" / "train"
-    out = {"shards": MANY, "files": len(list(folder.iterdir())),
-           "shards_listed_while_written_seconds": seconds(lambda: store.finished(root, "many", "train")),
-           "folder_completed_seconds": seconds(
-               lambda: store.write_meta(root, Tokenizer(), "none", (32, 32, 8)))}
-    return out | {"ledger_read_seconds": seconds(lambda: store.ledger(folder)),
-                  "splits_found_seconds": seconds(lambda: store.split_folders(root))}
+    return {"files while written": len(list(folder.iterdir())),
+            "shards listed while written": seconds(lambda: store.finished(root, "many", "train")),
+            "folder completed": seconds(lambda: store.write_meta(root, Tokenizer(), "none", (32, 32, 8))),
+            **listing(root)}
+
+
+def listing(root: Path) -> dict:
+    return {"ledger read": seconds(lambda: store.ledger(root / "many" / "train")),
+            "splits found": seconds(lambda: store.split_folders(root))}
 
 
 def opening(root: Path) -> dict:
+    """Rows opened, and the first batch of them."""
     out = {}
     for name, shares, row in (("first batch of 10,000 shards", {"many": 1.0}, 0),
                               ("restart at step 10^6 of 10,000 shards", {"many": 1.0}, 10**6 * BATCH),
                               ("restart at step 10^6", {"images": 0.5, "text": 0.5}, 10**6 * BATCH)):
-        began = time.perf_counter()
-        rows = open_rows(root, **shares)
-        opened = time.perf_counter()
-        packing.stack_rows(rows.read(range(row, row + BATCH)))
-        out[name] = {"open_seconds": round(opened - began, 3), "batch_seconds": round(
-            time.perf_counter() - opened, 3)}
+        rows = []
+        opened = seconds(lambda: rows.append(open_rows(root, **shares)))  # noqa: B023 (called here)
+        batch = seconds(lambda: packing.stack_rows(rows[0].read(range(row, row + BATCH))))  # noqa: B023
+        out[name] = {"open": opened, "batch": batch}
     return out
 
 
