@@ -19,7 +19,7 @@ class Readers:
         self.kept: collections.OrderedDict = collections.OrderedDict()  # name -> (reader, its lock)
 
     def read(self, name: Hashable, record: int) -> bytes:
-        """One record of a file: several asked for in one call take the library twice as long each. Raises
+        """One record of a file: a call for several is no cheaper for each of them (docs/LOG.md). Raises
         RuntimeError or ValueError where it is damaged."""
         reader, lock = self._reader(name)
         with lock:
