@@ -107,7 +107,7 @@ def finish(folder: Path, format: RowFormat, tokenizer, codec: Codec | None, bega
 
 def prepare(format: RowFormat, tokenizer, codec: Codec | None, worker: tuple[int, int], began: float) -> None:
     data, size = format.data, codec.image_size if codec else None
-    specs = {name: spec for name, spec in data.sources.items() if spec.share > 0}
+    specs = {name: spec for name, spec in data.sources.items() if spec.takes_part}
     opened = {(name, split): spec.open(split, size)
               for name, spec in specs.items() for split in ("train", "heldout")}
     wanted, all_jobs = plan.make(specs, opened, tokenizer, codec), shards.jobs(opened, shards.RECORDS)

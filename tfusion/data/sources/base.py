@@ -50,7 +50,12 @@ class Source:
     """What every source in data.sources says of itself; a kind adds what it needs."""
 
     kind: str
-    share: float = config.number(zero=True)  # of the tokens, relative to the other sources' shares; 0: left out
+    share: float = config.scheduled()  # of the positions, relative to the other sources' shares; 0: left out
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether it ever has a share."""
+        return any(share for _, share in self.share) if isinstance(self.share, tuple) else self.share > 0
 
     def open(self, split: str, image_size: int | None = None) -> Opened:
         """split: 'train' or 'heldout'. image_size: side of the pictures in pixels; None: as they are stored.
@@ -161,7 +166,7 @@ def pictures(sources: dict[str, Source], split: str, image_size: int,
     """
     found = {}
     for name, spec in sources.items():
-        if spec.share > 0:
+        if spec.takes_part:
             source, tally = spec.open(split, image_size), Tally()
             order = range(len(source)) if limit is None else np.random.default_rng(0).permutation(len(source))
             with contextlib.closing(_read(source, order, tally)) as read:
