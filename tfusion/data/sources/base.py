@@ -36,9 +36,13 @@ class NoPictures(UserError):
 
 
 class Opened(Protocol):
-    """One split of a source. `source[i]` may be asked by several threads, and raises Unreadable where the
-    record is damaged. One that can tell, without reading its records, when they have changed, has it told by
-    an attribute `fingerprint`, a text; of others `prepare` looks at a few records."""
+    """One split of a source: a list whose records are read when they are asked for. So any worker can take any
+    range of them, all shards are of one size whatever the files are, and threads can read ahead. Only where a
+    record stands is kept: of ArrayRecord nothing, of a line some bytes, of a file its name (docs/data.md).
+
+    `source[i]` may be asked by several threads, and raises Unreadable where the record is damaged. One that
+    can tell, without reading its records, when they have changed, has it told by an attribute `fingerprint`, a
+    text; of others `prepare` looks at a few records."""
 
     def __len__(self) -> int: ...
 
@@ -72,7 +76,7 @@ def held_out(keys: Iterable[str], fraction: float) -> np.ndarray:
     Of two keys and more, one at least is on either side (none is held out where fraction is 0).
     """
     digests = (hashlib.md5(key.encode(errors="surrogateescape"), usedforsecurity=False) for key in keys)
-    draws = np.array([int.from_bytes(digest.digest()[:8]) for digest in digests], np.float64) / 2.0**64
+    draws = np.fromiter((int.from_bytes(digest.digest()[:8]) for digest in digests), np.float64) / 2.0**64
     held = draws < fraction
     if fraction > 0 and len(draws):
         if not held.any() and draws.min() < draws.max():
