@@ -64,9 +64,12 @@ def parts_of(line: bytes, image: type = str) -> tuple[object, list[tuple[str, ob
         if type(value) is not {"text": str, "image": image}.get(kind):
             names = '{"text": "..."} nor {"image": ' + ('"PATH"}' if image is str else "BYTES}")
             raise ValueError(f"{json.dumps(segment)[:80]} is neither {names}")
-        if not isinstance(value, str):
-            parts.append((kind, value))
-        elif value.strip():
+        blank = isinstance(value, str) and not value.strip()
+        if kind == "image":
+            if blank:
+                raise ValueError("an image's path is blank")
+            parts.append((kind, whole(value) if image is str else value))
+        elif not blank:
             parts.append((kind, whole(value)))
     return tree.get("id"), parts
 
@@ -143,7 +146,7 @@ class Jsonl:
         return [value if kind == "text" else self._picture(path.parent, value) for kind, value in parts]
 
     def _picture(self, folder: Path, value: str) -> np.ndarray:
-        root, path = self.root or folder, folder / value
+        root, path = self.root or folder, Path(os.path.normpath(folder / value))  # `..` goes back in the text
         if not inside(root, path):
             raise Unreadable(f"{value} leads out of {root}: pictures are taken from there alone",
                              "path out of the folder", value)

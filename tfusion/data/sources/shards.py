@@ -30,7 +30,7 @@ def open_shard(path: str):
             reader.close()
             why = "no reason given"
         except RuntimeError as e:
-            why = str(e)
+            why = str(e) or "no reason given"
         missing = "No such file" in why
         raise UserError(f"{path} {'is missing' if missing else f'is no whole ArrayRecord file ({why[:80]})'}: "
                         "bring it back, or write it again")
