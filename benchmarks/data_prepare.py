@@ -91,11 +91,16 @@ class BlockMeans:
         path.write_text("block means")
 
 
+def without_fitting() -> None:
+    """`prepare` takes codecs as they are, and of no run."""
+    prepare.CODEC_RUN, prepare.fitted = SimpleNamespace(value=None), lambda folder, codec: codec
+
+
 def child(root: Path, number: int, worker: str, per_shard: int) -> None:
     shards.RECORDS = per_shard or shards.RECORDS
     format = SimpleNamespace(data=SimpleNamespace(prepared=str(root), sources={
         "pairs": RecordsSource("x", 1.0, number)}), image_shape=BlockMeans.shape)
-    prepare.CODEC_RUN = SimpleNamespace(value=None)
+    without_fitting()
     print("began", flush=True)
     began, before = time.perf_counter(), peak_mib()
     prepare.prepare(format, ByteTokenizer(), BlockMeans(), prepare.parse_worker(worker), began)
@@ -189,7 +194,7 @@ def jpegs(folder: Path, number: int, rounds: int = 5) -> dict:
 
     def bare():
         with ThreadPoolExecutor(READERS) as pool:
-            for _ in pool.map(lambda item: read_picture(item.path, 256).shape, source.items):
+            for _ in pool.map(lambda item: read_picture(source.root / item.file, 256).shape, source.items):
                 pass
 
     def read():
@@ -241,7 +246,7 @@ def quickstart(folder: Path, rounds: int = 3) -> dict:
     cfg, tokens = config.from_dict(get_config()), shards.TEXTS
     codec = untrained(config.from_dict(get_config("autoencoder")).autoencoder)
     tokenizer, took = load_tokenizer(cfg.data.tokenizer), collections.defaultdict(list)
-    prepare.CODEC_RUN = SimpleNamespace(value=None)
+    without_fitting()
 
     @contextlib.contextmanager
     def timed(name: str):
