@@ -102,7 +102,7 @@ def test_what_is_prepared(tmp_path, whole, capsys):
             "a/train/ledger.jsonl", "b/heldout/00000.array_record"} <= whole.keys()
     split = store.Split(root, "a", "train")
     assert len(split) == 17 and len(split.shards) == 5
-    ids, latents = (part.values for part in split.read(1, 2))  # shard 1 is of records 4, 5, 6, 7
+    ids, latents = (part.values for part in split.read(1, [2])[0])  # shard 1 is of records 4, 5, 6, 7
     assert ids.tolist() == ByteTokenizer().encode("fox 6") and (latents == 0.6015625).all()  # 0.6 in bfloat16
     made = json.loads((root / "card.json").read_text())
     assert made["a/train"]["skipped"] == {"damaged picture": [3, ["3.png", "10.png", "17.png"]]}

@@ -141,7 +141,7 @@ def test_a_record_is_read_once_and_a_shard_at_a_time(cfg, tmp_path, monkeypatch)
     calls, real = [], documents.source.read
     monkeypatch.setattr(documents.source, "read", lambda *x: calls.append(x) or real(*x))
     documents.read([(3, 1), (0, 0), (0, 2), (3, 0), (1, 0), (0, 0)])
-    assert calls == [(0, 0), (0, 1), (1, 1)]
+    assert sorted(calls) == [(0, [0, 1]), (1, [1])]
 
 
 def test_means_are_the_ledgers(cfg, tmp_path, monkeypatch):

@@ -214,7 +214,7 @@ def test_a_source_is_counted_document_by_document(cfg, monkeypatch):
     documents = Documents(cfg.rows, "stories", "train")
     source = Split(cfg.data.prepared, "stories", "train")
     want = Counter()
-    for parts in (source.read(0, record) for record in range(len(source))):
+    for parts in source.read(0, list(range(len(source)))):
         ids = [BOS]
         for part in parts:
             ids += part.values.tolist() if part.kind == "text" else [cfg.vocabulary.boi, cfg.vocabulary.eoi]

@@ -18,12 +18,13 @@ class Readers:
         self._open, self._lock = open_file, threading.Lock()
         self.kept: collections.OrderedDict = collections.OrderedDict()  # name -> (reader, its lock)
 
-    def read(self, name: Hashable, record: int) -> bytes:
-        """One record of a file: a call for several is no cheaper for each of them (docs/LOG.md). Raises
-        RuntimeError or ValueError where it is damaged."""
+    def read(self, name: Hashable, records: list[int]) -> list[bytes]:
+        """Some records of a file, in the order asked for, in one read: on a disk that is far it waits once
+        where one by one it would wait for each (docs/LOG.md). Raises RuntimeError or ValueError where one is
+        damaged."""
         reader, lock = self._reader(name)
         with lock:
-            return reader.read([record])[0]
+            return reader.read(records) if records else []
 
     def _reader(self, name: Hashable):
         with self._lock:

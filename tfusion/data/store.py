@@ -326,10 +326,11 @@ class Split:
         sizes.flags.writeable = False
         return sizes
 
-    def read(self, shard: int, record: int) -> list[Part]:
-        """A record. Raises UserError where its shard is missing or broken."""
+    def read(self, shard: int, records: list[int]) -> list[list[Part]]:
+        """Some records of a shard, in the order asked for, in one read. Raises UserError where the shard is
+        missing or broken."""
         try:
-            return decode(self._readers.read(shard, record))
+            return [decode(x) for x in self._readers.read(shard, [int(record) for record in records])]
         except UserError:  # said by _open
             raise
         except (RuntimeError, ValueError, struct.error) as e:  # as array_record says it; as decode does

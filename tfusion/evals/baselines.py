@@ -43,8 +43,9 @@ BINS = [f"diffusion_loss_bin{i}" for i in range(NUM_BINS)]
 def stored_images(source: Split):
     """Iterator over a split's encoded images."""
     for shard, about in enumerate(source.shards):
-        for record in range(about.records if about.images else 0):
-            yield from (part.values for part in source.read(shard, record) if part.kind == "image")
+        for first in range(0, about.records if about.images else 0, AT_ONCE):
+            for parts in source.read(shard, list(range(first, min(first + AT_ONCE, about.records)))):
+                yield from (part.values for part in parts if part.kind == "image")
 
 
 def fit_gaussian(cfg: RunConfig):

@@ -67,7 +67,7 @@ class Shards:
     def __getitem__(self, record: int) -> bytes:
         path, number = self.place(record)
         try:
-            return self._readers.read(path, number)
+            return self._readers.read(path, [number])[0]
         except RuntimeError as e:
             raise Unreadable(f"{path}, record {number}: {str(e)[:120]}") from e
 
