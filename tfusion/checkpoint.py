@@ -25,13 +25,18 @@ READ_BY = {1: "feb2e22", 2: "4cbf5a4"}  # older format version -> the last revis
 FROZEN = "frozen"  # folder of the trees that training reads and never changes
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        return False  # a save is asked for by the loop, which knows; asked of JAX here too, its count would mix
+
+
 class Checkpoints:
     def __init__(self, workdir, *, writing: bool = False):
         """Opens those of a run. Only a writer, who holds the workdir, clears away what a killed save left."""
         self.folder = Path(workdir).absolute() / "checkpoints"
         for left in self.folder.glob(UNFINISHED) if writing else ():
             shutil.rmtree(left)
-        self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
+        self._manager = _Manager(self.folder, options=ocp.CheckpointManagerOptions(
             max_to_keep=KEPT if writing else None, create=writing))
 
     def steps(self) -> list[int]:
@@ -88,6 +93,11 @@ class Checkpoints:
         older = [s for s in self.steps() if s < step]
         then = f"go on from step {max(older)}" if older else "start again"
         return f"move that folder away to {then}"
+
+    def wait(self) -> None:
+        """Returns when everything is on disk. Raises UserError where it cannot be written."""
+        with _one_line(self.folder):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits until everything is on disk. Raises UserError where it cannot be written."""

@@ -1,16 +1,24 @@
 """How a process starts: what must be set before the first computation, and what is given back before it."""
 
+import contextlib
 import ctypes
+import faulthandler
+import itertools
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
+from jax._src import xla_bridge
+from jax.experimental import multihost_utils
 
-from tfusion.errors import UserError
+from tfusion.errors import PREEMPTED, UserError
 
+ONE_NOTICE_S = 2.0  # launchers send SIGTERM to a process and to its group: that is one
 # How launchers tell a process that it is one of several: JAX's own, srun, Open MPI, MPICH, torchrun.
 NUM_PROCESSES = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE")
 
@@ -24,12 +32,30 @@ def start_process() -> None:
     refuse_several_processes()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR") and (folder := cache_folder()):
         jax.config.update("jax_compilation_cache_dir", str(folder))
+    if not (jax.distributed.is_initialized() or xla_bridge.backends_are_initialized()):  # as in tests
+        _be_alone()
+        watch_sigterm()
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as e:  # the latter where there is a plugin and no GPU
         why = str(e).partition(" (set JAX_PLATFORMS")[0] or "there is none"
         raise UserError(f"JAX_PLATFORMS={jax.config.jax_platforms or ''} cannot be used here ({why}); unset "
                         "it, or install JAX for that device (README, Training at scale)") from e
+
+
+def _be_alone() -> None:
+    """One process is a job of one, on a free port that is held until the coordinator has it."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+        jax.distributed.initialize(address, 1, 0, cluster_detection_method="deactivate",
+                                   coordinator_bind_address=address)
+
+
+def is_writer() -> bool:
+    """Whether this process writes what a run leaves, and talks: process 0."""
+    return jax.process_index() == 0
 
 
 def cache_folder() -> Path | None:
@@ -58,23 +84,57 @@ def refuse_several_processes() -> None:
                         "of its host), or unset that")
 
 
-class Sigterm:
-    """Whether SIGTERM came since `listen`; a second one ends the process at once, as does one outside."""
+class Preemption:
+    """Whether SIGTERM, or a notice of the platform's, came to any of a run's processes.
+
+    Until `listen` and after `close` it ends its process at once: nothing is lost. Between them `due` says so,
+    to all processes at the same call, and they save and end; a second SIGTERM ends one at once.
+    """
+
+    _listening = threading.Event()
+    _calls = itertools.count(1)  # JAX wants them numbered, alike in all processes
 
     def __init__(self):
-        self.came, self._before = False, None
+        self.came = False
 
     def listen(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
-            self._before = signal.signal(signal.SIGTERM, self._note)
-
-    def _note(self, *_) -> None:
-        self.came = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._listening.set()
 
     def close(self) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        self._listening.clear()
+
+    def due(self) -> bool:
+        """Asked by all processes equally often; it stays true."""
+        self.came = self.came or multihost_utils.reached_preemption_sync_point(next(self._calls))
+        return self.came
+
+
+def watch_sigterm() -> None:
+    """Call after jax.distributed.initialize, whose handler of SIGTERM tells all processes: it stays in place.
+
+    A thread learns of the signal too, even while the main thread is in a compiler: faulthandler's handler, the
+    one that runs no Python and calls the handler before it, writes to a pipe.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    faulthandler.register(signal.SIGTERM, writing, all_threads=False, chain=True)
+    threading.Thread(target=_end_on_sigterm, args=(reading,), name="SIGTERM", daemon=True).start()
+
+
+def _end_on_sigterm(reading: int) -> None:
+    os.read(reading, 2**16)
+    if Preemption._listening.is_set():
+        time.sleep(ONE_NOTICE_S)
+        os.set_blocking(reading, False)
+        with contextlib.suppress(BlockingIOError):
+            os.read(reading, 2**16)  # what is left of the first, and what came with it
+        os.set_blocking(reading, True)
+        os.read(reading, 2**16)
+        status = 128 + signal.SIGTERM
+    else:
+        status = PREEMPTED
+    os.write(2, b"error: stopped by SIGTERM; the same command goes on\n")
+    os._exit(status)
 
 
 def return_freed_memory() -> None:

@@ -10,6 +10,8 @@ import warnings
 
 from absl import app, flags, logging
 
+PREEMPTED, HUNG = 42, 134  # exit statuses that launchers restart: saved and ended; no step ended any more
+
 
 class UserError(ValueError):
     """Something the user can mend. The message is one line: what, where, what to do."""
@@ -18,9 +20,9 @@ class UserError(ValueError):
 
 
 class Stopped(UserError):
-    """SIGTERM ended what the same command goes on with: launchers restart it."""
+    """SIGTERM or a preemption notice ended what the same command goes on with."""
 
-    status = 143  # 128 + SIGTERM
+    status = PREEMPTED
 
 
 def run(main, words: bool = False) -> None:

@@ -59,9 +59,11 @@ def main() -> None:
             from tfusion.training.dry_run import dry_run
             dry_run(cfg, mesh)
             return
+        from tfusion.training.goodput import process_began
         from tfusion.training.loop import train
         with workdirs.hold(workdir / workdirs.LOCK):
-            train(cfg, workdir, mesh, profiled_steps(PROFILE.value, cfg.train.num_steps), WANDB.value)
+            train(cfg, workdir, mesh, profiled_steps(PROFILE.value, cfg.train.num_steps), WANDB.value,
+                  process_began())
 
 
 if __name__ == "__main__":
