@@ -55,8 +55,8 @@ class ToyRows:
     def check(self, batch) -> None:
         assert batch.x_BD.shape[1:] == (self.width,)
 
-    def batches(self, batch_size: int, process: int = 0, num_processes: int = 1):
-        return pipeline.batches(self, 0, self.number // batch_size, batch_size, process, num_processes)
+    def batches(self, batch_size: int, local_rows=None):
+        return pipeline.batches(self, 0, self.number // batch_size, batch_size, local_rows)
 
 
 def make(cfg: ToyConfig) -> Objective:

@@ -27,6 +27,7 @@ class Held:
     def __init__(self, cfg: config.RunConfig, objective: Objective, mesh, rows):
         self.objective, self.mesh, self.rows = objective, mesh, rows
         self.size = cfg.train.batch_size // cfg.train.num_microbatches  # what a training step holds at once
+        self.local_rows = sharding.local_rows(mesh, self.size)
         self.sources = kind_of(cfg).open_heldout(cfg, cfg.train.eval_documents)
         self.eval_step = jax.jit(steps.make_eval_step(objective))
         self.diagnostics_step = jax.jit(steps.make_diagnostics(objective))
@@ -37,17 +38,17 @@ class Held:
         aux = Aux(state.step, frozen, state.buffers)
         for source, held in self.sources.items():
             alone = metrics.Losses()
-            for batch in held.batches(self.size, jax.process_index(), jax.process_count()):
-                losses = self.eval_step(params, aux, sharding.put_batch(batch, self.mesh))
+            for batch in held.batches(self.size, self.local_rows):
+                losses = self.eval_step(params, aux, sharding.put_batch(batch, self.mesh, self.size))
                 total.add(int(state.step), losses)
                 alone.add(int(state.step), {name: losses[name] for name in self.objective.weights})
             values |= {k: v for k, v in alone.means(f"eval/{source}/").items() if v is not None}
         return total.means("eval/") | values
 
     def diagnose(self, state, frozen) -> dict:
-        batch = next(pipeline.batches(self.rows, 0, 1, self.size, jax.process_index(), jax.process_count()))
+        batch = next(pipeline.batches(self.rows, 0, 1, self.size, self.local_rows))
         norms = self.diagnostics_step(state.params, Aux(state.step, frozen, state.buffers),
-                                      sharding.put_batch(batch, self.mesh))
+                                      sharding.put_batch(batch, self.mesh, self.size))
         return {f"grad_norm/{name}": float(norm) for name, norm in norms.items()}
 
 
@@ -67,7 +68,9 @@ class Log:
     def __init__(self, cfg: config.RunConfig, objective: Objective, rows, workdir: Path, first: int, totals,
                  wandb: str | None):
         self.cfg, self.objective, self.rows = cfg, objective, rows
-        self.writer, self.losses = writers.open_writers(workdir, first, cfg, wandb), metrics.Losses()
+        self.writer = writers.open_writers(workdir, first, cfg, wandb) if distributed.is_writer() else (
+            writers.Together())
+        self.losses = metrics.Losses()
         self.speed, self.paused, self.late = metrics.Throughput(totals), {}, None
         self.learning_rate = learning_rate_schedule(cfg.optimizer, cfg.train.num_steps)
         self.bar = tqdm(total=cfg.train.num_steps, initial=first, desc=workdir.name, unit="step",
@@ -113,9 +116,12 @@ class Log:
 
 
 class Trace:
-    """A trace of n steps from `step` on, in `<workdir>/profile`. profile: (step, n) or None."""
+    """A trace of n steps from `step` on, of the writing process, in `<workdir>/profile`. profile: (step, n) or
+    None."""
 
     def __init__(self, profile, first: int, workdir: Path):
+        if not distributed.is_writer():
+            profile = None
         if profile and profile[0] < first:  # the same command again after a crash must go on
             tqdm.write(f"no trace: --profile={profile[0]}:{profile[1]} begins before step {first}")
             profile = None
@@ -153,6 +159,8 @@ def look(held: Held, log: Log, state, frozen, evaluating: bool, diagnosing: bool
 
 def finish(workdir: Path, state, first: int, num_steps: int, totals: dict, seconds: float) -> None:
     """Writes timing.json and, last of all, summary.json: who finds it finds all."""
+    if not distributed.is_writer():
+        return
     params = sum(x.size for x in jax.tree.leaves(state.params))
     summary = {"num_params": params, "steps": num_steps, **totals}
     metrics.write_timing(workdir, f"train from step {first}" if first else "train", seconds)
@@ -186,12 +194,12 @@ def train(cfg: config.RunConfig, workdir: Path, mesh, profile=None,
     log = Log(cfg, objective, rows, workdir, first, totals, wandb)
     train_step = None  # compiled for the first batch
     batches = pipeline.batches(rows, next_row, t.num_steps - first, t.batch_size,
-                               jax.process_index(), jax.process_count())
+                               sharding.local_rows(mesh, t.batch_size))
     try:
         for step in range(first, t.num_steps):
             trace.before(step, state)
             batch, waited = fetch(batches)
-            placed = sharding.put_batch(batch, mesh)
+            placed = sharding.put_batch(batch, mesh, t.batch_size)
             if train_step is None:
                 train_step = compile_step(objective, tx, cfg, state, frozen, placed)
                 sigterm.listen()
