@@ -75,6 +75,11 @@ def parse_mesh(text: str | None) -> Mesh:
     return make_mesh(MeshConfig(**{**dict.fromkeys(AXES, 1), **{axis: int(size) for axis, _, size in pairs}}))
 
 
+def local_mesh(number: int | None = None) -> Mesh:
+    """A mesh over devices of this process alone, all or so many, on fsdp."""
+    return make_mesh(MeshConfig(1, -1, 1, 1), jax.local_devices()[:number])
+
+
 def spec(*names: str | None) -> PartitionSpec:
     """Logical axis names -> PartitionSpec. Raises UserError on a name that has no rule."""
     for name in names:
