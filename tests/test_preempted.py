@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import processes
 from tests.test_resume import lines, saved_steps
 from tfusion.errors import PREEMPTED
 
@@ -145,3 +146,23 @@ def test_killed_and_preempted_in_every_phase_ends_where_an_undisturbed_run_does(
     seconds = goodput["seconds"]
     assert sum(seconds.values()) == pytest.approx(sum(walls), rel=0.03)
     assert seconds["lost"] > 0 and seconds["eval"] > 0.5
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_ends_both_at_the_same_step(tmp_path):
+    flags = [f"--config={ROOT}/tests/toy.py", f"--workdir={tmp_path}/run", "--config.train.num_steps=100000",
+             "--config.train.log_every=10", "--config.train.eval_every=0", "--config.train.diagnostics_every=0",
+             "--config.train.checkpoint_every=100000"]
+
+    def under_way() -> bool:
+        path = tmp_path / "run/metrics.jsonl"
+        return path.exists() and len(path.read_text().splitlines()) >= 3
+
+    with processes.running(2, "tfusion.train", *flags) as both:
+        processes.wait_for(under_way, both)
+        both[1].kill(signal.SIGTERM)
+        assert [process.wait() for process in both] == [PREEMPTED] * 2, [process.stderr() for process in both]
+    (step,) = saved_steps(tmp_path / "run")
+    said = f"error: preempted at step {step}: it is saved; the same command goes on from there"
+    assert [process.errors() for process in both] == [[said]] * 2
+    assert step == max(line["step"] for line in lines(tmp_path / "run"))

@@ -5,7 +5,8 @@
       the attention mask of the first packed rows, and which blocks the attention kernels run
 
 What data.prepared held before is replaced at the end, and only if this verb made it. Killed, the same command
-goes on; several processes share the work by --worker=0/2 and --worker=1/2.
+goes on. Several processes of one job share the work; so do some that know nothing of each other, by
+--worker=0/2 and --worker=1/2.
 """
 
 import dataclasses
@@ -36,7 +37,8 @@ from tfusion.workdir import CODEC
 
 CONFIG = experiment.define()
 CODEC_RUN = paths.define("codec", None, "workdir of a trained image tokenizer; not for text alone")
-WORKER = flags.DEFINE_string("worker", "0/1", "K/N: this process writes every N-th shard, from the K-th on")
+WORKER = flags.DEFINE_string("worker", None, "K/N: this process, started alone, writes every N-th shard, from "
+                             "the K-th on; default: each process of a job its part")
 INSPECT = paths.define("inspect", None, "PNG to draw packed rows of the prepared data to, and exit")
 INSPECT_ROWS = flags.DEFINE_integer("inspect_rows", 2, "how many rows to draw", lower_bound=1)
 INSPECT_BLOCK = flags.DEFINE_integer("inspect_block", 16, "side of a kernel block", lower_bound=1)
@@ -45,7 +47,7 @@ STATISTICS_IMAGES = 4096
 
 def open_codec(workdir: str, format: RowFormat) -> Codec:
     """A run's image tokenizer, fitted to the pictures that it is to encode."""
-    run_ = trained.load(workdir)
+    run_ = trained.load(workdir, mesh=sharding.local_mesh(1))
     make = decoder(run_).make_codec
     if make is None:
         raise UserError(f"--codec={workdir} holds a run with objective = '{run_.cfg.objective}', which "
@@ -61,12 +63,16 @@ def inspect(cfg: config.RunConfig, path: Path) -> None:
     if path.suffix != ".png" or not path.parent.is_dir():
         raise UserError(f"--inspect={path} must name a .png file in a folder that exists")
     batch = next(pipeline.batches(kind_of(cfg).open_rows(cfg), 0, 1, INSPECT_ROWS.value))
+    if not distributed.is_writer():
+        return
     print(draw_rows(batch, kind_of(cfg).trunk(cfg).image_attention, INSPECT_BLOCK.value, path))
     print(f"wrote {path}")
 
 
-def parse_worker(text: str) -> tuple[int, int]:
-    """'0/2' -> (0, 2)."""
+def parse_worker(text: str | None) -> tuple[int, int]:
+    """'0/2' -> (0, 2); nothing -> this process, and how many the job has."""
+    if text is None:
+        return jax.process_index(), jax.process_count()
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     worker, workers = map(int, match.groups()) if match else (0, 0)
     if worker >= workers:
@@ -117,6 +123,9 @@ def prepare(format: RowFormat, tokenizer, codec: Codec | None, worker: tuple[int
             return
         write(folder, all_jobs[worker[0] :: worker[1]],
               Encoders(tokenizer.encode_batch, codec.encode if codec else None))
+        distributed.wait_for_all()
+        if not distributed.is_writer():
+            return
         if left := unwritten(folder, all_jobs):
             print(f"{len(left)} shards are left to other workers; who is last completes {data.prepared}")
             return
@@ -128,7 +137,7 @@ def main() -> None:
     if CONFIG.value is None:
         raise UserError("--config=experiments/FILE.py is needed, and --codec=WORKDIR where there are "
                         "pictures; see --help")
-    distributed.start_process()
+    distributed.start_process(alone=WORKER.value is not None)
     began, cfg = time.perf_counter(), config.absolute(experiment.read(CONFIG))
     worker, format = parse_worker(WORKER.value), kind_of(cfg).row_format(cfg)
     if format is None:
@@ -142,7 +151,7 @@ def main() -> None:
         raise UserError(f"data.tokenizer = '{data.tokenizer}' has {tokenizer.vocab_size} pieces, "
                         f"model.text_vocab_size = {V}: set it to the former")
     unfinished.check(data.prepared)  # before a long wait
-    with jax.set_mesh(sharding.make_mesh(config.MeshConfig(1, -1, 1, 1))):  # all devices encode
+    with jax.set_mesh(sharding.local_mesh()):  # all devices encode
         codec = open_codec(CODEC_RUN.value, format) if CODEC_RUN.value else None
         prepare(format, tokenizer, codec, worker, began)
 

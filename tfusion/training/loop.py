@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from tfusion import config, distributed, sharding
@@ -32,6 +30,7 @@ class Held:
     def __init__(self, cfg: config.RunConfig, objective: Objective, mesh, rows):
         self.objective, self.mesh, self.rows = objective, mesh, rows
         self.size = cfg.train.batch_size // cfg.train.num_microbatches  # what a training step holds at once
+        self.local_rows = sharding.local_rows(mesh, self.size)
         self.sources = kind_of(cfg).open_heldout(cfg, cfg.train.eval_documents)
         self.eval_step = jax.jit(steps.make_eval_step(objective))
         self.diagnostics_step = jax.jit(steps.make_diagnostics(objective))
@@ -40,9 +39,9 @@ class Held:
         """Compiles what `evaluate` and `diagnose` will call, by calling it: once steps are under way a compiler
         must not stand between a preemption's notice and the save."""
         for held in list(self.sources.values())[:1] if evaluating else ():
-            batch = next(held.batches(self.size, jax.process_index(), jax.process_count()))
+            batch = next(held.batches(self.size, self.local_rows))
             self.eval_step(states.sampling_params(state), Aux(state.step, frozen, state.buffers),
-                           sharding.put_batch(batch, self.mesh))
+                           sharding.put_batch(batch, self.mesh, self.size))
         if diagnosing:
             self.diagnose(state, frozen)
 
@@ -56,8 +55,8 @@ class Held:
         aux = Aux(state.step, frozen, state.buffers)
         for source, held in self.sources.items():
             alone = metrics.Losses()
-            for batch in held.batches(self.size, jax.process_index(), jax.process_count()):
-                losses = self.eval_step(params, aux, sharding.put_batch(batch, self.mesh))
+            for batch in held.batches(self.size, self.local_rows):
+                losses = self.eval_step(params, aux, sharding.put_batch(batch, self.mesh, self.size))
                 total.add(int(state.step), losses)
                 alone.add(int(state.step), {name: losses[name] for name in self.objective.weights})
                 if ended(losses):
@@ -66,9 +65,9 @@ class Held:
         return total.means("eval/") | values
 
     def diagnose(self, state, frozen) -> dict:
-        batch = next(pipeline.batches(self.rows, 0, 1, self.size, jax.process_index(), jax.process_count()))
+        batch = next(pipeline.batches(self.rows, 0, 1, self.size, self.local_rows))
         norms = self.diagnostics_step(state.params, Aux(state.step, frozen, state.buffers),
-                                      sharding.put_batch(batch, self.mesh))
+                                      sharding.put_batch(batch, self.mesh, self.size))
         return {f"grad_norm/{name}": float(norm) for name, norm in norms.items()}
 
 
@@ -88,7 +87,7 @@ class Timer:
 
     def due(self) -> bool:
         late = 0 < self._seconds <= time.perf_counter() - self._since
-        return bool(multihost_utils.broadcast_one_to_all(np.bool_(late))) if self._seconds else late
+        return distributed.broadcast(late) if self._seconds else False
 
 
 class Log:
@@ -102,8 +101,10 @@ class Log:
     def __init__(self, cfg: config.RunConfig, objective: Objective, rows, workdir: Path, first: int, totals,
                  goodput: Goodput, wandb: str | None):
         self.cfg, self.objective, self.rows = cfg, objective, rows
-        self.writer, self.losses = writers.open_writers(workdir, first, cfg, wandb), metrics.Losses()
-        self.speed, self.paused, self.late, self.goodput = metrics.Throughput(totals), {}, None, goodput
+        self.writer = writers.open_writers(workdir, first, cfg, wandb) if distributed.is_writer() else (
+            writers.Together())
+        self.losses, self.goodput = metrics.Losses(), goodput
+        self.speed, self.paused, self.late = metrics.Throughput(totals), {}, None
         self.learning_rate = learning_rate_schedule(cfg.optimizer, cfg.train.num_steps)
         self.bar = tqdm(total=cfg.train.num_steps, initial=first, desc=workdir.name, unit="step",
                         mininterval=1.0, dynamic_ncols=True)
@@ -149,9 +150,12 @@ class Log:
 
 
 class Trace:
-    """A trace of n steps from `step` on, in `<workdir>/profile`. profile: (step, n) or None."""
+    """A trace of n steps from `step` on, of the writing process, in `<workdir>/profile`. profile: (step, n) or
+    None."""
 
     def __init__(self, profile, first: int, workdir: Path):
+        if not distributed.is_writer():
+            profile = None
         if profile and profile[0] < first:  # the same command again after a crash must go on
             tqdm.write(f"no trace: --profile={profile[0]}:{profile[1]} begins before step {first}")
             profile = None
@@ -195,6 +199,8 @@ def look(run: "Run", state, frozen, evaluating: bool, diagnosing: bool, ended) -
 
 def finish(workdir: Path, state, first: int, num_steps: int, totals: dict, seconds: float) -> None:
     """Writes timing.json and, last of all, summary.json: who finds it finds all."""
+    if not distributed.is_writer():
+        return
     params = sum(x.size for x in jax.tree.leaves(state.params))
     summary = {"num_params": params, "steps": num_steps, **totals}
     metrics.write_timing(workdir, f"train from step {first}" if first else "train", seconds)
@@ -286,11 +292,11 @@ def train(cfg: config.RunConfig, workdir: Path, mesh, profile=None, wandb: str |
             log.write(first, begun.unwritten | look(run, state, frozen, *looks(first, t), lambda losses: False))
         train_step, count = None, jax.jit(lambda batch: kind.totals(cfg, batch))
         batches = pipeline.batches(run.rows, next_row, t.num_steps - first, t.batch_size,
-                                   jax.process_index(), jax.process_count())
+                                   sharding.local_rows(mesh, t.batch_size))
         for step in range(first, t.num_steps):
             run.trace.before(step, state)
             batch, waited = fetch(batches, log.goodput)
-            placed = sharding.put_batch(batch, mesh)
+            placed = sharding.put_batch(batch, mesh, t.batch_size)
             if train_step is None:  # compiled for the first batch
                 train_step, waited = compile_step(run, cfg, state, frozen, placed), 0.0
                 log.speed.begin()  # no rate holds the compilation, nor the start of the readers

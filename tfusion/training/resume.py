@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import linen as nn
 
-from tfusion import checkpoint, config, sharding, workdir
+from tfusion import checkpoint, config, distributed, sharding, workdir
 from tfusion.checkpoint import Checkpoints, changes, check_identity, check_same
 from tfusion.errors import UserError
 from tfusion.objectives.base import Objective
@@ -49,8 +49,9 @@ def start(cfg: config.RunConfig, objective: Objective, tx, mesh, checkpoints: Ch
     else:
         frozen = jax.device_put(nn.meta.unbox(objective.frozen()), whole)
         checkpoint.save_frozen(folder, frozen)
-        begun = Start(states.init_state(objective, tx, ema, cfg.seed, mesh), frozen, 0, None, {},
-                      None)
+        begun = Start(states.init_state(objective, tx, ema, cfg.seed, mesh), frozen, 0, None, {}, None)
+    if not distributed.is_writer():
+        return begun
     if step < cfg.train.num_steps:
         (folder / "summary.json").unlink(missing_ok=True)  # who finds it takes the run to be done
     config.save(cfg, folder)
