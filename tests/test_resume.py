@@ -154,7 +154,7 @@ def test_a_strict_run_evaluates_resumes_and_is_what_is_sampled(prepared_root, tm
 @pytest.mark.parametrize("broken", [b"", b'{"stages": [', b"\x00" * 9], ids=["empty", "cut", "zeros"])
 def test_broken_side_files_stop_no_run(whole, copied, broken):
     cfg, workdir, state = whole
-    names = ("timing.json", "summary.json", "metrics.jsonl", "config.json")
+    names = ("timing.json", "summary.json", "metrics.jsonl", "config.json", "goodput.json")
     for name in names:
         (copied / name).write_bytes(broken)
     assert_same_bits(train(cfg, copied), state)
