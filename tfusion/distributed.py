@@ -208,13 +208,16 @@ def _listen() -> None:
             said = runtime.global_state.client.key_value_try_get(ENDS)
     process, status, text = json.loads(said)
     if not _leaving.wait(_patience(status)):
-        print(f"error: process {process} of {jax.process_count()} ended: {text}", file=sys.stderr, flush=True)
+        tqdm.write(f"error: process {process} of {jax.process_count()} ended: {text}", sys.stderr)
+        sys.stderr.flush()
         _part(status)
 
 
 def _part(status: int) -> None:
+    """Ends this process together with the others, who lose their coordinator with process 0: it goes last."""
     with contextlib.suppress(Exception):
         runtime.global_state.client.wait_at_barrier(ENDS, 1000 * (_patience(status) + LEAVE_S))
+        time.sleep(0.5 * is_writer())
     os._exit(status)
 
 
