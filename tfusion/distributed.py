@@ -69,7 +69,7 @@ def start_process(alone: bool = False) -> None:
         errors.leave = _leave
         listener = threading.Thread(target=_listen, name="others", daemon=True)
         listener.start()
-        atexit.register(lambda: (_leaving.set(), listener.join()))
+        atexit.register(_end_well, listener)
         if not is_writer():
             _keep_quiet()
 
@@ -219,6 +219,14 @@ def _part(status: int) -> None:
         runtime.global_state.client.wait_at_barrier(ENDS, 1000 * (_patience(status) + LEAVE_S))
         time.sleep(0.5 * is_writer())
     os._exit(status)
+
+
+def _end_well(listener: threading.Thread) -> None:
+    """At the interpreter's end, before JAX's own barrier, which waits five minutes: process 0 may write on."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        runtime.global_state.client.wait_at_barrier("tfusion/done", FOREVER_MS)
+    _leaving.set()
+    listener.join()
 
 
 def _patience(status: int) -> int:
