@@ -22,6 +22,7 @@ def experiment(folder: Path) -> None:
     golden.write_data(folder / "data")
     tree = golden.tiny_tree(folder / "data")
     tree.mesh.update(data=2, fsdp=2, tensor=2)
+    tree.model.num_layers = 1
     tree.train.update(num_steps=STEPS, num_microbatches=1, checkpoint_every=STEPS)
     write_experiment(folder, config.from_dict(tree))
 

@@ -239,4 +239,5 @@ def compile_step(objective: Objective, tx, cfg: config.RunConfig, state, frozen,
     """The training step, compiled for this state and batch."""
     compiled = steps.jit_train_step(objective, tx, cfg, state).lower(state, frozen, placed).compile()
     distributed.return_freed_memory()
+    distributed.wait_for_all()  # the first exchange waits half a minute at most for those that compile longer
     return compiled
