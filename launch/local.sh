@@ -34,7 +34,7 @@ status=0 killer=''
 while ((${#left[@]})); do
   ended='' code=0
   wait -n -p ended "${!left[@]}" || code=$?
-  if [[ -z "$ended" ]]; then continue; fi  # a signal came, and was passed on
+  if [[ -z "${ended-}" ]]; then continue; fi  # a signal came, and was passed on
   k=${left[$ended]}
   unset "left[$ended]"
   if ((code && !status)); then

@@ -23,7 +23,8 @@ from tfusion.workdir import LOCK, hold
 
 pytestmark = pytest.mark.slow
 
-TOY = ("--config=tests/toy.py", "--config.train.num_steps=120", "--config.train.checkpoint_every=20")
+TOY = ("--config=tests/toy.py", "--config.train.num_steps=120", "--config.train.checkpoint_every=20",
+       "--config.train.eval_documents=32")
 FAST = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"}
 
 
@@ -135,13 +136,13 @@ def test_a_mistake_that_one_process_sees_ends_both(tmp_path):
 def test_two_processes_prepare_what_one_does(tmp_path):
     for n in (1, 2):
         tree_ = tiny_dict(tmp_path / str(n) / "data")
-        tree_.data.sources.scenes.share = 0.0
+        tree_.data.sources.scenes.share = tree_.data.sources.stories.share = 0.0
         folder = tmp_path / str(n)
         folder.mkdir()
         write_experiment(folder, config.from_dict(tree_))
         with processes.running(n, "tfusion.prepare", f"--config={folder / 'tiny.py'}", **FAST) as started:
             processes.succeed(started)
-        assert "stories/train: " in started[0].stdout()
+        assert "glosses/train: " in started[0].stdout()
     alone, shared = (tree(tmp_path / str(n) / "data") for n in (1, 2))
     assert alone == shared
 
@@ -153,6 +154,7 @@ def test_a_model_split_over_two_processes(prepared_root, tmp_path):
     tree_.mesh.tensor = 2
     tree_.train.update(num_steps=3, log_every=1, eval_every=3, eval_documents=8, diagnostics_every=0,
                        checkpoint_every=3)
+    tree_.sampling.num_inference_steps = 2
     write_experiment(tmp_path, config.from_dict(tree_))
     flags = [f"--config={tmp_path / 'tiny.py'}"]
     for n in (1, 2):

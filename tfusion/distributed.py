@@ -73,7 +73,7 @@ def start_process(alone: bool = False) -> None:
         errors.leave = _leave
         listener = threading.Thread(target=_listen, name="others", daemon=True)
         listener.start()
-        atexit.register(lambda: (_leaving.set(), listener.join()))
+        atexit.register(_end_well, listener)
         if not is_writer():
             _keep_quiet()
 
@@ -212,14 +212,25 @@ def _listen() -> None:
             said = runtime.global_state.client.key_value_try_get(ENDS)
     process, status, text = json.loads(said)
     if not _leaving.wait(_patience(status)):
-        print(f"error: process {process} of {jax.process_count()} ended: {text}", file=sys.stderr, flush=True)
+        tqdm.write(f"error: process {process} of {jax.process_count()} ended: {text}", sys.stderr)
+        sys.stderr.flush()
         _part(status)
 
 
 def _part(status: int) -> None:
+    """Ends this process together with the others, who lose their coordinator with process 0: it goes last."""
     with contextlib.suppress(Exception):
         runtime.global_state.client.wait_at_barrier(ENDS, 1000 * (_patience(status) + LEAVE_S))
+        time.sleep(0.5 * is_writer())
     os._exit(status)
+
+
+def _end_well(listener: threading.Thread) -> None:
+    """At the interpreter's end, before JAX's own barrier, which waits five minutes: process 0 may write on."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        runtime.global_state.client.wait_at_barrier("tfusion/done", FOREVER_MS)
+    _leaving.set()
+    listener.join()
 
 
 def _patience(status: int) -> int:

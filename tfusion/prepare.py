@@ -149,7 +149,7 @@ def main() -> None:
         raise UserError(f"objective = '{cfg.objective}' trains on data.sources as they are: there is "
                         "nothing to prepare")
     if INSPECT.value:
-        return inspect(cfg, Path(INSPECT.value))
+        return inspect(cfg, Path(INSPECT.value)) if distributed.is_writer() else None
     data, V = format.data, format.vocabulary.text_vocab_size
     tokenizer = load_tokenizer(data.tokenizer)
     if tokenizer.vocab_size != V:

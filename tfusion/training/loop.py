@@ -331,6 +331,7 @@ def compile_step(run: Run, cfg: config.RunConfig, state, frozen, placed):
     with run.log.goodput.part("compile"):
         step = steps.jit_train_step(run.objective, run.tx, cfg, state)
         compiled = step.lower(state, frozen, placed).compile()
+        distributed.wait_for_all()  # the first exchange waits half a minute at most for who compiles longer
         run.held.compile(state, frozen, cfg.train.eval_every > 0, cfg.train.diagnostics_every > 0)
         distributed.return_freed_memory()
     run.log.goodput.enter("step")
