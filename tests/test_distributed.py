@@ -161,11 +161,7 @@ def pipe(monkeypatch):
     """(a function that stands for SIGTERM's handler, the statuses that the process was ended with)."""
     ended, (reading, writing) = [], os.pipe()
 
-    def end(status):
-        ended.append(status)
-        raise SystemExit
-
-    monkeypatch.setattr(distributed.os, "_exit", end)
+    monkeypatch.setattr(distributed.os, "_exit", ended.append)
     monkeypatch.setattr(distributed, "ONE_NOTICE_S", 0.2)
     threading.Thread(target=distributed._end_on_sigterm, args=(reading,), daemon=True).start()
     yield lambda: os.write(writing, b"Stack (most recent call first):\n"), ended

@@ -110,8 +110,8 @@ class Lease(contextlib.AbstractContextManager):
                 print(f"error: {self._lock} was taken over by {now['who']}, which took this process for dead: "
                       "two must not write here", file=sys.stderr, flush=True)
                 os._exit(UserError.status)
-            with contextlib.suppress(OSError):
-                if now:
+            elif now:
+                with contextlib.suppress(OSError):
                     self._write()
 
     def close(self) -> None:
