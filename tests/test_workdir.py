@@ -85,7 +85,10 @@ def test_what_is_no_lease_holds_nothing(lock, left):
 
 
 def test_of_two_who_start_at_once_one_is_refused(lock, monkeypatch):
+    """Both have seen that nobody holds it."""
     monkeypatch.setattr(workdir, "SETTLE_S", 0.5)
+    both = threading.Barrier(2)
+    monkeypatch.setattr(workdir.Lease, "_wait_for_holder", lambda self: both.wait())
     got, refused = [], []
 
     def start():
