@@ -33,7 +33,7 @@ def test_own_latents_by_several_writers(tmp_path):
     split = store.Split(tmp_path, "pairs", "train")
     assert len(split) == 15 and split.image_shape == (32, 32, 8)
     assert [path.name for path in split.folder.glob("ledger*")] == ["ledger.jsonl"]
-    text, latents = (part.values for part in split.read(4, [2])[0])
+    text, latents = (part.values for part in split.read(4, 2))
     assert ByteTokenizer().decode(text) == "picture 4.2" and (latents == 6).all()
     assert store.read_meta(tmp_path)["codec"] == "my encoder"
     assert card.make(tmp_path)["pairs/train"]["images"] == 15

@@ -34,7 +34,7 @@ def read(root, split="train"):
     source = Split(root, "mixed", split)
     return [[part.values.tolist() if part.kind == "text" else round(float(part.values.mean() * 10))
              for part in parts] for shard in range(len(source.shards))
-            for parts in source.read(shard, range(source.shards[shard].records))]
+            for parts in (source.read(shard, record) for record in range(source.shards[shard].records))]
 
 
 RECORDS = [["ab", picture(10)], ["c"], ["de", picture(20), "fgh", picture(30)], [picture(40)], [" ", "i"]]

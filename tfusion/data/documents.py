@@ -147,17 +147,16 @@ class Documents:
         return float(positions.mean() * scale), float(in_images.mean() * scale)
 
     def parts(self, records) -> list[list[Part]]:
-        """Of some records, as they are stored."""
+        """Of some records, as they are stored, read a shard after the other: each is opened once."""
         parts, records = [None] * len(records), np.asarray(records, np.int64)
         for shard, here in self._by_shard(records):
-            read = self.source.read(shard, (records[here] - self._firsts[shard]).tolist())
-            for place, found in zip(here.tolist(), read):
-                parts[place] = found
+            for place, record in zip(here.tolist(), (records[here] - self._firsts[shard]).tolist()):
+                parts[place] = self.source.read(shard, record)
         return parts
 
     def read(self, documents: Sequence[tuple[int, int]], drop_caption=None, image_first=None,
              image_first_max_t: float = 1.0) -> list[Example]:
-        """Some (record, piece), arranged (transforms.arrange) and laid out, with one read per shard.
+        """Some (record, piece), arranged (transforms.arrange) and laid out; each record is read once.
         drop_caption, image_first: bool of each; None = of none."""
         records = np.array([record for record, _ in documents], np.int64)
         records, which = np.unique(records, return_inverse=True)

@@ -18,12 +18,12 @@ class Readers:
         self._open, self._lock = open_file, threading.Lock()
         self.kept: collections.OrderedDict = collections.OrderedDict()  # name -> (reader, its lock)
 
-    def read(self, name: Hashable, records: list[int]) -> list[bytes]:
-        """Some records of a file, in the order asked for, in one read. Raises RuntimeError or ValueError where
-        one is damaged."""
+    def read(self, name: Hashable, record: int) -> bytes:
+        """One record of a file: a call for several is no cheaper for each of them (docs/LOG.md). Raises
+        RuntimeError or ValueError where it is damaged."""
         reader, lock = self._reader(name)
         with lock:
-            return reader.read(records) if records else []
+            return reader.read([record])[0]
 
     def _reader(self, name: Hashable):
         with self._lock:

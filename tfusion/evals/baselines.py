@@ -43,9 +43,8 @@ BINS = [f"diffusion_loss_bin{i}" for i in range(NUM_BINS)]
 def stored_images(source: Split):
     """Iterator over a split's encoded images."""
     for shard, about in enumerate(source.shards):
-        for first in range(0, about.records if about.images else 0, AT_ONCE):
-            for parts in source.read(shard, list(range(first, min(first + AT_ONCE, about.records)))):
-                yield from (part.values for part in parts if part.kind == "image")
+        for record in range(about.records if about.images else 0):
+            yield from (part.values for part in source.read(shard, record) if part.kind == "image")
 
 
 def fit_gaussian(cfg: RunConfig):
@@ -123,9 +122,8 @@ def records_read(cfg: RunConfig, rows, step: int) -> dict:
 
     rows: the training rows (data/rows.PackedRows).
     """
-    windows = step * cfg.train.batch_size / cfg.data.window_rows
-    return {source.name: (source, min(len(source), max(1, round(windows * count))))
-            for source, count in zip(rows.sources, rows.per_window)}
+    return {source.name: (source, min(len(source), max(1, round(taken))))
+            for source, taken in zip(rows.sources, rows.taken(step * cfg.train.batch_size))}
 
 
 def count_ngrams(cfg: RunConfig, source: Documents, number: int) -> Ngrams | None:
