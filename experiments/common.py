@@ -24,7 +24,8 @@ def run() -> dict:
         optimizer=dict(learning_rate=3e-4, warmup_steps=4000, b2=0.95, weight_decay=0.1, ema_decay=0.9999),
         train=dict(
             num_steps=250_000, batch_size=512, num_microbatches=1, log_every=50, eval_every=5000,
-            eval_documents=8192, diagnostics_every=1000, checkpoint_every=5000),
+            eval_documents=8192, diagnostics_every=1000, checkpoint_every=5000,
+            checkpoint_minutes=0.0, nonfinite="stop", watchdog_minutes=30.0),
         mesh=dict(data=1, fsdp=-1, sequence=1, tensor=1))
 
 
@@ -62,6 +63,7 @@ def base(size: str | None = None, preset: str | None = None) -> ConfigDict:
         process=dict(kind="ddpm", prediction="eps", num_timesteps=1000), loss_weight=5.0,
         data=packed_data(text=files("jsonl", 0.5, "data/text"), images=files("folder", 0.5, "data/images")),
         sampling=dict(sampler="ddpm", variance="fixed_small", num_inference_steps=250, guidance_scale=3.0)))
+    config.train.update(checkpoint_minutes=30.0, nonfinite="skip")  # a run of weeks
     if preset == "strict":
         config.optimizer.ema_decay = 0.0
         config.data.caption_dropout = 0.0
@@ -77,7 +79,8 @@ def small_transformer(config: ConfigDict) -> None:
     config.process.prediction = "v"
     config.data.update(tokenizer="default", image_first_fraction=0.45, image_first_max_t=0.25)
     config.optimizer.update(learning_rate=3e-3, warmup_steps=60, b2=0.98, weight_decay=0.02, ema_decay=0.995)
-    config.train.update(batch_size=4, log_every=50, eval_every=1000, eval_documents=128, diagnostics_every=1000)
+    config.train.update(batch_size=4, log_every=50, eval_every=1000, eval_documents=128, diagnostics_every=1000,
+                        checkpoint_minutes=0.0, nonfinite="stop")
     config.sampling.update(sampler="ddim", num_inference_steps=25, guidance_scale=2.5)
 
 

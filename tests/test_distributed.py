@@ -2,9 +2,9 @@
 
 import ctypes
 import os
-import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -38,57 +38,78 @@ def test_freed_memory_goes_back_to_the_system():
     libc.free(pieces[-1])
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def alone(monkeypatch):
-    for name in (*distributed.NUM_PROCESSES, "JAX_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES"):
+    for name in (*distributed.OURS, *distributed.NUM_PROCESSES, "TPU_WORKER_HOSTNAMES"):
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.parametrize("environment", [
-    {"JAX_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": "localhost:1234"},
-    {"JAX_COORDINATOR_ADDRESS": "localhost:1234"}, {"SLURM_STEP_NUM_TASKS": "8"}, {"OMPI_COMM_WORLD_SIZE": "4"},
-    {"PMI_SIZE": "4"}, {"WORLD_SIZE": "2"}, {"TPU_WORKER_HOSTNAMES": "a,b"}], ids=lambda e: next(iter(e)))
-def test_one_of_several_processes_is_refused(alone, monkeypatch, environment):
-    """Two of them would write into one workdir; srun's step counts, not what the whole job was given."""
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[3-4],x", "SLURM_NTASKS": "8", "SLURM_PROCID": "5",
+         "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8"}
+
+
+@pytest.mark.parametrize(("environment", "place"), [
+    ({}, None),
+    ({"JAX_NUM_PROCESSES": "1"}, None),
+    ({"JAX_NUM_PROCESSES": "1", "JAX_COORDINATOR_ADDRESS": "localhost:1234"}, None),
+    ({"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, ("h:1", 2, 1, None)),
+    ({"SLURM_STEP_NUM_TASKS": "1"}, None), ({"SLURM_NTASKS": "8"}, None),
+    (SLURM, ("node3:61447", 8, 5, [1])),
+    (SLURM | {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
+     ("h:1", 2, 0, None)),
+    (SLURM | {"JAX_COORDINATOR_ADDRESS": "h:1"}, ("h:1", 8, 5, [1])),
+    ({"TPU_WORKER_HOSTNAMES": "localhost"}, None)], ids=lambda x: next(iter(x), "none") if x else "-")
+def test_where_a_process_stands(monkeypatch, environment, place):
+    """What is said explicitly stands before what JAX finds."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=f"^{next(iter(environment))}.* several processes cannot share a run"):
-        distributed.start_process()
+    assert distributed.find_place() == place
 
 
-def test_jax_that_was_started_in_several_processes_is_refused(alone, monkeypatch):
-    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match=r"^jax\.process_count\(\) = 2"):
-        distributed.start_process()
-
-
-@pytest.mark.parametrize("environment", [
-    {}, {"JAX_NUM_PROCESSES": "1", "JAX_COORDINATOR_ADDRESS": "localhost:1234"}, {"SLURM_STEP_NUM_TASKS": "1"},
-    {"SLURM_NTASKS": "8"}, {"TPU_WORKER_HOSTNAMES": "localhost"}], ids=lambda e: next(iter(e), "none"))
-def test_one_process_is_one(alone, monkeypatch, environment):
+@pytest.mark.parametrize(("environment", "says"), [
+    ({"JAX_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": "localhost:1234"}, "one of several processes needs"),
+    ({"JAX_COORDINATOR_ADDRESS": "localhost:1234"}, "needs JAX_COORDINATOR"),
+    ({"JAX_PROCESS_ID": "0"}, "needs JAX_COORDINATOR"),
+    ({"OMPI_COMM_WORLD_SIZE": "4"}, "needs"), ({"PMI_SIZE": "4"}, "needs"), ({"WORLD_SIZE": "2"}, "needs"),
+    ({"SLURM_STEP_NUM_TASKS": "8"}, "needs"), ({"TPU_WORKER_HOSTNAMES": "a,b"}, "needs"),
+    ({"JAX_PROCESS_ID": "x", "JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2"}, "whole number"),
+    ({"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "count from 0")],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "-")
+def test_several_processes_that_are_half_said_are_refused(monkeypatch, environment, says):
+    """Each would train alone in the same workdir, or wait for ever."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    distributed.refuse_several_processes()
+    with pytest.raises(UserError, match=says):
+        distributed.find_place()
 
 
-def test_sigterm_is_noted_between_listen_and_close():
-    before, sigterm = signal.getsignal(signal.SIGTERM), distributed.Sigterm()
-    sigterm.listen()
-    assert not sigterm.came
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert sigterm.came and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends it
-    sigterm.close()
-    assert signal.getsignal(signal.SIGTERM) == before
+@pytest.mark.parametrize(("address", "says"), [
+    ("nobody.invalid:1234", "name 'nobody.invalid' .* is unknown here"), ("localhost", "must be HOST:PORT"),
+    (":1234", "must be HOST:PORT"), ("localhost:x", "must be HOST:PORT")])
+def test_a_coordinator_that_cannot_be_found(monkeypatch, address, says):
+    """JAX would wait for five minutes in silence."""
+    monkeypatch.setattr(distributed, "RESOLVE_S", 0)
+    with pytest.raises(UserError, match=says):
+        distributed.resolve(address)
 
 
-def test_outside_the_main_thread_nothing_is_listened_to():
-    sigterm, before = distributed.Sigterm(), signal.getsignal(signal.SIGTERM)
-    thread = threading.Thread(target=sigterm.listen)
-    thread.start()
-    thread.join()
-    sigterm.close()
-    assert signal.getsignal(signal.SIGTERM) == before
+def test_a_coordinators_name_may_come_late(monkeypatch):
+    """As that of a pod does."""
+    answers = iter([OSError("unknown"), OSError("unknown"), []])
+
+    def look_up(host, port):
+        if isinstance(answer := next(answers), OSError):
+            raise answer
+        assert (host, port) == ("::1", 80)
+
+    monkeypatch.setattr(distributed.socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(distributed.time, "sleep", lambda seconds: None)
+    distributed.resolve("[::1]:80")
+
+
+def test_alone_everything_is_as_with_one_process():
+    assert distributed.is_writer() and distributed.broadcast([1, "x"]) == [1, "x"]
+    distributed.wait_for_all()
 
 
 def test_compiled_programs_are_kept_in_the_home_folder(monkeypatch, tmp_path):
@@ -133,3 +154,56 @@ def test_devices_that_are_not_there(error, why, monkeypatch):
         distributed.start_process()
     assert str(e.value).startswith("JAX_PLATFORMS=")
     assert f" cannot be used here ({why}); unset it, or install JAX" in str(e.value)
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    """(a function that stands for SIGTERM's handler, the statuses that the process was ended with)."""
+    ended, (reading, writing) = [], os.pipe()
+
+    monkeypatch.setattr(distributed.os, "_exit", ended.append)
+    monkeypatch.setattr(distributed, "ONE_NOTICE_S", 0.2)
+    threading.Thread(target=distributed._end_on_sigterm, args=(reading,), daemon=True).start()
+    yield lambda: os.write(writing, b"Stack (most recent call first):\n"), ended
+    os.close(writing)
+
+
+def test_sigterm_before_steps_are_under_way_ends_a_process_at_once(pipe, capfd):
+    sigterm, ended = pipe
+    sigterm()
+    wait_until(lambda: ended)
+    assert ended[0] == 42
+    assert capfd.readouterr().err == "error: stopped by SIGTERM; the same command goes on\n"
+
+
+def test_a_second_sigterm_ends_a_process_that_saves(pipe):
+    """Not one that came with the first: to the process, and to its group."""
+    preemption, (sigterm, ended) = distributed.Preemption(), pipe
+    preemption.listen()
+    try:
+        sigterm()
+        time.sleep(0.05)
+        sigterm()
+        time.sleep(0.5)
+        assert not ended
+        sigterm()
+        wait_until(lambda: ended)
+    finally:
+        preemption.close()
+    assert ended[0] == 143
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_a_preemption_is_asked_for_with_numbers_of_its_own_and_stays(monkeypatch):
+    asked = []
+    monkeypatch.setattr(distributed.multihost_utils, "reached_preemption_sync_point",
+                        lambda number: asked.append(number) or len(asked) == 2)
+    first = distributed.Preemption()
+    assert [first.due() for _ in range(4)] == [False, True, True, True] and first.came
+    distributed.Preemption().due()
+    assert asked == [asked[0], asked[0] + 1, asked[0] + 2]  # JAX knows one count a process

@@ -102,7 +102,7 @@ class Runs:
             placed = state_shardings(state)
             first, losses = [], []
             for batch in self.batches:
-                state, values = step(state, {}, sharding.put_batch(batch, mesh))
+                state, values = step(state, {}, sharding.put_batch(batch, mesh, len(batch.row_ids_B)))
                 losses.append(jax.device_get(values))
                 if len(first) < 3:
                     first.append(jax.device_get(state))
@@ -206,7 +206,7 @@ def test_lowered_step_has_sharding_constraints(runs):
     with jax.set_mesh(mesh):
         state = states.restore_target(runs.objective, runs.tx, True, mesh)
         step = steps.jit_train_step(runs.objective, runs.tx, runs.cfg, state)
-        text = step.lower(state, {}, sharding.put_batch(runs.batch, mesh)).as_text()
+        text = step.lower(state, {}, sharding.put_batch(runs.batch, mesh, 8)).as_text()
     lines = [line for line in text.splitlines() if "sdy.sharding_constraint" in line]
     rows, tensor = '[{"data", "fsdp"}, {"sequence"}, ', '{"tensor"}'
     B, T, m = *runs.batch.tokens_BT.shape, runs.cfg.model
@@ -402,7 +402,7 @@ def test_noise_is_the_same_on_any_mesh(runs, draws, name):
     draw, want = draws
     mesh = make_mesh(MESHES[name][0])
     with jax.set_mesh(mesh):
-        got = jax.jit(draw)(*sharding.put_batch((runs.batch.noise_ids_BI2, runs.batch.max_t_BI), mesh))
+        got = jax.jit(draw)(*sharding.put_batch((runs.batch.noise_ids_BI2, runs.batch.max_t_BI), mesh, 8))
     for a, b in zip(got, want):
         np.testing.assert_array_equal(np.asarray(a), b)
 
@@ -431,9 +431,10 @@ def test_rows_are_the_same_for_any_number_of_processes(runs):
     B = runs.cfg.train.batch_size
     want = runs.batches[3]
     fresh = kind_of(runs.cfg).open_rows(runs.cfg)  # starts in the middle
-    parts = [next(pipeline.batches(fresh, 3 * B, 1, B, process, 4)) for process in range(4)]
-    for got, field in zip(zip(*parts), want):
-        np.testing.assert_array_equal(np.concatenate(got), field)
+    shares = np.arange(B).reshape(2, 2, -1).swapaxes(0, 1).reshape(4, -1)  # none need follow each other
+    for local in (shares[0], np.concatenate(shares[[1, 2]])):
+        for got, field in zip(next(pipeline.batches(fresh, 3 * B, 1, B, local)), want):
+            np.testing.assert_array_equal(got, field[local])
     np.testing.assert_array_equal(want.row_ids_B, np.arange(3 * B, 4 * B))
 
 

@@ -123,7 +123,7 @@ def test_put_batch_round_trip():
     mesh = sharding.make_mesh(MeshConfig(2, 2, 2, 1))
     rng = np.random.default_rng(0)
     batch = ImageBatch(np.arange(8, dtype=np.int32), rng.integers(0, 256, (8, 4, 4, 3), np.uint8))
-    got = sharding.put_batch(batch, mesh)
+    got = sharding.put_batch(batch, mesh, 8)
     assert type(got) is ImageBatch
     for x, y in zip(got, batch):
         assert x.dtype == y.dtype

@@ -5,6 +5,8 @@ offset that is taken off its points). `python -m tfusion.<verb>` runs it where t
 """
 
 import dataclasses
+import runpy
+import sys
 from typing import NamedTuple
 
 import jax
@@ -55,8 +57,8 @@ class ToyRows:
     def check(self, batch) -> None:
         assert batch.x_BD.shape[1:] == (self.width,)
 
-    def batches(self, batch_size: int, process: int = 0, num_processes: int = 1):
-        return pipeline.batches(self, 0, self.number // batch_size, batch_size, process, num_processes)
+    def batches(self, batch_size: int, local_rows=None):
+        return pipeline.batches(self, 0, self.number // batch_size, batch_size, local_rows)
 
 
 def make(cfg: ToyConfig) -> Objective:
@@ -105,3 +107,8 @@ def get_config(arg=None) -> dict:
     tree["train"] |= dict(num_steps=200, batch_size=8, log_every=10, eval_every=100, eval_documents=16,
                           diagnostics_every=100, checkpoint_every=100)
     return tree
+
+
+if __name__ == "__main__":  # python -m tests.toy VERB FLAGS
+    del sys.argv[0]
+    runpy.run_module(f"tfusion.{sys.argv[0]}", run_name="__main__", alter_sys=True)

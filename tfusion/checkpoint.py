@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
-from tfusion import config
+from tfusion import config, distributed
 from tfusion.errors import UserError
 from tfusion.types import FORMAT_VERSION
 
@@ -25,18 +25,25 @@ READ_BY = {1: "feb2e22", 2: "4cbf5a4"}  # older format version -> the last revis
 FROZEN = "frozen"  # folder of the trees that training reads and never changes
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        return False  # a save is asked for by the loop, which knows; asked of JAX here too, its count would mix
+
+
 class Checkpoints:
     def __init__(self, workdir, *, writing: bool = False):
         """Opens those of a run. Only a writer, who holds the workdir, clears away what a killed save left."""
         self.folder = Path(workdir).absolute() / "checkpoints"
-        for left in self.folder.glob(UNFINISHED) if writing else ():
-            shutil.rmtree(left)
-        self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
+        if writing and distributed.is_writer():
+            for left in self.folder.glob(UNFINISHED):
+                shutil.rmtree(left)
+        distributed.wait_for_all()
+        self._manager = _Manager(self.folder, options=ocp.CheckpointManagerOptions(
             max_to_keep=KEPT if writing else None, create=writing))
 
     def steps(self) -> list[int]:
-        """Those that are whole, in order."""
-        return sorted(self._manager.all_steps())
+        """Those that are whole, in order, as process 0 sees them."""
+        return distributed.broadcast(sorted(self._manager.all_steps()))
 
     def save(self, step: int, items: dict, meta: dict) -> None:
         """Starts saving; returns as soon as the items are copied off the device.
@@ -85,9 +92,14 @@ class Checkpoints:
                             f"({_first_line(e)}); if it is damaged, {self._instead(step)}") from e
 
     def _instead(self, step: int) -> str:
-        older = [s for s in self.steps() if s < step]
+        older = [s for s in self._manager.all_steps() if s < step]  # of one process, perhaps
         then = f"go on from step {max(older)}" if older else "start again"
         return f"move that folder away to {then}"
+
+    def wait(self) -> None:
+        """Returns when everything is on disk. Raises UserError where it cannot be written."""
+        with _one_line(self.folder):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits until everything is on disk. Raises UserError where it cannot be written."""

@@ -117,6 +117,9 @@ class TrainConfig:
     eval_documents: int  # held-out records of each source that are looked at
     diagnostics_every: int = number(zero=True)
     checkpoint_every: int
+    checkpoint_minutes: float = number(zero=True)  # a save at the log step after as long; 0: never so
+    nonfinite: str = choice("stop", "skip")  # a step whose losses or gradient are not: an error, or left out
+    watchdog_minutes: float = number(zero=True)  # the process ends where none ends for as long; 0: never
 
     def check(self, name: str) -> None:
         if self.num_steps * self.batch_size > INT32:  # rows are numbered in int32

@@ -1,35 +1,250 @@
-"""How a process starts: what must be set before the first computation, and what is given back before it."""
+"""How a process starts, alone or as one of several, and how several speak and end together."""
 
+import atexit
+import contextlib
 import ctypes
+import faulthandler
+import functools
+import itertools
+import json
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
+from jax._src import clusters, xla_bridge
+from jax._src import distributed as runtime
+from jax.experimental import multihost_utils
+from tqdm import tqdm
 
+from tfusion import errors
 from tfusion.errors import UserError
 
-# How launchers tell a process that it is one of several: JAX's own, srun, Open MPI, MPICH, torchrun.
-NUM_PROCESSES = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE")
+ADDRESS, NUMBER, PROCESS = OURS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+# How launchers say that there are several: srun, Open MPI, MPICH, torchrun. JAX understands some.
+NUM_PROCESSES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE")
+HEARTBEAT_S = 30  # a process that is silent for so long is taken for dead, and ends the others
+RESOLVE_S = 60  # how long the coordinator's name may take to appear: a pod's does
+STOP_S = 60  # how long those that were stopped may take to save
+ONE_NOTICE_S = 2  # launchers send SIGTERM to a process and to its group: that is one
+KILLED = 128 + signal.SIGTERM  # the status where it saved nothing
+LISTEN_S = 1  # how often it is asked whether another process ends
+LEAVE_S = 5  # how long a process that failed waits for the others to have heard it
+FOREVER_MS = 30 * 24 * 3600 * 1000
+ENDS = "tfusion/ends"  # the key under which the first process to end before its time says why
 
 
-def start_process() -> None:
-    """Compiled programs are kept between runs, in $JAX_COMPILATION_CACHE_DIR or ~/.cache/tfusion.
+class Place(NamedTuple):
+    """Where a process stands among several."""
 
-    Raises UserError in one of several processes, before anything is written, and where the devices that JAX is
-    told to use are not there.
+    address: str  # the coordinator's, host:port
+    number: int  # of processes
+    process: int  # this one's
+    devices: list[int] | None = None  # those of its host that it takes; None: all
+
+
+def start_process(alone: bool = False) -> None:
+    """Joins the processes that the environment names: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID, or what JAX knows of (Cloud TPU, GKE, SLURM, Open MPI); one process where it names none, or
+    if it is to be `alone`. Compiled programs are kept between runs, in $JAX_COMPILATION_CACHE_DIR or
+    ~/.cache/tfusion.
+
+    Raises UserError, before anything is written, where the environment is at odds with itself, the coordinator
+    cannot be found, or the devices that JAX is told to use are not there.
     """
-    refuse_several_processes()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR") and (folder := cache_folder()):
         jax.config.update("jax_compilation_cache_dir", str(folder))
+    if not (jax.distributed.is_initialized() or xla_bridge.backends_are_initialized()):  # as in tests
+        place = None if alone else find_place()
+        _join(place) if place and place.number > 1 else _be_alone()
+        watch_sigterm()
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as e:  # the latter where there is a plugin and no GPU
         why = str(e).partition(" (set JAX_PLATFORMS")[0] or "there is none"
         raise UserError(f"JAX_PLATFORMS={jax.config.jax_platforms or ''} cannot be used here ({why}); unset "
                         "it, or install JAX for that device (README, Training at scale)") from e
+    if jax.process_count() > 1:
+        errors.leave = _leave
+        listener = threading.Thread(target=_listen, name="others", daemon=True)
+        listener.start()
+        atexit.register(_end_well, listener)
+        if not is_writer():
+            _keep_quiet()
+
+
+def find_place() -> Place | None:
+    """What the environment says; None where it says nothing. Raises UserError where that is half of it, or
+    something that JAX does not understand."""
+    given = {name: os.environ[name].strip() for name in OURS if os.environ.get(name, "").strip()}
+    if len(given) == len(OURS):
+        place = Place(given[ADDRESS], *(_whole(name, given[name]) for name in (NUMBER, PROCESS)))
+    else:
+        try:
+            found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+                given.get(ADDRESS), None, None, None, None, RESOLVE_S)
+        except (RuntimeError, OSError, KeyError, ValueError) as e:
+            raise UserError(f"JAX cannot tell which of several processes this is ({e}); set {', '.join(OURS)} "
+                            "for each") from e
+        place = Place(*found) if None not in found[:3] else None
+    if place is None:
+        said = {} if given.get(NUMBER) == "1" else given or _said_by_launchers()
+        if said:
+            said = ", ".join(f"{name}={value}" for name, value in said.items())
+            raise UserError(f"{said}: one of several processes needs {', '.join(OURS)}, the last from 0 on; "
+                            "the only one needs that unset")
+        return None
+    if not 0 <= place.process < place.number:
+        raise UserError(f"process {place.process} of {place.number} ({', '.join(OURS[1:])}): they count from 0")
+    return place
+
+
+def _said_by_launchers() -> dict[str, str]:
+    """What says that there are several processes, and does not say to JAX where."""
+    said = {name: os.environ[name] for name in NUM_PROCESSES if os.environ.get(name, "1").strip() != "1"}
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return said | ({"TPU_WORKER_HOSTNAMES": hosts} if "," in hosts else {})
+
+
+def _whole(name: str, text: str) -> int:
+    if not text.isdecimal():
+        raise UserError(f"{name}={text} must be a whole number")
+    return int(text)
+
+
+def resolve(address: str) -> None:
+    """Raises UserError where the coordinator has no port, or a name that stays unknown: JAX would wait in
+    silence."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()):
+        raise UserError(f"{ADDRESS}={address} must be HOST:PORT")
+    deadline = time.monotonic() + RESOLVE_S
+    while True:
+        try:
+            socket.getaddrinfo(host.strip("[]"), int(port))
+            return
+        except (OSError, OverflowError) as e:
+            if time.monotonic() > deadline:
+                raise UserError(f"the coordinator's name '{host}' ({ADDRESS}, or the first host of the job) is "
+                                f"unknown here ({e}): name one that every host can resolve") from e
+            time.sleep(min(1.0, RESOLVE_S))
+
+
+def _join(place: Place) -> None:
+    resolve(place.address)
+    waiting = threading.Timer(10, lambda: print(
+        f"process {place.process} of {place.number} waits for the others, at {place.address}", file=sys.stderr))
+    waiting.daemon = True
+    waiting.start()
+    jax.distributed.initialize(place.address, place.number, place.process, place.devices,
+                               cluster_detection_method="deactivate", heartbeat_timeout_seconds=HEARTBEAT_S)
+    waiting.cancel()
+
+
+def _be_alone() -> None:
+    """One process is a job of one, on a free port that is held until the coordinator has it."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+        jax.distributed.initialize(address, 1, 0, cluster_detection_method="deactivate",
+                                   coordinator_bind_address=address)
+
+
+def is_writer() -> bool:
+    """Whether this process writes what a run leaves, and talks: process 0."""
+    return jax.process_index() == 0
+
+
+def _keep_quiet() -> None:
+    """No output and no progress bars, where another process has the same: errors alone are heard."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+
+
+_calls, _leaving = itertools.count(), threading.Event()
+
+
+def broadcast(value=None):
+    """Process 0's value (JSON), for all: every process calls it, at the same point of the program. It may
+    take long to come."""
+    if jax.process_count() == 1:
+        return value
+    client, key = runtime.global_state.client, f"tfusion/said/{next(_calls)}"
+    if is_writer():
+        client.key_value_set(key, json.dumps(value))
+    return json.loads(client.blocking_key_value_get(key, FOREVER_MS))
+
+
+def wait_for_all() -> None:
+    """Returns when every process has come here, however long that takes."""
+    if jax.process_count() > 1:
+        runtime.global_state.client.wait_at_barrier(f"tfusion/here/{next(_calls)}", FOREVER_MS)
+
+
+def _leave(error: BaseException, status: int, text: str) -> None:
+    """Ends this process, one of several, before its time; tells the others why, and does not wait for them in
+    JAX's own barrier, as the interpreter's end would."""
+    client, broken = runtime.global_state.client, _lost_another(error)
+    _leaving.set()
+    if broken:
+        print("another process seems to be gone: waiting to hear which", file=sys.stderr, flush=True)
+        time.sleep(HEARTBEAT_S + 15)  # within that the runtime ends this process, and says it
+        status = errors.HUNG
+    with contextlib.suppress(Exception):  # another was first, or process 0 is gone
+        client.key_value_set(ENDS, json.dumps([jax.process_index(), status, text]))
+    _part(status)
+
+
+def _listen() -> None:
+    """Ends this process when another says that it ends, in whatever call the main thread is; not where it is
+    about to end by itself."""
+    said = None
+    while said is None:  # not in a call that waits: the interpreter's end would cut it off
+        if _leaving.wait(LISTEN_S):
+            return
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            said = runtime.global_state.client.key_value_try_get(ENDS)
+    process, status, text = json.loads(said)
+    if not _leaving.wait(_patience(status)):
+        tqdm.write(f"error: process {process} of {jax.process_count()} ended: {text}", sys.stderr)
+        sys.stderr.flush()
+        _part(status)
+
+
+def _part(status: int) -> None:
+    """Ends this process together with the others, who lose their coordinator with process 0: it goes last."""
+    with contextlib.suppress(Exception):
+        runtime.global_state.client.wait_at_barrier(ENDS, 1000 * (_patience(status) + LEAVE_S))
+        time.sleep(0.5 * is_writer())
+    os._exit(status)
+
+
+def _end_well(listener: threading.Thread) -> None:
+    """At the interpreter's end, before JAX's own barrier, which waits five minutes: process 0 may write on."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        runtime.global_state.client.wait_at_barrier("tfusion/done", FOREVER_MS)
+    _leaving.set()
+    listener.join()
+
+
+def _patience(status: int) -> int:
+    """Seconds until a process is ended by another's end: those that were stopped save together."""
+    return STOP_S if status == errors.Stopped.status else 0
+
+
+def _lost_another(error: BaseException | None) -> bool:
+    """Whether an error began in JAX's runtime, and not for want of memory."""
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return "RESOURCE_EXHAUSTED" not in str(error)
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def cache_folder() -> Path | None:
@@ -44,37 +259,62 @@ def cache_folder() -> Path | None:
     return None
 
 
-def refuse_several_processes() -> None:
-    """Each would train alone in the same workdir. Raises UserError, naming what says that there are several."""
-    said = [f"{name}={os.environ[name]}" for name in NUM_PROCESSES if os.environ.get(name, "1").strip() != "1"]
-    if "JAX_COORDINATOR_ADDRESS" in os.environ and "JAX_NUM_PROCESSES" not in os.environ:
-        said.append(f"JAX_COORDINATOR_ADDRESS={os.environ['JAX_COORDINATOR_ADDRESS']}")
-    if len(hosts := os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
-        said.append(f"TPU_WORKER_HOSTNAMES names {len(hosts)} hosts")
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
-        said.append(f"jax.process_count() = {jax.process_count()}")
-    if said:
-        raise UserError(f"{said[0]}: several processes cannot share a run yet; start one (it uses all devices "
-                        "of its host), or unset that")
+class Preemption:
+    """Whether SIGTERM, or a notice of the platform's, came to any of a run's processes.
 
+    Until `listen` and after `close` it ends its process at once: nothing is lost. Between them `due` says so,
+    to all processes at the same call, and they save and end; a second SIGTERM ends one at once.
+    """
 
-class Sigterm:
-    """Whether SIGTERM came since `listen`; a second one ends the process at once, as does one outside."""
+    _listening = threading.Event()
+    _calls = itertools.count(1)  # JAX wants them numbered, alike in all processes
 
     def __init__(self):
-        self.came, self._before = False, None
+        self.came = False
 
     def listen(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
-            self._before = signal.signal(signal.SIGTERM, self._note)
-
-    def _note(self, *_) -> None:
-        self.came = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._listening.set()
 
     def close(self) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        self._listening.clear()
+
+    def due(self) -> bool:
+        """Asked by all processes equally often; it stays true."""
+        self.came = self.came or multihost_utils.reached_preemption_sync_point(next(self._calls))
+        return self.came
+
+
+def watch_sigterm() -> None:
+    """Call after jax.distributed.initialize, whose handler of SIGTERM tells all processes: it stays in place.
+
+    A thread learns of the signal too, even while the main thread is in a compiler: faulthandler's handler, the
+    one that runs no Python and calls the handler before it, writes to a pipe.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    faulthandler.register(signal.SIGTERM, writing, all_threads=False, chain=True)
+    threading.Thread(target=_end_on_sigterm, args=(reading,), name="SIGTERM", daemon=True).start()
+
+
+def _end_on_sigterm(reading: int) -> None:
+    os.read(reading, 2**16)
+    status = errors.PREEMPTED
+    if Preemption._listening.is_set():
+        time.sleep(ONE_NOTICE_S)
+        os.set_blocking(reading, False)
+        with contextlib.suppress(BlockingIOError):
+            os.read(reading, 2**16)  # what is left of the first, and what came with it
+        os.set_blocking(reading, True)
+        os.read(reading, 2**16)
+        status = KILLED
+    os.write(2, b"error: stopped by SIGTERM; the same command goes on\n")
+    state = runtime.global_state
+    if state.num_processes > 1:
+        threading.Timer(ONE_NOTICE_S, os._exit, (status,)).start()  # whatever becomes of the others
+        with contextlib.suppress(Exception):  # they cannot go on; KILLED: none of them waits for a save
+            state.client.key_value_set(ENDS, json.dumps([state.process_id, KILLED, "stopped by SIGTERM"]))
+            time.sleep(ONE_NOTICE_S)  # process 0 is whom they hear it from
+    os._exit(status)
 
 
 def return_freed_memory() -> None:

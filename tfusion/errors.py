@@ -6,9 +6,12 @@ import logging as stdlib_logging
 import os
 import sys
 import threading
+import traceback
 import warnings
 
 from absl import app, flags, logging
+
+PREEMPTED, HUNG = 42, 134  # exit statuses that launchers restart: saved and ended; no step ended any more
 
 
 class UserError(ValueError):
@@ -18,9 +21,9 @@ class UserError(ValueError):
 
 
 class Stopped(UserError):
-    """SIGTERM ended what the same command goes on with: launchers restart it."""
+    """SIGTERM or a preemption notice ended what the same command goes on with."""
 
-    status = 143  # 128 + SIGTERM
+    status = PREEMPTED
 
 
 def run(main, words: bool = False) -> None:
@@ -46,6 +49,11 @@ def run(main, words: bool = False) -> None:
             sys.exit(1)
         except (UserError, OSError) as e:
             _fail(_first(e))
+        except Exception as e:
+            if leave is _exit:
+                raise
+            traceback.print_exc()  # before the others are told, and this process ends
+            leave(e, 1, f"{type(e).__name__}: {_text(e)}")
         except KeyboardInterrupt:
             _fail("interrupted; run the same command again to go on from the last checkpoint")
         error = _flush()
@@ -119,4 +127,11 @@ def _fail(error) -> None:
     print(f"error: {_text(error)}", file=sys.stderr)
     threading.excepthook = lambda _: None  # a writer's thread that is cut off has nothing to add
     _flush()
-    sys.exit(getattr(error, "status", 1))
+    leave(error, getattr(error, "status", 1), _text(error))
+
+
+def _exit(error, status: int, text: str) -> None:
+    sys.exit(status)
+
+
+leave = _exit  # (error, status, message): ends the process; of several, distributed.py's

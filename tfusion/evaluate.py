@@ -9,8 +9,10 @@
 Any run: what it cannot do, or has no data for, is named and left out.
 """
 
+import contextlib
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from ml_collections import ConfigDict, config_dict, config_flags
 from tfusion import config, distributed, paths, sharding
 from tfusion.errors import UserError, parsing, run
 from tfusion.evals.base import Options, prepared_folder
-from tfusion.evals.follow import follow, stoppable
+from tfusion.evals.follow import follow
 from tfusion.evals.measure import evaluate
 from tfusion.inference import trained
 
@@ -53,6 +55,16 @@ def load(workdir: Path, step: int | None, mesh) -> trained.Trained:
     return opened._replace(cfg=cfg)
 
 
+@contextlib.contextmanager
+def written(folder: Path):
+    """The folder itself in the process that writes; of others, which measure the same, one that goes again."""
+    if distributed.is_writer():
+        yield folder
+    else:
+        with tempfile.TemporaryDirectory() as other:
+            yield Path(other)
+
+
 def show(metrics: dict) -> None:
     for m in metrics.values():
         interval = f"  [{m['low']:.3f}, {m['high']:.3f}]" if m["low"] is not None else ""
@@ -75,14 +87,16 @@ def main() -> None:
     def one(step: int | None, folder: Path) -> None:
         opened = load(workdir, step, mesh)
         print(f"step {opened.step}")
-        show(evaluate(opened, folder, options)["metrics"])
+        with written(folder) as place:
+            show(evaluate(opened, place, options)["metrics"])
 
     if not FOLLOW.value:
         return one(STEP.value, workdir / "evaluation")
+    if jax.process_count() > 1:
+        raise UserError("--follow is for one process: start it alone, beside the run")
     if not workdir.is_dir():
         raise UserError(f"there is no run at {workdir}")
-    with stoppable():
-        follow(workdir, one, lambda: time.sleep(POLL.value))
+    follow(workdir, one, lambda: time.sleep(POLL.value))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
       is prepared before training on it: counts, how rows fill, the first rows in words and pictures
 
 What data.prepared held before is replaced at the end, and only if this verb made it. Killed, the same command
-goes on; several processes share the work by --worker=0/2 and --worker=1/2.
+goes on. Several processes of one job share the work; so do some that know nothing of each other, by
+--worker=0/2 and --worker=1/2.
 """
 
 import dataclasses
@@ -40,7 +41,8 @@ from tfusion.workdir import CODEC
 
 CONFIG = experiment.define()
 CODEC_RUN = paths.define("codec", None, "workdir of a trained image tokenizer; not for text alone")
-WORKER = flags.DEFINE_string("worker", "0/1", "K/N: this process writes every N-th shard, from the K-th on")
+WORKER = flags.DEFINE_string("worker", None, "K/N: this process, started alone, writes every N-th shard, from "
+                             "the K-th on; default: each process of a job its part")
 INSPECT = paths.define("inspect", None, "HTML page to write about the prepared data; nothing is prepared")
 STATISTICS_IMAGES = 4096
 
@@ -54,7 +56,7 @@ class Unfitted(NamedTuple):
 
 
 def open_codec(workdir: str, format: RowFormat) -> Unfitted:
-    run_ = trained.load(workdir)
+    run_ = trained.load(workdir, mesh=sharding.local_mesh(1))
     can = decoder(run_)
     if can.make_codec is None:
         raise UserError(f"--codec={workdir} holds a run with objective = '{run_.cfg.objective}', which "
@@ -80,25 +82,25 @@ def fitted(folder: Path, unfitted: Unfitted) -> Codec:
 
 
 def inspect(cfg: config.RunConfig, page: Path) -> None:
-    """Writes the page on what is prepared."""
+    """Writes the page on what is prepared; of several processes one does."""
     if page.suffix != ".html" or page.is_dir():
         raise UserError(f"--inspect={page} must name a page to write, such as data.html")
+    if not distributed.is_writer():
+        return
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=page.parent).close()  # before a long wait
     except OSError as e:
         raise UserError(f"--inspect={page} cannot be written ({e.strerror}): name another file") from e
-    with jax.set_mesh(every_device()):
+    with jax.set_mesh(sharding.local_mesh()):
         write_data_page(cfg, page)
     print(f"wrote {page} ({page.stat().st_size / 1e6:.1f} MB)")
 
 
-def every_device():
-    return sharding.make_mesh(config.MeshConfig(1, -1, 1, 1))
-
-
-def parse_worker(text: str) -> tuple[int, int]:
-    """'0/2' -> (0, 2)."""
+def parse_worker(text: str | None) -> tuple[int, int]:
+    """'0/2' -> (0, 2); nothing -> this process, and how many the job has."""
+    if text is None:
+        return jax.process_index(), jax.process_count()
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     worker, workers = map(int, match.groups()) if match else (0, 0)
     if worker >= workers:
@@ -149,6 +151,9 @@ def prepare(format: RowFormat, tokenizer, unfitted: Unfitted | None, worker: tup
         codec = fitted(folder, unfitted) if unfitted else None
         write(folder, all_jobs[worker[0] :: worker[1]],
               Encoders(tokenizer.encode_batch, codec.encode if codec else None))
+        distributed.wait_for_all()
+        if not distributed.is_writer():
+            return
         if left := unwritten(folder, all_jobs):
             print(f"{len(left)} shards are left to other workers; who is last completes {data.prepared}")
             return
@@ -160,21 +165,21 @@ def main() -> None:
     if CONFIG.value is None:
         raise UserError("--config=experiments/FILE.py is needed, and --codec=WORKDIR where there are "
                         "pictures; see --help")
-    distributed.start_process()
+    distributed.start_process(alone=WORKER.value is not None)
     began, cfg = time.perf_counter(), config.absolute(experiment.read(CONFIG))
     worker, format = parse_worker(WORKER.value), kind_of(cfg).row_format(cfg)
     if format is None:
         raise UserError(f"objective = '{cfg.objective}' trains on data.sources as they are: there is "
                         "nothing to prepare")
     if INSPECT.value:
-        return inspect(cfg, Path(INSPECT.value))
+        return inspect(cfg, Path(INSPECT.value)) if distributed.is_writer() else None
     data, V = format.data, format.vocabulary.text_vocab_size
     tokenizer = load_tokenizer(data.tokenizer)
     if tokenizer.vocab_size != V:
         raise UserError(f"data.tokenizer = '{data.tokenizer}' has {tokenizer.vocab_size} pieces, "
                         f"model.text_vocab_size = {V}: set it to the former")
     unfinished.check(data.prepared)  # before a long wait
-    with jax.set_mesh(every_device()):
+    with jax.set_mesh(sharding.local_mesh()):  # all devices encode
         unfitted = open_codec(CODEC_RUN.value, format) if CODEC_RUN.value else None
         prepare(format, tokenizer, unfitted, worker, began)
 

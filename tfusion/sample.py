@@ -111,8 +111,9 @@ def main() -> None:
     with jax.set_mesh(mesh):
         rows = go_on(run_, documents, seed=SEED.value, temperature=TEMPERATURE.value,
                      max_images=MAX_IMAGES.value, draw_first=DRAW.value)
-    write(rows, names, Path(OUT.value or f"{WORKDIR.value}/samples"))
-    note_undrawn(rows, drawing=bool(run_.codec) and MAX_IMAGES.value != 0)
+    if distributed.is_writer():
+        write(rows, names, Path(OUT.value or f"{WORKDIR.value}/samples"))
+        note_undrawn(rows, drawing=bool(run_.codec) and MAX_IMAGES.value != 0)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import math
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tfusion.config import MeshConfig
@@ -63,14 +63,21 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
 
 
 def parse_mesh(text: str | None) -> Mesh:
-    """'fsdp=4,tensor=2' -> a mesh over all devices; nothing -> one device. Raises UserError on another text."""
+    """'fsdp=4,tensor=2' -> a mesh over all devices; nothing -> one device, or of several processes all, on
+    fsdp. Raises UserError on another text."""
     if not text:
-        return make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+        alone = jax.process_count() == 1
+        return make_mesh(MeshConfig(1, 1 if alone else -1, 1, 1), jax.devices()[:1] if alone else None)
     pairs = [part.partition("=") for part in text.split(",")]
     if any(axis not in AXES or not ((size.isdigit() and int(size)) or (axis, size) == ("fsdp", "-1"))
            for axis, _, size in pairs):
         raise UserError(f"--mesh={text} must name sizes of {', '.join(AXES)}, such as --mesh=fsdp=4,tensor=2")
     return make_mesh(MeshConfig(**{**dict.fromkeys(AXES, 1), **{axis: int(size) for axis, _, size in pairs}}))
+
+
+def local_mesh(number: int | None = None) -> Mesh:
+    """A mesh over devices of this process alone, all or so many, on fsdp."""
+    return make_mesh(MeshConfig(1, -1, 1, 1), jax.local_devices()[:number])
 
 
 def spec(*names: str | None) -> PartitionSpec:
@@ -213,8 +220,34 @@ def check_heads(num_kv_heads: int, mesh: Mesh | AbstractMesh) -> None:
                         f"{mesh.shape['tensor']}: a head is not split; change one of them")
 
 
-def put_batch(batch, mesh: Mesh):
-    """This process's rows (numpy, leading axis B / processes) -> global arrays sharded over rows."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The numbers of a global batch's rows that devices of this process hold, sorted: where mesh axes other
+    than those of rows span processes, several hold the same."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held.values()]))
+
+
+def put_batch(batch, mesh: Mesh, batch_size: int):
+    """The rows of `local_rows` (numpy, leading axis) -> arrays of the whole batch, sharded over rows."""
+    sharding, rows = batch_sharding(mesh), local_rows(mesh, batch_size)
+
+    def put(x):
+        x = np.asarray(x)
+
+        def part(index):  # of one device: rows that follow each other
+            first, last, _ = index[0].indices(batch_size)
+            return x[slice(*np.searchsorted(rows, (first, last)))]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(put, batch)
+
+
+def fetch(tree):
+    """Arrays -> numpy, whole, in every process, wherever their parts are; every process calls it."""
+    def one(x):
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)
+
+    return jax.tree.map(one, tree)

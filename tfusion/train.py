@@ -7,6 +7,7 @@
   ... --wandb=PROJECT logs to Weights & Biases too (pip install '.[wandb]'; WANDB_MODE=offline for no network)
 """
 
+import contextlib
 from pathlib import Path
 
 import jax
@@ -35,14 +36,21 @@ def profiled_steps(text: str | None, num_steps: int):
 
 
 def writable_folder(path: str) -> Path:
-    """Makes the folder. Raises UserError where nothing can be written there."""
+    """Makes the folder. Raises UserError where nothing can be written there, or where it is another than that
+    of process 0."""
     folder = Path(path)
     try:
+        if not distributed.is_writer():
+            distributed.wait_for_all()
+            folder.stat()
+            return folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
     except OSError as e:
-        raise UserError(f"--workdir={path} is not writable ({e.strerror}); choose another folder") from e
+        raise UserError(f"--workdir={path} is not writable ({e.strerror}); choose another folder, one that all "
+                        "hosts share") from e
+    distributed.wait_for_all()
     return folder
 
 
@@ -59,9 +67,11 @@ def main() -> None:
             from tfusion.training.dry_run import dry_run
             dry_run(cfg, mesh)
             return
+        from tfusion.training.goodput import process_began
         from tfusion.training.loop import train
-        with workdirs.hold(workdir / workdirs.LOCK):
-            train(cfg, workdir, mesh, profiled_steps(PROFILE.value, cfg.train.num_steps), WANDB.value)
+        with workdirs.hold(workdir / workdirs.LOCK) if distributed.is_writer() else contextlib.nullcontext():
+            train(cfg, workdir, mesh, profiled_steps(PROFILE.value, cfg.train.num_steps), WANDB.value,
+                  process_began())
 
 
 if __name__ == "__main__":

@@ -7,40 +7,121 @@
     evaluation/            metrics.json, written last; <evaluator>/card.json, card.npz; steps/<step>/ (--follow)
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import platform
+import secrets
 import shutil
+import sys
+import threading
 import time
 from pathlib import Path
 
+from tfusion import paths
 from tfusion.config import replace_text
 from tfusion.errors import UserError
 
 CODEC = "codec.npz"  # pictures <-> latents (models/codecs)
 LOCK, CHANGES = ".lock", "config_changes.jsonl"
+BEAT_S, TAKEN_OVER_S, SETTLE_S = 30.0, 120.0, 2.0  # of a lease; the last: until a write is seen everywhere
 
 
-def hold(lock: Path):
-    """Locks a file until what is returned is closed, or this process ends, however it does.
+def hold(lock):
+    """Locks a file (a path of pathlib or epath) until what is returned is closed, or this process ends, however
+    it does. Where the file system has no locks, and in a bucket, by a `Lease`.
 
     Raises UserError where another process holds it.
     """
-    file = lock.open("a+")
+    if paths.URL.match(os.fspath(lock)):
+        return Lease(lock)
+    file = open(lock, "a+")  # noqa: SIM115 (it is the lock: who holds it closes it)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        who = lock.read_text().strip()
         file.close()
-        raise UserError(f"{lock.parent} is being written by another process ({who}): wait for it or stop it, "
-                        "or name another folder") from None
+        raise _held(lock, lock.read_text().strip()) from None
     except OSError:
-        return file  # a file system without locks
+        file.close()
+        return Lease(lock)
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.write(f"{_me()}\n")
     file.flush()
     return file
+
+
+def _me() -> str:
+    return f"process {os.getpid()} on {platform.node()}"
+
+
+def _held(lock, who: str) -> UserError:
+    return UserError(f"{lock.parent} is being written by another process ({who}): wait for it or stop it, or "
+                     "name another folder")
+
+
+class Lease(contextlib.AbstractContextManager):
+    """A file that its holder writes anew every 30 s: who finds it unchanged for two minutes takes it over.
+
+    A process that was just killed leaves a fresh one: its successor waits until it is old, and is refused only
+    where it changes meanwhile. A holder that finds another's name in it was taken for dead: it ends.
+    """
+
+    def __init__(self, lock):
+        self._lock, self._token, self._closed = lock, secrets.token_hex(8), threading.Event()
+        self._wait_for_holder()
+        self._write()
+        time.sleep(SETTLE_S)
+        if (now := self._read()).get("token") != self._token:  # of two who start at once the later has it
+            raise _held(lock, now.get("who", "unknown"))
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._thread.start()
+
+    def _read(self) -> dict:
+        """What stands in it; {} where it is absent, empty or being written."""
+        try:
+            found = json.loads(self._lock.read_text())
+            return found if {"who", "token", "time"} <= found.keys() else {}
+        except (OSError, ValueError, AttributeError):
+            return {}
+
+    def _write(self) -> None:
+        self._lock.write_text(json.dumps({"who": _me(), "token": self._token, "time": time.time()}))
+
+    def _wait_for_holder(self) -> None:
+        found = self._read()
+        age = max(time.time() - found.get("time", 0.0), 0.0)
+        if age >= TAKEN_OVER_S:
+            return
+        print(f"{self._lock} was written {age:.0f} s ago by {found['who']}: waiting up to "
+              f"{TAKEN_OVER_S - age:.0f} s to see whether it lives", file=sys.stderr)
+        until = time.monotonic() + TAKEN_OVER_S - age
+        while time.monotonic() < until:
+            time.sleep(BEAT_S / 10)
+            if not self._lock.exists():
+                return
+            if (now := self._read()) and now != found:
+                raise _held(self._lock, now["who"])
+
+    def _beat(self) -> None:
+        while not self._closed.wait(BEAT_S):
+            now = self._read()  # {}: a file system that is away for a moment
+            if now and now["token"] != self._token:
+                print(f"error: {self._lock} was taken over by {now['who']}, which took this process for dead: "
+                      "two must not write here", file=sys.stderr, flush=True)
+                os._exit(UserError.status)
+            elif now:
+                with contextlib.suppress(OSError):
+                    self._write()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+        if self._read().get("token") == self._token:
+            self._lock.unlink()
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
 
 def copy_in(files: list[Path], workdir: Path) -> None:

@@ -34,8 +34,8 @@ def one_batch(rows, number: int):
     return packing.stack_rows([rows[row] for row in range(number)])
 
 
-def batches(cfg, first: int, number: int, size: int = 8, **process):
-    return list(pipeline.batches(open_rows(cfg), first, number, size, **process))
+def batches(cfg, first: int, number: int, size: int = 8, local_rows=None):
+    return list(pipeline.batches(open_rows(cfg), first, number, size, local_rows))
 
 
 def test_rows_do_not_depend_on_the_order_of_reading(cfg):

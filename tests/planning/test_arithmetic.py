@@ -307,7 +307,8 @@ def test_a_plan_for_several_hosts_says_that_the_trainer_starts_one(name, hosts):
     candidate = search.Candidate(small_config(), topology.abstract_mesh(small_config().mesh, accelerator),
                                  Work(0, 0, 0, 0, 0, 0), None, None, None)
     said = [note for note in plan.notes(candidate, accelerator) if "hosts" in note]
-    assert said == [f"{hosts} hosts: for now tfusion.train starts one only"] * (hosts > 1)
+    assert said == [f"{hosts} hosts: the same command runs on each, one process a host, and all must reach "
+                    "--workdir"] * (hosts > 1)
 
 
 def test_smaller_tries_the_nearest_changes_first():

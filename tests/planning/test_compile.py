@@ -41,8 +41,8 @@ def test_two_slices_compile():
     made = plan.make_plan(cfg, parse_accelerator("2xv5litepod-4"), "two slices")
     assert made["fits"]
     assert made["step"]["dcn"] > 0
-    assert made["notes"] == ["2 hosts: for now tfusion.train starts one only",
-                             "4 attention kernels state no cost: counted by visible pairs"]
+    assert made["notes"] == ["2 hosts: the same command runs on each, one process a host, and all must "
+                             "reach --workdir", "4 attention kernels state no cost: counted by visible pairs"]
 
 
 def test_rows_split_over_chips_compile():

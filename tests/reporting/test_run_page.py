@@ -110,6 +110,18 @@ def test_stages_are_those_of_run_evaluation_data_and_codec(run):
     assert "5 min 37 s in all" in shown
 
 
+def test_where_the_time_of_all_attempts_went(run):
+    card = section(report(run), "speed").partition("<b>Where the time went</b>")[2]
+    assert card.startswith("Of training, 5 min 00 s in 2 attempts.")
+    rows = re.findall(r"<tr>(.*?)</tr>", card.partition("</table>")[0])[1:]
+    shown = [re.findall(r">([^<>]+)<", row) for row in rows]
+    assert shown[0] == ["training steps", "4 min 00 s", "80.0 %"]
+    assert shown[-1] == ["lost to restarts", "20 s", "6.7 %"]
+    (run / "goodput.json").unlink()
+    text = report(run)
+    assert "Where the time went" not in text and 'id="left-out"' not in text
+
+
 def test_what_was_left_out_of_the_evaluation_is_named(run):
     path = run / "evaluation/metrics.json"
     found = json.loads(path.read_text())
@@ -201,12 +213,12 @@ def test_damage_is_reported_with_its_place(run):
 
 @pytest.mark.parametrize("text", ["", '{"stages": [', "[]", "null", "{}"])
 def test_broken_side_files_are_left_out_and_named(run, text):
-    for name in ("timing.json", "summary.json"):
+    for name in ("timing.json", "summary.json", "goodput.json"):
         (run / name).write_text(text)
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 3')  # being written
     note = section(report(run), "left-out")
-    for name in ("timing.json", "summary.json"):
+    for name in ("timing.json", "summary.json", "goodput.json"):
         assert f"transfusion/{name} is broken" in note
 
 

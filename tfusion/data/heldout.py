@@ -62,9 +62,9 @@ class HeldOut:
     def check(self, batch) -> None:
         packing.check_batch(batch, self.format.vocabulary)
 
-    def batches(self, batch_size: int, process: int = 0, num_processes: int = 1):
-        """Iterator over all rows, this process's share of each batch; the last batch is filled with padding."""
-        return pipeline.batches(self, 0, -(-len(self) // batch_size), batch_size, process, num_processes)
+    def batches(self, batch_size: int, local_rows: Sequence[int] | None = None):
+        """Iterator over all rows, or of each batch those named; the last batch is filled with padding."""
+        return pipeline.batches(self, 0, -(-len(self) // batch_size), batch_size, local_rows)
 
 
 class HeldOutPictures:
@@ -82,9 +82,9 @@ class HeldOutPictures:
     def check(self, batch) -> None:
         del batch
 
-    def batches(self, batch_size: int, process: int = 0, num_processes: int = 1):
+    def batches(self, batch_size: int, local_rows: Sequence[int] | None = None):
         """Iterator over whole batches: a picture cannot be padding, so what is left over is not looked at."""
-        return pipeline.batches(self, 0, max(1, len(self) // batch_size), batch_size, process, num_processes)
+        return pipeline.batches(self, 0, max(1, len(self) // batch_size), batch_size, local_rows)
 
 
 def open_heldout(format: RowFormat, documents: int | None = None) -> dict[str, HeldOut]:

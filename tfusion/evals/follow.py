@@ -1,34 +1,15 @@
 """Watches a run and has every new checkpoint evaluated, until the run is done."""
 
-import contextlib
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from tfusion.checkpoint import KEPT, Checkpoints
 from tfusion.config import replace_text
-from tfusion.errors import Stopped, UserError
+from tfusion.errors import UserError
 
 STEPS = "steps"  # evaluation/steps/<step>: the evaluation of each checkpoint
 DONE = "metrics.json"
-
-
-@contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """SIGTERM ends what runs inside by raising `Stopped`, as Ctrl-C does by KeyboardInterrupt."""
-    def stop(*_):
-        raise Stopped("stopped by SIGTERM; the same command goes on with what is not evaluated")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def steps_of(workdir: Path) -> list[int]:
@@ -62,8 +43,8 @@ def follow(workdir: Path, evaluate: Callable[[int, Path], object], wait: Callabl
             place = folder / STEPS / str(step)
             try:
                 evaluate(step, place)
-            except (UserError, OSError) as e:
-                if isinstance(e, Stopped) or step in list_steps(workdir)[-KEPT:]:  # older: being deleted
+            except (UserError, OSError):
+                if step in list_steps(workdir)[-KEPT:]:  # older: being deleted
                     raise
                 print(f"step {step}: the checkpoint is gone, it is not evaluated")
                 gone.add(step)

@@ -57,9 +57,11 @@ def rows_at_once(held) -> int:
     return max(1, min(POSITIONS // longest, len(held) // shards)) * shards
 
 
-def batches(held, source: str):
+def batches(held, source: str, local_rows=None):
+    """Iterator over a source's held-out rows, with a progress bar; of each batch those named, else all."""
     rows = rows_at_once(held)
-    return tqdm(held.batches(rows), desc=f"held out: {source}", unit="batch", total=-(-len(held) // rows))
+    return tqdm(held.batches(rows, local_rows), desc=f"held out: {source}", unit="batch",
+                total=-(-len(held) // rows))
 
 
 def make_step(cfg):
@@ -71,9 +73,9 @@ def make_step(cfg):
 
 def measure(run: Trained, held, step, source: str) -> Sums:
     """The losses of one source's held-out documents. step: of `make_step`."""
-    sums = NOTHING
-    for batch in batches(held, source):
-        losses, images = jax.device_get(step(run.params, run.aux, batch))
+    sums, mesh, rows = NOTHING, jax.sharding.get_mesh(), rows_at_once(held)
+    for batch in batches(held, source, sharding.local_rows(mesh, rows)):
+        losses, images = jax.device_get(step(run.params, run.aux, sharding.put_batch(batch, mesh, rows)))
         sums += Sums({name: [float(x) for x in pair] for name, pair in losses.items()}, int(images))
     return sums
 

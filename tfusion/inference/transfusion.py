@@ -30,6 +30,7 @@ from tfusion.models.attention import Cache
 from tfusion.models.masks import Sight, row_sight
 from tfusion.models.transfusion import Transfusion
 from tfusion.objectives.transfusion import TransfusionConfig
+from tfusion.sharding import fetch
 from tfusion.types import BOS, EOS, PAD
 
 WRITE, DRAW, DONE = 0, 1, 2  # a row's mode
@@ -224,9 +225,10 @@ def generate(cfg: TransfusionConfig, params, prompts: list, *, seed: int = 0, fi
     limit, images = jnp.minimum(begin + budget, T), 0
     while True:
         rows = write_text(model, params, rows, limit, jnp.float32(temperature))
-        if not bool((rows.mode_B == DRAW).any()) or images == max_images:
+        mode, length = fetch((rows.mode_B, rows.length_B))
+        if not (mode == DRAW).any() or images == max_images:
             break
-        room = np.asarray(rows.length_B)[np.asarray(rows.mode_B) == DRAW].max() + N + 1
+        room = length[mode == DRAW].max() + N + 1
         if room > T:
             raise UserError(f"no room for an image: {room} positions are needed, there are {T}")
         limit = jnp.where(rows.mode_B == DRAW, jnp.minimum(limit + N + 1, T), limit)
@@ -234,12 +236,13 @@ def generate(cfg: TransfusionConfig, params, prompts: list, *, seed: int = 0, fi
         rows = draw_images(model, cfg.process.make(), s.sampler, s.num_inference_steps, params, rows,
                            jnp.bool_(s.variance == "fixed_large"), jnp.float32(s.guidance_scale))
         images += 1
+    rows = fetch(rows._replace(key_B=None))
     return [_new_parts(cfg, rows, i, int(begin[i])) for i in range(len(prompts))]
 
 
 def _new_parts(cfg: TransfusionConfig, rows: Rows, row: int, begin: int) -> list:
-    """What one row holds beyond its prompt, as parts in order."""
-    tokens, ids = np.asarray(rows.tokens_BT[row]), np.asarray(rows.image_ids_BT[row])
+    """What one row (of numpy) holds beyond its prompt, as parts in order."""
+    tokens, ids = rows.tokens_BT[row], rows.image_ids_BT[row]
     parts, ids_here = [], []
 
     def end_text():
@@ -250,7 +253,7 @@ def _new_parts(cfg: TransfusionConfig, rows: Rows, row: int, begin: int) -> list
     for position in range(begin, int(rows.length_B[row])):
         if ids[position] and (position == begin or ids[position] != ids[position - 1]):
             end_text()
-            parts.append(layout.image(np.asarray(rows.latents_BIhwc[row, ids[position] - 1])))
+            parts.append(layout.image(rows.latents_BIhwc[row, ids[position] - 1]))
         elif not ids[position] and tokens[position] not in (EOS, cfg.vocabulary.boi, cfg.vocabulary.eoi):
             ids_here.append(int(tokens[position]))
     end_text()

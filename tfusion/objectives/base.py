@@ -56,8 +56,8 @@ class Kind(NamedTuple):
     # (cfg) -> Rows of training: read(numbers), from 0 on, check(batch), stats(row); identity (fingerprints of
     # the data), where (their name in messages), assets (files of theirs that a run copies)
     open_rows: Callable
-    # (cfg, documents=None) -> {source: held-out rows}: read(rows), len, check(batch), batches(size, process,
-    # processes), of the first so many records
+    # (cfg, documents=None) -> {source: held-out rows}: read(rows), len, check(batch), batches(size,
+    # local_rows), of the first so many records
     open_heldout: Callable
     abstract_batch: Callable  # (cfg) -> the global batch's shapes (jax.ShapeDtypeStruct); needs no data
     totals: Callable  # (cfg, batch) -> {"tokens", "images", "flops", ...} of a batch, summed where it lives

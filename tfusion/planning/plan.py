@@ -75,7 +75,8 @@ def notes(candidate: Candidate, accelerator: Accelerator) -> list[str]:
     """What a user should know before believing the figures."""
     said, shape = [], candidate.mesh.shape
     if accelerator.num_hosts > 1:
-        said.append(f"{accelerator.num_hosts} hosts: for now tfusion.train starts one only")
+        said.append(f"{accelerator.num_hosts} hosts: the same command runs on each, one process a host, and "
+                    "all must reach --workdir")
     if not accelerator.chip.is_tpu:
         said.append("GPUs: by formula only, nothing was compiled")
     if accelerator.num_slices > 1 and shape["data"] % accelerator.num_slices:

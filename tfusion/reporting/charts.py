@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tfusion.reporting import page, plots
-from tfusion.reporting.records import LOG, Missing, RunFiles, Series
+from tfusion.reporting.records import GOODPUT, LOG, Missing, RunFiles, Series
 
 VITAL = ("grad_norm", "learning_rate", "param_norm", "clip_rate")  # in train/, and no losses
 BIN = re.compile(r"(.+)_bin(\d+)")
@@ -126,7 +126,8 @@ def psnr(run: RunFiles) -> str:
 def speed(run: RunFiles) -> str:
     """Throughput, memory, and where the time went."""
     stages = run.attempt("Time per stage", stage_times)
-    return stages + cards(run, [("Throughput", throughput), ("Speed figures", speed_table)])
+    return stages + cards(run, [("Throughput", throughput), ("Speed figures", speed_table),
+                                ("Where the time went", goodput)])
 
 
 def stage_times(run: RunFiles) -> str:
@@ -145,6 +146,26 @@ def stage_times(run: RunFiles) -> str:
     total = page.duration(sum(stage["seconds"] for stage in stages))
     reading = f"{total} in all; beside it, the peak memory of the process in each stage."
     return f'<div class="cards">{page.card("Time per stage", reading, drawn)}</div>'
+
+
+PARTS = {"step": "training steps", "init": "starting, restoring", "compile": "compiling",
+         "data": "waiting for data", "save": "saving", "eval": "evaluating", "lost": "lost to restarts"}
+
+
+def goodput(run: RunFiles) -> str:
+    """Wall time of training over all its attempts, by what it was spent on; older runs do not tell."""
+    found = run.optional_json(GOODPUT, "seconds", "attempts")
+    if found is None:
+        return ""
+    seconds, whole = found["seconds"], max(sum(found["seconds"].values()), 1e-9)
+    rows = [[title, page.duration(seconds[part]), f"{100 * seconds[part] / whole:.1f} %"]
+            for part, title in PARTS.items()]
+    drawn = page.table(["", "time", "share"], rows, numeric=(1, 2))
+    attempts = len(found["attempts"])
+    goes = f"{attempts} attempts" if attempts > 1 else "one go"
+    reading = (f"Of training, {page.duration(whole)} in {goes}. Lost: what was done after the checkpoint that "
+               "the next attempt went on from.")
+    return page.card("Where the time went", reading, drawn)
 
 
 def throughput(run: RunFiles) -> str:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 LOG, CONFIG, SUMMARY, TIMING = "metrics.jsonl", "config.json", "summary.json", "timing.json"
+GOODPUT = "goodput.json"
 EVALUATION = "evaluation"
 FIGURES = f"{EVALUATION}/metrics.json"
 STEPS = f"{EVALUATION}/steps"

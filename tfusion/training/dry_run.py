@@ -38,14 +38,15 @@ def dry_run(cfg: RunConfig, mesh) -> None:
     print(f"mesh {dict(mesh.shape)} on {mesh.size} x {jax.devices()[0].device_kind}")
     print("\n".join(parameter_table(states.abstract_state(objective, tx, ema).params, mesh)))
     rows = kind.open_rows(cfg)
-    batch = next(pipeline.batches(rows, 0, 1, cfg.train.batch_size))
+    batch = next(pipeline.batches(rows, 0, 1, cfg.train.batch_size,
+                                  sharding.local_rows(mesh, cfg.train.batch_size)))
     for name, value in batch._asdict().items():
         print(f"batch.{name:18s} {value.shape!s:20s} {value.dtype}  {np.array2string(value.ravel()[:12])}")
     state = states.restore_target(objective, tx, ema, mesh)
     frozen = sharding.whole(jax.eval_shape(objective.frozen), mesh)
     began = time.perf_counter()
     step = steps.jit_train_step(objective, tx, cfg, state)
-    compiled = step.lower(state, frozen, sharding.put_batch(batch, mesh)).compile()
+    compiled = step.lower(state, frozen, sharding.put_batch(batch, mesh, cfg.train.batch_size)).compile()
     print(f"the training step compiles in {time.perf_counter() - began:.1f} s")
     chip, memory = jax.devices()[0].device_kind, compiled.memory_analysis()
     print(f"memory as this machine's compiler lays it out for {chip}; for a TPU slice: python -m tfusion.plan")

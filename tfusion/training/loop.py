@@ -4,6 +4,7 @@ import contextlib
 import json
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 from tqdm import tqdm
@@ -11,13 +12,15 @@ from tqdm import tqdm
 from tfusion import config, distributed, sharding
 from tfusion.checkpoint import Checkpoints
 from tfusion.data import pipeline
-from tfusion.errors import Stopped
+from tfusion.errors import Stopped, UserError
 from tfusion.objectives import kind_of
 from tfusion.objectives.base import Aux, Objective
 from tfusion.training import metrics, resume, writers
 from tfusion.training import state as states
 from tfusion.training import step as steps
+from tfusion.training.goodput import Goodput
 from tfusion.training.optimizer import learning_rate_schedule, make_optimizer
+from tfusion.training.watchdog import Watchdog
 
 
 class Held:
@@ -27,33 +30,64 @@ class Held:
     def __init__(self, cfg: config.RunConfig, objective: Objective, mesh, rows):
         self.objective, self.mesh, self.rows = objective, mesh, rows
         self.size = cfg.train.batch_size // cfg.train.num_microbatches  # what a training step holds at once
+        self.local_rows = sharding.local_rows(mesh, self.size)
         self.sources = kind_of(cfg).open_heldout(cfg, cfg.train.eval_documents)
         self.eval_step = jax.jit(steps.make_eval_step(objective))
         self.diagnostics_step = jax.jit(steps.make_diagnostics(objective))
 
-    def evaluate(self, state, frozen) -> dict:
-        """{eval/name: mean over all documents}, and eval/source/name of the losses that are trained on."""
+    def compile(self, state, frozen, evaluating: bool, diagnosing: bool) -> None:
+        """Compiles what `evaluate` and `diagnose` will call, by calling it: once steps are under way a compiler
+        must not stand between a preemption's notice and the save."""
+        for held in list(self.sources.values())[:1] if evaluating else ():
+            batch = next(held.batches(self.size, self.local_rows))
+            self.eval_step(states.sampling_params(state), Aux(state.step, frozen, state.buffers),
+                           sharding.put_batch(batch, self.mesh, self.size))
+        if diagnosing:
+            self.diagnose(state, frozen)
+
+    def evaluate(self, state, frozen, ended) -> dict | None:
+        """{eval/name: mean over all documents}, and eval/source/name of the losses that are trained on.
+
+        ended: called with the losses of each batch as it is under way; where it returns True the evaluation is
+        abandoned, and nothing returned.
+        """
         params, total, values = states.sampling_params(state), metrics.Losses(), {}
         aux = Aux(state.step, frozen, state.buffers)
         for source, held in self.sources.items():
             alone = metrics.Losses()
-            for batch in held.batches(self.size, jax.process_index(), jax.process_count()):
-                losses = self.eval_step(params, aux, sharding.put_batch(batch, self.mesh))
+            for batch in held.batches(self.size, self.local_rows):
+                losses = self.eval_step(params, aux, sharding.put_batch(batch, self.mesh, self.size))
                 total.add(int(state.step), losses)
                 alone.add(int(state.step), {name: losses[name] for name in self.objective.weights})
+                if ended(losses):
+                    return None
             values |= {k: v for k, v in alone.means(f"eval/{source}/").items() if v is not None}
         return total.means("eval/") | values
 
     def diagnose(self, state, frozen) -> dict:
-        batch = next(pipeline.batches(self.rows, 0, 1, self.size, jax.process_index(), jax.process_count()))
+        batch = next(pipeline.batches(self.rows, 0, 1, self.size, self.local_rows))
         norms = self.diagnostics_step(state.params, Aux(state.step, frozen, state.buffers),
-                                      sharding.put_batch(batch, self.mesh))
+                                      sharding.put_batch(batch, self.mesh, self.size))
         return {f"grad_norm/{name}": float(norm) for name, norm in norms.items()}
 
 
 def due(step: int, every: int, num_steps: int) -> bool:
     """Every so many steps and at the end; 0 = never."""
     return every > 0 and (step % every == 0 or step == num_steps) and step > 0
+
+
+class Timer:
+    """Whether the last save is as many minutes ago; 0 = never. All processes get the first one's answer."""
+
+    def __init__(self, minutes: float):
+        self._seconds, self._since = 60 * minutes, time.perf_counter()
+
+    def restart(self) -> None:
+        self._since = time.perf_counter()
+
+    def due(self) -> bool:
+        late = 0 < self._seconds <= time.perf_counter() - self._since
+        return distributed.broadcast(late) if self._seconds else False
 
 
 class Log:
@@ -65,9 +99,11 @@ class Log:
     """
 
     def __init__(self, cfg: config.RunConfig, objective: Objective, rows, workdir: Path, first: int, totals,
-                 wandb: str | None):
+                 goodput: Goodput, wandb: str | None):
         self.cfg, self.objective, self.rows = cfg, objective, rows
-        self.writer, self.losses = writers.open_writers(workdir, first, cfg, wandb), metrics.Losses()
+        self.writer = writers.open_writers(workdir, first, cfg, wandb) if distributed.is_writer() else (
+            writers.Together())
+        self.losses, self.goodput = metrics.Losses(), goodput
         self.speed, self.paused, self.late = metrics.Throughput(totals), {}, None
         self.learning_rate = learning_rate_schedule(cfg.optimizer, cfg.train.num_steps)
         self.bar = tqdm(total=cfg.train.num_steps, initial=first, desc=workdir.name, unit="step",
@@ -80,10 +116,11 @@ class Log:
         self.bar.update()
 
     @contextlib.contextmanager
-    def pause(self, name: str):
+    def pause(self, name: str, part: str):
         """What runs inside is no part of the steps' time; the next line has its seconds, under `name`."""
         began = time.perf_counter()
-        yield
+        with self.goodput.part(part):
+            yield
         seconds = time.perf_counter() - began
         self.speed.pause(seconds)
         self.paused[name] = self.paused.get(name, 0.0) + seconds
@@ -96,7 +133,7 @@ class Log:
         return values | metrics.device_memory(jax.local_devices())
 
     def write(self, step: int, values: dict) -> None:
-        self.writer.write(step, values | self.paused)
+        self.writer.write(step, values | self.paused | self.goodput.values())
         self.paused = {}
         self.bar.set_postfix({k: f"{values['train/' + k]:.3f}" for k in self.objective.weights
                               if values.get("train/" + k) is not None}, refresh=False)
@@ -113,9 +150,12 @@ class Log:
 
 
 class Trace:
-    """A trace of n steps from `step` on, in `<workdir>/profile`. profile: (step, n) or None."""
+    """A trace of n steps from `step` on, of the writing process, in `<workdir>/profile`. profile: (step, n) or
+    None."""
 
     def __init__(self, profile, first: int, workdir: Path):
+        if not distributed.is_writer():
+            profile = None
         if profile and profile[0] < first:  # the same command again after a crash must go on
             tqdm.write(f"no trace: --profile={profile[0]}:{profile[1]} begins before step {first}")
             profile = None
@@ -133,102 +173,168 @@ class Trace:
             jax.profiler.stop_trace()
 
 
-def fetch(batches):
+def fetch(batches, goodput: Goodput):
     """(the next batch, the seconds that it was waited for)"""
     began = time.perf_counter()
-    return next(batches), time.perf_counter() - began
+    with goodput.part("data"):
+        return next(batches), time.perf_counter() - began
 
 
-def look(held: Held, log: Log, state, frozen, evaluating: bool, diagnosing: bool) -> dict:
-    """What held-out rows say of a state; the log has how long it took."""
+def looks(step: int, t: config.TrainConfig) -> tuple[bool, bool]:
+    """Whether a step is one to evaluate at, and one to look at gradients at."""
+    return due(step, t.eval_every, t.num_steps), due(step, t.diagnostics_every, t.num_steps)
+
+
+def look(run: "Run", state, frozen, evaluating: bool, diagnosing: bool, ended) -> dict | None:
+    """What held-out rows say of a state; the log has how long it took. None where `ended` had it abandoned."""
     values = {}
     if evaluating:
-        with log.pause("time/eval_s"):
-            values |= held.evaluate(state, frozen)
-    if diagnosing:
-        with log.pause("time/diagnostics_s"):
-            values |= held.diagnose(state, frozen)
+        with run.log.pause("time/eval_s", "eval"):
+            values = run.held.evaluate(state, frozen, ended)
+    if diagnosing and values is not None:
+        with run.log.pause("time/diagnostics_s", "eval"):
+            values |= run.held.diagnose(state, frozen)
     return values
 
 
 def finish(workdir: Path, state, first: int, num_steps: int, totals: dict, seconds: float) -> None:
     """Writes timing.json and, last of all, summary.json: who finds it finds all."""
+    if not distributed.is_writer():
+        return
     params = sum(x.size for x in jax.tree.leaves(state.params))
     summary = {"num_params": params, "steps": num_steps, **totals}
     metrics.write_timing(workdir, f"train from step {first}" if first else "train", seconds)
     config.replace_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
-def stopped(done: int, saved: int) -> Stopped:
-    """saved: the step of the last checkpoint, 0 where there is none."""
-    lost = f"the last checkpoint is of step {saved}, the {done - saved} since are lost" if saved else (
-        "there is no checkpoint yet")
-    return Stopped(f"stopped by SIGTERM at step {done}: {lost}; the same command goes on from there")
+def stopped(done: int, checkpoints: Checkpoints) -> Stopped:
+    """Waits until the last save is whole, or has failed."""
+    with contextlib.suppress(UserError):
+        checkpoints.wait()
+    saved = max(checkpoints.steps(), default=0)
+    state = "it is saved" if saved == done else (
+        f"it could not be saved, the last checkpoint is of step {saved}" if saved else
+        "it could not be saved, there is no checkpoint")
+    return Stopped(f"preempted at step {done}: {state}; the same command goes on from there")
 
 
-def train(cfg: config.RunConfig, workdir: Path, mesh, profile=None,
-          wandb: str | None = None) -> states.TrainState:
+class Saver:
+    """Saves a state with all that it takes to go on from there."""
+
+    def __init__(self, cfg: config.RunConfig, checkpoints: Checkpoints, rows, frozen, log: Log):
+        self.checkpoints, self.log = checkpoints, log
+        self.timer = Timer(cfg.train.checkpoint_minutes)
+        self.same = {"identity": rows.identity, "frozen": bool(jax.tree.leaves(frozen)),
+                     "config": cfg.to_dict()}
+
+    def save(self, state, done: int, next_row: int, unwritten: dict | None) -> None:
+        """unwritten: the step's line where its evaluation was abandoned; the next attempt has to write it."""
+        with self.log.pause("time/save_s", "save"):
+            self.checkpoints.save(done, states.items(state), {
+                **self.same, "next_row": next_row, "totals": dict(self.log.speed.total), "unwritten": unwritten,
+                "goodput": self.log.goodput.seconds()})
+        self.timer.restart()
+
+
+class Run(NamedTuple):
+    """What the loop works with. Closed with the stack that it was opened on, in the end the checkpoints first:
+    what was saved is whole before anything else ends."""
+
+    objective: Objective
+    tx: Any
+    rows: Any
+    held: Held
+    log: Log
+    saver: Saver
+    trace: Trace
+    watchdog: Watchdog
+    preemption: distributed.Preemption
+
+    def ended(self, losses) -> bool:
+        """Whether all processes are to save and end; losses: of the step or batch that is under way."""
+        self.watchdog.watch(losses)
+        return self.preemption.due()
+
+
+def open_run(closing: contextlib.ExitStack, cfg: config.RunConfig, workdir: Path, mesh, profile, wandb,
+             process_began) -> tuple[Run, resume.Start]:
+    """As `train`; and where it begins."""
+    goodput = closing.enter_context(contextlib.closing(Goodput(workdir, process_began)))
+    objective, tx = kind_of(cfg).make(cfg), make_optimizer(cfg.optimizer, cfg.train.num_steps)
+    rows = kind_of(cfg).open_rows(cfg)
+    held, checkpoints = Held(cfg, objective, mesh, rows), Checkpoints(workdir, writing=True)
+    begun = resume.start(cfg, objective, tx, mesh, checkpoints, rows, workdir)
+    first = int(begun.state.step)
+    goodput.resume(begun.goodput, writing=distributed.is_writer())
+    watchdog, preemption = Watchdog(cfg.train.watchdog_minutes), distributed.Preemption()
+    log = Log(cfg, objective, rows, workdir, first, begun.totals, goodput, wandb)
+    for each in (watchdog, preemption, log, checkpoints):
+        closing.enter_context(contextlib.closing(each))
+    saver, trace = Saver(cfg, checkpoints, rows, begun.frozen, log), Trace(profile, first, workdir)
+    return Run(objective, tx, rows, held, log, saver, trace, watchdog, preemption), begun
+
+
+def train(cfg: config.RunConfig, workdir: Path, mesh, profile=None, wandb: str | None = None,
+          process_began: float | None = None) -> states.TrainState:
     """Trains to cfg.train.num_steps, from the workdir's latest checkpoint where there is one.
 
     profile: (step, n) writes a trace of n steps to `<workdir>/profile`, for TensorBoard or xprof. wandb: a
-    project of Weights & Biases to log to as well.
+    project of Weights & Biases to log to as well. process_began: Unix time; the run's time counts from there.
     """
     if wandb:
         writers.import_wandb()  # raises where it is missing, before any work
     began, t, kind = time.perf_counter(), cfg.train, kind_of(cfg)
-    objective, tx = kind.make(cfg), make_optimizer(cfg.optimizer, t.num_steps)
-    rows = kind.open_rows(cfg)
-    held, count = Held(cfg, objective, mesh, rows), jax.jit(lambda batch: kind.totals(cfg, batch))
-    checkpoints = Checkpoints(workdir, writing=True)
-    state, frozen, next_row, totals = resume.start(cfg, objective, tx, mesh, checkpoints, rows, workdir)
-    first = saved = int(state.step)
-    trace, sigterm = Trace(profile, first, workdir), distributed.Sigterm()
-    log = Log(cfg, objective, rows, workdir, first, totals, wandb)
-    train_step = None  # compiled for the first batch
-    batches = pipeline.batches(rows, next_row, t.num_steps - first, t.batch_size,
-                               jax.process_index(), jax.process_count())
-    try:
+    with contextlib.ExitStack() as closing:
+        run, begun = open_run(closing, cfg, workdir, mesh, profile, wandb, process_began)
+        log, (state, frozen, next_row) = run.log, begun[:3]
+        first = int(state.step)
+        if begun.unwritten is not None:
+            log.write(first, begun.unwritten | look(run, state, frozen, *looks(first, t), lambda losses: False))
+        train_step, count = None, jax.jit(lambda batch: kind.totals(cfg, batch))
+        batches = pipeline.batches(run.rows, next_row, t.num_steps - first, t.batch_size,
+                                   sharding.local_rows(mesh, t.batch_size))
         for step in range(first, t.num_steps):
-            trace.before(step, state)
-            batch, waited = fetch(batches)
-            placed = sharding.put_batch(batch, mesh)
-            if train_step is None:
-                train_step = compile_step(objective, tx, cfg, state, frozen, placed)
-                sigterm.listen()
-                waited = 0.0
+            run.trace.before(step, state)
+            batch, waited = fetch(batches, log.goodput)
+            placed = sharding.put_batch(batch, mesh, t.batch_size)
+            if train_step is None:  # compiled for the first batch
+                train_step, waited = compile_step(run, cfg, state, frozen, placed), 0.0
                 log.speed.begin()  # no rate holds the compilation, nor the start of the readers
             state, losses = train_step(state, frozen, placed)
             next_row += t.batch_size
             log.write_late()
             done = step + 1
             log.add(done, losses, count(placed), waited)
-            trace.after(done, state)
+            run.trace.after(done, state)
 
-            saving, evaluating, diagnosing = (due(done, every, t.num_steps) for every in (
-                t.checkpoint_every, t.eval_every, t.diagnostics_every))
-            if saving or evaluating or diagnosing or done == t.num_steps:
+            logging, saving = (due(done, every, t.num_steps) for every in (t.log_every, t.checkpoint_every))
+            saving |= logging and run.saver.timer.due()
+            if run.ended(losses) or saving or any(looks(done, t)) or done == t.num_steps:
                 values = log.values(done)  # raises on a NaN before a broken state replaces a good checkpoint
-                log.write(done, values | look(held, log, state, frozen, evaluating, diagnosing))
-                if saving:
-                    with log.pause("time/save_s"):
-                        checkpoints.save(done, states.items(state), {
-                            "next_row": next_row, "totals": dict(log.speed.total), "identity": rows.identity,
-                            "frozen": bool(jax.tree.leaves(frozen)), "config": cfg.to_dict()})
-                    saved = done
-            elif due(done, t.log_every, t.num_steps):
+                looked = look(run, state, frozen, *looks(done, t), run.ended)
+                if looked is not None:
+                    log.write(done, values | looked)
+                if saving or run.preemption.came:
+                    run.saver.save(state, done, next_row, values if looked is None else None)
+                    run.watchdog.beat()
+                if run.preemption.came and (done < t.num_steps or looked is None):
+                    raise stopped(done, run.saver.checkpoints)
+            elif logging:
                 log.late = done
-            if sigterm.came and done < t.num_steps:
-                raise stopped(done, saved)
-    finally:
-        sigterm.close()
-        with contextlib.closing(log):
-            checkpoints.close()
     finish(workdir, state, first, t.num_steps, log.speed.total, time.perf_counter() - began)
     return state
 
 
-def compile_step(objective: Objective, tx, cfg: config.RunConfig, state, frozen, placed):
-    """The training step, compiled for this state and batch."""
-    compiled = steps.jit_train_step(objective, tx, cfg, state).lower(state, frozen, placed).compile()
-    distributed.return_freed_memory()
+def compile_step(run: Run, cfg: config.RunConfig, state, frozen, placed):
+    """The training step, compiled for this state and batch; and all else that the loop will call. From here on
+    steps can be lost: a preemption saves first, and the watchdog watches."""
+    with run.log.goodput.part("compile"):
+        step = steps.jit_train_step(run.objective, run.tx, cfg, state)
+        compiled = step.lower(state, frozen, placed).compile()
+        distributed.wait_for_all()  # the first exchange waits half a minute at most for who compiles longer
+        run.held.compile(state, frozen, cfg.train.eval_every > 0, cfg.train.diagnostics_every > 0)
+        distributed.return_freed_memory()
+    run.log.goodput.enter("step")
+    run.preemption.listen()
+    run.watchdog.start()
     return compiled

@@ -14,26 +14,31 @@ from tfusion.config import replace_text
 from tfusion.errors import UserError
 from tfusion.training.optimizer import CLIP_NORM
 
+MOST_SKIPPED = 20  # steps in a row: then it is not one batch that is bad
+
 
 class Losses:
-    """Sums (sum, count) pairs; `means` divides once, at the end."""
+    """Sums (sum, count) pairs; `means` divides once, at the end. Of `skipped_steps` it gives the number."""
 
     def __init__(self):
-        self._pending, self._sums = [], {}
+        self._pending, self._sums, self._skipped = [], {}, 0
 
     def add(self, step: int, losses) -> None:
         """losses: {name: (sum, count)}, still on the device; not waited for here."""
         self._pending.append((step, losses))
 
     def flush(self) -> None:
-        """Fetches what is pending. Raises UserError at the first step with a NaN or infinite loss."""
+        """Fetches what is pending. Raises UserError at the first step with a NaN or infinite loss, or where too
+        many in a row were skipped for one."""
         for step, losses in jax.device_get(self._pending):
             bad = [name for name, (total, _) in losses.items() if not np.isfinite(total)]
             if bad:
                 raise UserError(f"step {step}: {', '.join(bad)} is not finite; the last checkpoint is "
                                 "untouched: lower optimizer.learning_rate, or look at that step's batch")
             if "grad_norm" in losses:  # in training: the share of steps whose gradient was clipped
-                losses = losses | {"clip_rate": (losses["grad_norm"][0] > CLIP_NORM, 1)}
+                norm, counted = losses["grad_norm"]
+                losses = losses | {"clip_rate": (norm > CLIP_NORM, counted)}
+            self._count_skipped(step, losses.get("skipped_steps", (0, 1))[0])
             for name, (total, count) in losses.items():
                 a, b = self._sums.get(name, (0.0, 0.0))
                 self._sums[name] = (a + float(total), b + float(count))
@@ -42,10 +47,18 @@ class Losses:
     def means(self, prefix: str) -> dict:
         """{prefix + name: mean, None where nothing was counted}; starts over."""
         self.flush()
+        skipped = self._sums.pop("skipped_steps", None)
         out = {prefix + name: total / count if count else None
                for name, (total, count) in self._sums.items()}
         self._sums = {}
-        return out
+        return out if skipped is None else out | {f"{prefix}skipped_steps": int(skipped[0])}
+
+    def _count_skipped(self, step: int, skipped) -> None:
+        self._skipped = self._skipped + 1 if skipped else 0
+        if self._skipped == MOST_SKIPPED:
+            raise UserError(f"step {step}: losses or gradient are not finite for the {MOST_SKIPPED}th step in "
+                            "a row, none of which changed the model: lower optimizer.learning_rate, or look at "
+                            "those steps' batches")
 
 
 class Throughput:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import linen as nn
 
-from tfusion import checkpoint, config, sharding, workdir
+from tfusion import checkpoint, config, distributed, sharding, workdir
 from tfusion.checkpoint import Checkpoints, changes, check_identity, check_same
 from tfusion.errors import UserError
 from tfusion.objectives.base import Objective
@@ -18,6 +18,8 @@ class Start(NamedTuple):
     frozen: Any  # trees that the step reads and never changes, whole on every device
     next_row: int  # the position in the data
     totals: dict | None  # tokens, images, ... trained on so far; None at the beginning
+    goodput: dict  # seconds of each part until the checkpoint
+    unwritten: dict | None  # the line of its step, which waits for an evaluation that was abandoned
 
 
 def start(cfg: config.RunConfig, objective: Objective, tx, mesh, checkpoints: Checkpoints, rows,
@@ -37,7 +39,7 @@ def start(cfg: config.RunConfig, objective: Objective, tx, mesh, checkpoints: Ch
                             f"{cfg.train.num_steps}: raise it, or start in another --workdir")
         items = checkpoints.restore(step, states.items(states.restore_target(objective, tx, ema, mesh)))
         begun = Start(states.from_items(step, items, mesh), checkpoint.load_frozen(folder, meta, whole),
-                      meta["next_row"], meta["totals"])
+                      meta["next_row"], meta["totals"], meta.get("goodput", {}), meta.get("unwritten"))
         changed = changes(meta["config"], cfg)
         if step == cfg.train.num_steps:  # nothing is left to train: no changed key counts
             print(f"step {step} of {step} is done")
@@ -47,7 +49,9 @@ def start(cfg: config.RunConfig, objective: Objective, tx, mesh, checkpoints: Ch
     else:
         frozen = jax.device_put(nn.meta.unbox(objective.frozen()), whole)
         checkpoint.save_frozen(folder, frozen)
-        begun = Start(states.init_state(objective, tx, ema, cfg.seed, mesh), frozen, 0, None)
+        begun = Start(states.init_state(objective, tx, ema, cfg.seed, mesh), frozen, 0, None, {}, None)
+    if not distributed.is_writer():
+        return begun
     if step < cfg.train.num_steps:
         (folder / "summary.json").unlink(missing_ok=True)  # who finds it takes the run to be done
     config.save(cfg, folder)

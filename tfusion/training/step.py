@@ -58,7 +58,7 @@ def gradients(objective: Objective, params, aux: Aux, batch, key, num_microbatch
 
 def make_train_step(objective: Objective, tx: optax.GradientTransformation, cfg):
     """step(state, frozen, batch) -> (state, {name: (sum, count)})."""
-    decay = cfg.optimizer.ema_decay
+    decay, skipping = cfg.optimizer.ema_decay, cfg.train.nonfinite == "skip"
 
     def train_step(state: TrainState, frozen, batch):
         key, aux = noise_key(cfg.seed, state.step), Aux(state.step, frozen, state.buffers)
@@ -72,9 +72,24 @@ def make_train_step(objective: Objective, tx: optax.GradientTransformation, cfg)
         metrics = {**losses, "grad_norm": (optax.global_norm(grads), 1),
                    "param_norm": (optax.global_norm(params), 1)}
         buffers = objective.after_update(params, state.buffers, batch, key)
-        return TrainState(state.step + 1, params, buffers, opt_state, ema), metrics
+        after = TrainState(state.step + 1, params, buffers, opt_state, ema)
+        return skip_nonfinite(state, after, metrics) if skipping else (after, metrics)
 
     return train_step
+
+
+def skip_nonfinite(before: TrainState, after: TrainState, metrics):
+    """(the state after a step, metrics): where one of its losses or its gradient is not finite, the state as it
+    was before, its step counted, and metrics that count nothing. `skipped_steps`: (0 or 1, 1)."""
+    seen = [total for name, (total, _) in metrics.items() if name != "param_norm"]  # else two copies of params
+    finite = jnp.all(jnp.array([jnp.isfinite(total) for total in seen]))
+
+    def kept(new, old):
+        return jnp.where(finite, new, old)
+
+    metrics = {name: (kept(total, 0), kept(count, 0)) for name, (total, count) in metrics.items()}
+    state = jax.tree.map(kept, after, before)._replace(step=after.step)
+    return state, {**metrics, "skipped_steps": (1 - finite.astype(jnp.int32), 1)}
 
 
 def jit_train_step(objective: Objective, tx: optax.GradientTransformation, cfg, state: TrainState):

@@ -87,5 +87,5 @@ def in_chunks(fn, x):
     for start in range(0, len(x), CHUNK):
         part = x[start : start + CHUNK]
         padded = np.concatenate([part, np.repeat(part[-1:], CHUNK - len(part), axis=0)])
-        out.append(np.asarray(fn(sharding.split_rows(padded)))[: len(part)])
+        out.append(sharding.fetch(fn(sharding.split_rows(padded)))[: len(part)])
     return np.concatenate(out)

@@ -1,0 +1,170 @@
+"""Several real processes share one run: what they compute is one's, and they end together."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import processes
+from tests.conftest import tiny_dict
+from tests.test_errors import write_experiment
+from tests.test_prepare import tree
+from tests.test_resume import saved_steps
+from tfusion import config
+from tfusion.workdir import LOCK, hold
+
+pytestmark = pytest.mark.slow
+
+TOY = ("--config=tests/toy.py", "--config.train.num_steps=120", "--config.train.checkpoint_every=20",
+       "--config.train.eval_documents=32")
+FAST = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    """{step: training loss}: of the same rows and noise, or not the same."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return {line["step"]: next(line[name] for name in ("train/error", "train/lm_loss") if name in line)
+            for line in map(json.loads, lines)}
+
+
+def assert_same_numbers(a: Path, b: Path) -> None:
+    assert losses(a).keys() == losses(b).keys()
+    np.testing.assert_allclose(list(losses(a).values()), list(losses(b).values()), rtol=1e-4)
+
+
+def train(n: int, devices: int, *flags: str) -> None:
+    with processes.running(n, "tfusion.train", *flags, devices_per_process=devices, **FAST) as started:
+        processes.succeed(started)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of one process on four devices."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    train(1, 4, *TOY, f"--workdir={workdir}")
+    return workdir
+
+
+def local(*flags: str, log: Path, devices: int = 2) -> subprocess.Popen:
+    """`launch/local.sh --processes=2 -- FLAGS`, in a group of its own."""
+    with log.open("w") as file:
+        return subprocess.Popen(["launch/local.sh", "--processes=2", "--", *flags], cwd=processes.ROOT,
+                                env=processes.environment(devices, **FAST), stdout=file, stderr=file,
+                                start_new_session=True)
+
+
+@contextlib.contextmanager
+def launched(*flags: str, workdir: Path):
+    """Yields (the launcher, its log), once there is a checkpoint; none of the group is left behind."""
+    log = workdir.with_suffix(".log")
+    shell = local(*flags, f"--workdir={workdir}", log=log)
+    try:
+        deadline = time.monotonic() + 300
+        while not ((workdir / "checkpoints").is_dir() and saved_steps(workdir)):
+            assert shell.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        yield shell, log
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(shell.pid, signal.SIGKILL)
+        shell.wait()
+
+
+def test_two_processes_killed_go_on_as_one_and_as_four(whole, tmp_path):
+    """On the same mesh of four devices, with the same rows and the same noise."""
+    one, four = tmp_path / "one", tmp_path / "four"
+    with launched(*TOY, workdir=one):
+        pass  # killed
+    killed_at = saved_steps(one)[-1]
+    assert killed_at < 120
+    shutil.copytree(one, four)
+    train(1, 4, *TOY, f"--workdir={one}")
+    assert_same_numbers(one, whole)
+    with processes.running(4, "tfusion.train", *TOY, f"--workdir={four}", **FAST) as started:
+        processes.succeed(started)
+    assert_same_numbers(four, whole)
+    assert f"resumed from step {killed_at} of 120" in started[0].stdout()
+    assert not any(process.stdout() or process.errors() for process in started[1:]), "one talks"
+    assert len(list((four / "tensorboard").iterdir())) == 2, "one writes"
+    with processes.running(2, "tests.toy", "evaluate", f"--workdir={four}", **FAST) as started:
+        processes.succeed(started)
+    after = json.loads((four / "metrics.jsonl").read_text().splitlines()[-1])
+    (figure,) = json.loads((four / "evaluation" / "metrics.json").read_text())["metrics"].values()
+    assert figure["value"] == pytest.approx(after["eval/error"], rel=1e-4)
+
+
+def test_sigterm_to_the_launcher_ends_all(tmp_path):
+    flags = (*TOY, "--config.train.num_steps=100000")
+    with launched(*flags, workdir=tmp_path / "run") as (shell, log):
+        shell.send_signal(signal.SIGTERM)
+        assert shell.wait(120) in (42, 143), log.read_text()
+    assert "error: stopped by SIGTERM" in log.read_text()
+
+
+def test_a_process_that_dies_ends_the_other_which_says_so(tmp_path):
+    """kill -9: nothing is said, its heartbeats stay away."""
+    flags = (*TOY, "--config.train.num_steps=1000000", f"--workdir={tmp_path}")
+    with processes.running(2, "tfusion.train", *flags, **FAST) as started:
+        processes.wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and losses(tmp_path), started)
+        began = time.monotonic()
+        started[1].kill()
+        assert started[0].wait(120) == 134
+        assert time.monotonic() - began < 60
+        assert re.search(r"tasks are unhealthy \(stopped sending heartbeats\):\s+1\b", started[0].stderr())
+
+
+def test_a_mistake_that_one_process_sees_ends_both(tmp_path):
+    """The lock of a workdir is for process 0 to take; the other waits for it to restore."""
+    tmp_path.joinpath("run").mkdir()
+    held = hold(tmp_path / "run" / LOCK)
+    with processes.running(2, "tfusion.train", *TOY, f"--workdir={tmp_path / 'run'}", **FAST) as started:
+        assert [process.wait(120) for process in started] == [1, 1]
+    held.close()
+    (own,), (told,) = (process.errors() for process in started)
+    assert "is being written by another process" in own
+    assert told == own.replace("error: ", "error: process 0 of 2 ended: ")
+
+
+def test_two_processes_prepare_what_one_does(tmp_path):
+    for n in (1, 2):
+        tree_ = tiny_dict(tmp_path / str(n) / "data")
+        tree_.data.sources.scenes.share = tree_.data.sources.stories.share = 0.0
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        write_experiment(folder, config.from_dict(tree_))
+        with processes.running(n, "tfusion.prepare", f"--config={folder / 'tiny.py'}", **FAST) as started:
+            processes.succeed(started)
+        assert "glosses/train: " in started[0].stdout()
+    alone, shared = (tree(tmp_path / str(n) / "data") for n in (1, 2))
+    assert alone == shared
+
+
+def test_a_model_split_over_two_processes(prepared_root, tmp_path):
+    """tensor = 2: both hold the same rows, and half of each matrix. It trains, and samples, as in one."""
+    tree_ = tiny_dict(prepared_root)
+    tree_.model.update(num_layers=1, d_model=16, d_ff=32)
+    tree_.mesh.tensor = 2
+    tree_.train.update(num_steps=3, log_every=1, eval_every=3, eval_documents=8, diagnostics_every=0,
+                       checkpoint_every=3)
+    tree_.sampling.num_inference_steps = 2
+    write_experiment(tmp_path, config.from_dict(tree_))
+    flags = [f"--config={tmp_path / 'tiny.py'}"]
+    for n in (1, 2):
+        train(n, 2 // n, *flags, f"--workdir={tmp_path / str(n)}")
+    assert_same_numbers(tmp_path / "1", tmp_path / "2")
+    told = []
+    for n in (1, 2):
+        sample = (f"--workdir={tmp_path / '2'}", "--num_documents=2", "--max_images=0", "--mesh=fsdp=2",
+                  f"--out={tmp_path / f'out{n}'}")
+        with processes.running(n, "tfusion.sample", *sample, devices_per_process=2 // n, **FAST) as started:
+            processes.succeed(started)
+        told.append((tmp_path / f"out{n}" / "documents.jsonl").read_text())
+    assert told[0] == told[1] and not started[1].stdout()
