@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 
 from tfusion.errors import UserError
 
@@ -30,6 +31,17 @@ def start_process() -> None:
         why = str(e).partition(" (set JAX_PLATFORMS")[0] or "there is none"
         raise UserError(f"JAX_PLATFORMS={jax.config.jax_platforms or ''} cannot be used here ({why}); unset "
                         "it, or install JAX for that device (README, Training at scale)") from e
+
+
+def is_writer() -> bool:
+    """Whether this process writes what a run leaves, and talks: process 0."""
+    return jax.process_index() == 0
+
+
+def wait_for_all() -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("here")
 
 
 def cache_folder() -> Path | None:

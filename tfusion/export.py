@@ -36,7 +36,7 @@ OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace an export that stands
 def main() -> None:
     if WORKDIR.value is None or OUT.value is None:
         raise UserError("--workdir=DIR, the workdir of a run, and --out=DIR, the folder to make, are needed")
-    source, out, form = Path(WORKDIR.value), Path(OUT.value).absolute(), exporting.FORMATS[FORMAT.value]
+    source, out, form = Path(WORKDIR.value), Path(OUT.value).resolve(), exporting.FORMATS[FORMAT.value]
     place.check(out, OVERWRITE.value)
     distributed.start_process()
     mesh = sharding.parse_mesh(MESH.value)
@@ -47,7 +47,8 @@ def main() -> None:
              "format_version": FORMAT_VERSION}
     with jax.set_mesh(mesh), place.begun(out, OVERWRITE.value, about) as folder:
         lines = form.write(base.make(run_, source, weights, DTYPE.value), folder)
-    print(*lines, f"wrote {out}", sep="\n")
+    if distributed.is_writer():
+        print(*lines, f"wrote {out}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import math
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tfusion.config import MeshConfig
@@ -218,3 +218,13 @@ def put_batch(batch, mesh: Mesh):
     sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def fetch(tree):
+    """Arrays -> numpy, whole, in every process, wherever their parts are; every process calls it."""
+    def one(x):
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)
+
+    return jax.tree.map(one, tree)

@@ -260,9 +260,10 @@ def test_only_what_is_asked_for_is_read(small, monkeypatch):
         return theirs.read(name, index)
 
     leaf = "decoder/blocks/attention/wk_kernel"
-    part = llama.from_llama(leaf, (slice(1, 3), slice(0, 32), slice(8, 16)), inputs.L, read)
-    np.testing.assert_array_equal(part, inputs.weights()[leaf][1:3, :32, 8:16])
-    assert asked == [(f"model.layers.{i}.self_attn.k_proj.weight", (slice(8, 16), slice(0, 32))) for i in (1, 2)]
+    rows, columns = slice(0, 32), slice(8, 16)
+    part = llama.from_llama(leaf, (slice(1, 3), rows, columns), inputs.L, read)
+    np.testing.assert_array_equal(part, inputs.weights()[leaf][1:3, rows, columns])
+    assert asked == [(f"model.layers.{i}.self_attn.k_proj.weight", (columns, rows)) for i in (1, 2)]
 
 
 # ---------------------------------------------------------------- their software itself

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 
 from tests import toy
 from tests.exporting.conftest import STEP, call_verb, write_run
@@ -87,6 +88,11 @@ def test_a_kind_without_a_llama_form_is_named(toy_export, tmp_path):
     with pytest.raises(UserError, match="objective = 'toy', which has no transformer in Llama's form"):
         call_verb(workdir=toy_export[0], out=tmp_path / "out", format="llama")
     assert not list(tmp_path.iterdir())
+
+
+def test_is_not_trained_further(toy_export, monkeypatch):
+    with pytest.raises(UserError, match="is an export, which has no optimizer to go on with"):
+        verb("train", monkeypatch, CONFIG=ConfigDict(toy.get_config()), WORKDIR=str(toy_export[1]))
 
 
 @pytest.mark.parametrize("given, said", [

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from tfusion import exported
 from tfusion.data.tokenizers import SAVED
@@ -29,7 +30,8 @@ def make(run: Trained, source: Path, weights: str, dtype: str) -> Export:
             leaves[i] = x.astype(wanted)
             rounding = max(rounding, difference(leaves[i], x))
             x.delete()
-    return Export(run._replace(params=tree.unflatten(leaves)), source, weights, dtype, rounding)
+    run = run._replace(params=tree.unflatten(leaves))
+    return Export(run, source, weights, dtype, over_processes(rounding))
 
 
 def difference(a, b) -> float:
@@ -39,6 +41,11 @@ def difference(a, b) -> float:
 
     pairs = zip(a.addressable_shards, b.addressable_shards, strict=True)
     return max((apart(x, y) for x, y in pairs if not x.replica_id), default=0.0)
+
+
+def over_processes(value: float) -> float:
+    """The largest of what the processes found, each in its own parts."""
+    return float(np.max(multihost_utils.process_allgather(np.float32(value))))
 
 
 def copy_parts(export: Export, folder: Path) -> None:

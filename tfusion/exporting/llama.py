@@ -13,10 +13,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from tfusion import config, exported
+from tfusion import config, distributed, exported, sharding
 from tfusion.errors import UserError
 from tfusion.exporting import parity, readme
-from tfusion.exporting.base import Export, copy_parts, difference, said
+from tfusion.exporting.base import Export, copy_parts, difference, over_processes, said
 from tfusion.models import llama
 from tfusion.objectives import kind_of
 from tfusion.workdir import copy_in
@@ -35,20 +35,20 @@ def write(export: Export, folder: Path) -> list[str]:
     """Raises UserError where the model has what a Llama has not, or the files are another function than it."""
     form, leaves = kind_of(export.run.cfg).llama(export.run.cfg), flatten_dict(export.run.params, sep="/")
     llama.check_leaves(leaves)
-    ours = folder / exported.OURS
-    ours.mkdir()
+    ours, about = folder / exported.OURS, llama.to_config(form, export.dtype)
+    if distributed.is_writer():
+        ours.mkdir()
+        config.save(export.run.cfg, ours)
+        copy_parts(export, ours)
+        if (tokenizer := export.run.tokenizer) and not tokenizer.shift:  # the rows are by its model's own ids
+            copy_in([ours / "tokenizer.model"], folder)
+        _write_json(folder / "config.json", about)
+        (folder / "README.md").write_text(readme.llama(export, form))
     write_tensors(folder, exported.MODEL, _theirs(leaves, form))
     write_tensors(ours, exported.ADAPTER, [
-        (leaf.replace("/", "."), x.shape, x.dtype, partial(jax.device_get, x)) for leaf, x in leaves.items()
+        (leaf.replace("/", "."), x.shape, x.dtype, partial(sharding.fetch, x)) for leaf, x in leaves.items()
         if not llama.tensors_of(leaf, 1)])
-    about = llama.to_config(form, export.dtype)
-    _write_json(folder / "config.json", about)
-    config.save(export.run.cfg, ours)
-    copy_parts(export, ours)
-    tokenizer = export.run.tokenizer
-    if tokenizer and not tokenizer.shift:  # its model's ids are the rows: others can read it as it is
-        copy_in([ours / "tokenizer.model"], folder)
-    (folder / "README.md").write_text(readme.llama(export, form))
+    distributed.wait_for_all()
     round_trip = _round_trip(folder, leaves, form)
     apart, size = parity.compare(exported.Tensors(folder), about, form, export.run.params)
     if round_trip or not apart <= parity.TOLERANCE * max(size, 1.0):
@@ -63,7 +63,7 @@ def _theirs(leaves: dict, form: llama.Form) -> Iterator:
     """(name, shape, dtype, function that gives it, numpy) of each tensor, in their order."""
     def give(x, tensor):
         x = x if tensor.layer is None else _layer(x, tensor.layer)
-        return llama.to_llama(jax.device_get(x), tensor, form.vocab_size)
+        return llama.to_llama(sharding.fetch(x), tensor, form.vocab_size)
 
     for tensor in llama.tensors(form.model.num_layers):
         x = leaves[tensor.leaf]
@@ -77,7 +77,9 @@ def _layer(x, layer):
 
 
 def write_tensors(folder: Path, stem: str, tensors: Iterable) -> None:
-    """One file, or, past FILE_BYTES, several and an index; on the host there is one file's worth at a time."""
+    """One file, or, past FILE_BYTES, several and an index; on the host there is one file's worth at a time.
+    Every process gives its parts, the first writes.
+    """
     files, sizes = [[]], [0]
     for one in tensors:
         size = int(np.prod(one[1])) * one[2].itemsize
@@ -89,9 +91,14 @@ def write_tensors(folder: Path, stem: str, tensors: Iterable) -> None:
     names = [f"{stem}.safetensors"] if len(files) == 1 else [
         f"{stem}-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
     for name, held in zip(names, files):
-        arrays = {key: np.ascontiguousarray(get()) for key, _, _, get in held}
-        save_file(arrays, folder / name, metadata={"format": "pt"})  # which transformers looks for
-    if len(files) > 1:
+        arrays = {}
+        for key, _, _, get in held:
+            x = get()
+            if distributed.is_writer():
+                arrays[key] = np.ascontiguousarray(x)  # else its bytes would be written in another order
+        if arrays:
+            save_file(arrays, folder / name, metadata={"format": "pt"})  # which transformers looks for
+    if len(files) > 1 and distributed.is_writer():
         where = {one[0]: name for name, held in zip(names, files) for one in held}
         _write_json(folder / f"{stem}.safetensors.index.json",
                     {"metadata": {"total_size": sum(sizes)}, "weight_map": where})
@@ -112,4 +119,4 @@ def _round_trip(folder: Path, leaves: dict, form: llama.Form) -> float:
             back = exported.read_beside(beside, leaf, x)
         largest = max(largest, difference(back, x))
         back.delete()
-    return largest
+    return over_processes(largest)

@@ -8,10 +8,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from tfusion import exported
+from tfusion import distributed, exported
 from tfusion.config import replace_text
 from tfusion.errors import UserError
 from tfusion.workdir import LOCK, hold
+
+UNFINISHED = ".unfinished"
 
 
 def check(out: Path, overwrite: bool) -> None:
@@ -31,13 +33,19 @@ def check(out: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def begun(out: Path, overwrite: bool, about: dict) -> Iterator[Path]:
-    """Yields the folder to write into, which then stands at `out`; of one that failed, nothing stays.
+    """Yields the folder to write into, which then stands at `out`; of one that failed, nothing stays. Of
+    several processes the first makes it, and puts it in place when all are done.
 
     about: JSON values, which the export says of itself. Raises UserError as `check`, and where another process
     writes the same export.
     """
     check(out, overwrite)
-    beside, old = (out.with_name(out.name + end) for end in (".unfinished", ".old"))
+    if not distributed.is_writer():
+        distributed.wait_for_all()
+        yield out.with_name(out.name + UNFINISHED)
+        distributed.wait_for_all()
+        return
+    beside, old = (out.with_name(out.name + end) for end in (UNFINISHED, ".old"))
     for folder in (beside, old):
         if os.path.lexists(folder) and not (folder / exported.MARK).exists():
             raise UserError(f"{folder} was not made by export, which needs that name: move it away")
@@ -46,7 +54,9 @@ def begun(out: Path, overwrite: bool, about: dict) -> Iterator[Path]:
         try:
             _empty(beside)
             _mark(beside, about | {"files": []})  # first: by it the next one knows that this is left over
+            distributed.wait_for_all()
             yield beside
+            distributed.wait_for_all()
             (beside / LOCK).unlink()
             _mark(beside, about | {"files": sorted(_files(beside) - {exported.MARK})})
             check(out, overwrite)  # again: writing may have taken an hour
