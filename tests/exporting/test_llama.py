@@ -66,13 +66,6 @@ def test_the_definition_is_hugging_faces(small):
             np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
-def test_the_verb_compares_and_says_so(run, tmp_path, capsys):
-    call_verb(workdir=run[0], out=tmp_path / "out", format="llama", dtype="bfloat16")
-    said = capsys.readouterr().out.split()
-    apart = float(said[said.index("files:") + 5].rstrip(","))
-    assert 0 < apart < 1e-4 and "read back, the largest difference is 0" in " ".join(said)
-
-
 def test_what_stands_in_the_folder(run, llama_export):
     about = json.loads((llama_export / "config.json").read_text())
     assert about["model_type"] == "llama" and about["boi_token_id"] == 260 and about["eoi_token_id"] == 261
@@ -88,15 +81,18 @@ def test_what_stands_in_the_folder(run, llama_export):
     assert "260 = BOI, 261 = EOI" in (llama_export / "README.md").read_text()
 
 
-def test_a_tokenizer_whose_ids_are_the_rows_stands_where_others_look_for_it(tmp_path):
-    """SentencePiece with bos 1 and eos 2; bytes have no such file."""
+def test_in_bfloat16_with_a_tokenizer_whose_ids_are_the_rows(tmp_path, capsys):
+    """SentencePiece with bos 1 and eos 2 stands where others look for it; bytes have no such file. The logits are
+    those of the rounded weights, in float32."""
     own = load_tokenizer("default")
-    cfg = config.changed(TINY, {"model.text_vocab_size": own.vocab_size})
+    cfg = config.changed(TINY, {"model.text_vocab_size": own.vocab_size, "model.compute_dtype": "bfloat16"})
     write_run(cfg, tmp_path / "run", tokenizer="default")
-    call_verb(workdir=tmp_path / "run", out=tmp_path / "out", format="llama")
-    assert own.shift == 0
+    call_verb(workdir=tmp_path / "run", out=tmp_path / "out", format="llama", dtype="bfloat16")
+    said = capsys.readouterr().out.split()
+    assert 0 < float(said[said.index("files:") + 5].rstrip(",")) < 1e-4
+    assert "rounded to bfloat16" in " ".join(said) and "read back, the largest difference is 0" in " ".join(said)
     model = (tmp_path / "out" / "tokenizer.model").read_bytes()
-    assert model == (tmp_path / "run" / "tokenizer.model").read_bytes()
+    assert own.shift == 0 and model == (tmp_path / "run" / "tokenizer.model").read_bytes()
     assert "Ids are those of `tokenizer.model`" in (tmp_path / "out" / "README.md").read_text()
 
 
