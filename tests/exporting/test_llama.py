@@ -82,15 +82,15 @@ def test_what_stands_in_the_folder(run, llama_export):
 
 
 def test_in_bfloat16_with_a_tokenizer_whose_ids_are_the_rows(tmp_path, capsys):
-    """SentencePiece with bos 1 and eos 2 stands where others look for it; bytes have no such file. The logits are
-    those of the rounded weights, in float32."""
+    """SentencePiece with bos 1 and eos 2 stands where others look for it; bytes have no such file. The logits
+    are those of the rounded weights, in float32."""
     own = load_tokenizer("default")
     cfg = config.changed(TINY, {"model.text_vocab_size": own.vocab_size, "model.compute_dtype": "bfloat16"})
     write_run(cfg, tmp_path / "run", tokenizer="default")
     call_verb(workdir=tmp_path / "run", out=tmp_path / "out", format="llama", dtype="bfloat16")
     said = capsys.readouterr().out.split()
     assert 0 < float(said[said.index("files:") + 5].rstrip(",")) < 1e-4
-    assert "rounded to bfloat16" in " ".join(said) and "read back, the largest difference is 0" in " ".join(said)
+    assert "rounded to bfloat16 by at most" in " ".join(said)
     model = (tmp_path / "out" / "tokenizer.model").read_bytes()
     assert own.shift == 0 and model == (tmp_path / "run" / "tokenizer.model").read_bytes()
     assert "Ids are those of `tokenizer.model`" in (tmp_path / "out" / "README.md").read_text()
