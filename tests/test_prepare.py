@@ -14,6 +14,7 @@ from tfusion.data.sources.base import Source, Unreadable
 from tfusion.data.tokenizers import ByteTokenizer
 from tfusion.errors import UserError
 from tfusion.preparing import shards
+from tfusion.reporting import data_page
 
 verb = import_verb("prepare")
 
@@ -192,6 +193,17 @@ def test_where_no_record_can_be_read_nothing_is_replaced(tmp_path):
     with pytest.raises(UserError, match=r"photos/train: none of 3 records .* 3 damaged picture \(0.png, 1"):
         prepare(tmp_path / "data", photos=Bad("x", 1.0))
     assert tree(tmp_path / "data") == before
+
+
+def test_inspect_writes_a_page_and_nothing_else(cfg, prepared_root, tmp_path, monkeypatch, capsys):
+    """No --codec is needed; folders are made; what stood there is replaced."""
+    monkeypatch.setattr(data_page, "SHOWN", 1)
+    before, page = tree(prepared_root), tmp_path / "new" / "page.html"
+    for _ in range(2):
+        verb.inspect(cfg, page)
+        assert f"wrote {page} (" in capsys.readouterr().out
+        assert "Row 0" in page.read_text() and os.listdir(page.parent) == ["page.html"]
+    assert tree(prepared_root) == before
 
 
 @pytest.mark.parametrize("text", ["", "1", "2/2", "0/0", "-1/2", "a/b"])

@@ -134,11 +134,15 @@ class PackedRows:
                     found[place] = example
         return found
 
+    def documents(self, rows: Sequence[int]) -> list[list[tuple]]:
+        """Of several rows, (source, epoch, record, piece) of each document, in order."""
+        with self._lock:  # one thread plans, the others wait for it
+            return [self.plan(window).rows[index]
+                    for window, index in (divmod(row, self.format.data.window_rows) for row in rows)]
+
     def read(self, rows: Sequence[int]) -> list[Batch]:
         """Several rows, their documents read together."""
-        with self._lock:  # one thread plans, the others wait for it
-            planned = [self.plan(window).rows[index]
-                       for window, index in (divmod(row, self.format.data.window_rows) for row in rows)]
+        planned = self.documents(rows)
         examples = iter(self.examples([document for documents in planned for document in documents]))
         return [packing.pack_row(row, [next(examples) for _ in documents], self.format)
                 for row, documents in zip(rows, planned)]
