@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from tfusion import config, exported, sharding
@@ -82,6 +83,12 @@ def check_weights(cfg: config.RunConfig, export: dict, asked: str | None, where)
     if asked and asked not in has:
         raise UserError(f"{where} has no {asked} weights: --weights={has[0]} is there")
     return asked or has[0]
+
+
+def fingerprint(run: Trained) -> str:
+    """sha256 (hex) of what it has learnt."""
+    learnt = {"params": run.params, "buffers": run.aux.buffers}
+    return codecs.fingerprint(flatten_dict(learnt, sep="/"))
 
 
 def check_data(run: Trained, root) -> None:
