@@ -17,6 +17,7 @@ REQUIREMENTS = [
     "flax>=0.12",  # Linen: declares parameters, names their logical axes, scans the blocks
     "optax>=0.2.8",  # AdamW, gradient clipping, the learning-rate schedule
     "orbax-checkpoint>=0.12",  # asynchronous, sharded, atomic checkpoints
+    "safetensors>=0.6",  # exports in Llama's layout, written and read lazily; no pickle in them
     "grain>=0.2.18",  # step-indexed reading and prefetching of rows
     "array_record>=0.8.6",  # shards of records, read and written
     "etils[epath]>=1.15",  # their paths, local or gs://

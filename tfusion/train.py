@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from tfusion import config, distributed, experiment, objectives, paths, sharding
+from tfusion import config, distributed, experiment, exported, objectives, paths, sharding
 from tfusion import workdir as workdirs
 from tfusion.errors import UserError, run
 
@@ -60,6 +60,9 @@ def main() -> None:
     distributed.start_process()
     cfg = config.absolute(experiment.read(CONFIG))
     workdir = writable_folder(WORKDIR.value)
+    if exported.about(workdir):
+        raise UserError(f"{workdir} is an export, which has no optimizer to go on with: train in another "
+                        "--workdir, which can begin with its parameters (train.init_from)")
     mesh = sharding.make_mesh(cfg.mesh)
     objectives.check_mesh(cfg, mesh)
     with jax.set_mesh(mesh):

@@ -8,7 +8,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from tfusion import config, sharding
+from tfusion import config, exported, sharding
 from tfusion.checkpoint import Checkpoints, check_identity, load_frozen
 from tfusion.data import store
 from tfusion.data.tokenizers import Tokenizer, load_saved
@@ -21,7 +21,7 @@ from tfusion.workdir import CODEC
 
 class Trained(NamedTuple):
     cfg: config.RunConfig
-    params: Any  # float32: the moving average where the run kept one
+    params: Any  # float32: the moving average where the run kept one; of an export, in its dtype
     codec: codecs.Codec | None  # None where the run saw no pictures, or latents of a foreign encoder
     tokenizer: Tokenizer | None  # None where the run saw no text (an autoencoder)
     step: int  # of the checkpoint
@@ -29,13 +29,19 @@ class Trained(NamedTuple):
     aux: Aux  # what the objective's loss reads beside the parameters
 
 
-def load(path, step: int | None = None, mesh: Mesh | None = None) -> Trained:
-    """Opens a run's checkpoint (the latest, unless a step is named) on a mesh (one device, unless given).
+def load(path, step: int | None = None, mesh: Mesh | None = None, weights: str | None = None) -> Trained:
+    """Opens a run's checkpoint (the latest, unless a step is named), or an export, on a mesh (one device,
+    unless given).
 
-    Reads the parameters to sample with and nothing else of the checkpoint. Raises UserError where there is
-    none, or where tokenizer or codec are not those that the run was trained with.
+    weights: "ema" or "raw"; unless given, those to sample with. Nothing else of the checkpoint is read. Raises
+    UserError where there is none, where it has no such weights, or where tokenizer or codec are not those that
+    the run was trained with.
     """
     workdir, mesh = Path(path), mesh or sharding.parse_mesh(None)
+    export = exported.about(workdir)
+    if export.get("format") == "llama":
+        raise UserError(f"{workdir} is an export in Llama's layout, which a run can be started from "
+                        "(train.init_from): for this use, export with --format=orbax")
     checkpoints = Checkpoints(workdir) if (workdir / "checkpoints").is_dir() else None
     found = checkpoints.steps() if checkpoints else []
     there = bool(found) and step in (None, *found)
@@ -54,9 +60,10 @@ def load(path, step: int | None = None, mesh: Mesh | None = None) -> Trained:
         if part and part.fingerprint != identity[name]:
             raise UserError(f"{workdir} holds another {name} than the one it was trained with: copy it anew "
                             "from the run, or resume the run with its data to have it copied")
-    item, objective = "ema" if cfg.optimizer.ema_decay > 0 else "params", make_objective(cfg)
+    weights = check_weights(cfg, export, weights, workdir)
+    item, objective = "ema" if weights == "ema" and not export else "params", make_objective(cfg)
     with jax.set_mesh(mesh):  # models name logical axes, which mean nothing outside one
-        targets = {item: _target(objective.init, mesh)}
+        targets = {item: exported.as_saved(_target(objective.init, mesh), export)}
         buffers = _target(objective.init_buffers, mesh)
         if jax.tree.leaves(buffers):
             targets["buffers"] = buffers
@@ -65,6 +72,17 @@ def load(path, step: int | None = None, mesh: Mesh | None = None) -> Trained:
     checkpoints.close()
     aux = Aux(np.int32(step), frozen, items.get("buffers", {}))
     return Trained(cfg, items[item], codec, tokenizer, step, identity, aux)
+
+
+def check_weights(cfg: config.RunConfig, export: dict, asked: str | None, where) -> str:
+    """"ema" or "raw": those asked for, else those to sample with. Raises UserError where they are not there.
+
+    export: what an export says of itself; {} of a run.
+    """
+    has = (export["weights"],) if export else ("ema", "raw") if cfg.optimizer.ema_decay > 0 else ("raw",)
+    if asked and asked not in has:
+        raise UserError(f"{where} has no {asked} weights: --weights={has[0]} is there")
+    return asked or has[0]
 
 
 def fingerprint(run: Trained) -> str:

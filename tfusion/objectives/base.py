@@ -64,6 +64,7 @@ class Kind(NamedTuple):
     expected: Callable  # (cfg) -> Expected
     row_format: Callable = lambda cfg: None  # (cfg) -> data.config.RowFormat that `prepare` writes for
     trunk: Callable = lambda cfg: None  # (cfg) -> Trunk, or None without a transformer
+    llama: Callable = lambda cfg: None  # (cfg) -> models.llama.Form, or None where it has none
 
 
 KINDS: dict[str, Kind] = {}

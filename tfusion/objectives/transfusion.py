@@ -19,9 +19,9 @@ from tfusion.data import layout
 from tfusion.data.config import DataConfig, RowFormat
 from tfusion.diffusion.losses import diffusion_losses, draw_noise
 from tfusion.diffusion.sampler import SamplingConfig
-from tfusion.models import flops
+from tfusion.models import flops, llama
 from tfusion.models.lm_head import next_token_loss
-from tfusion.models.masks import key_intervals
+from tfusion.models.masks import key_intervals, row_sight
 from tfusion.models.transfusion import ModelConfig, Transfusion
 from tfusion.objectives.base import Aux, Expected, Kind, Objective, Trunk, register
 from tfusion.types import Batch
@@ -153,7 +153,21 @@ def trunk(cfg: TransfusionConfig) -> Trunk:
     return Trunk(cfg.model, cfg.data.seq_len, cfg.model.padded_vocab_size, cfg.model.image_attention)
 
 
+def llama_form(cfg: TransfusionConfig) -> llama.Form:
+    model = Transfusion(dataclasses.replace(cfg.model, compute_dtype="float32"), cfg.data.seq_len)
+
+    def logits(params, tokens_BT):
+        apply, zero_BT = partial(model.apply, {"params": params}), jnp.zeros_like(tokens_BT)
+        positions_BT = zero_BT + jnp.arange(tokens_BT.shape[1])
+        sight = row_sight(positions_BT, zero_BT + 1, zero_BT)
+        h_BTD, _ = apply(apply(tokens_BT, method="embed_tokens"), sight, method="hidden")
+        return apply(h_BTD, method="logits")[..., : cfg.model.vocab_size]
+
+    symbols = {"boi_token_id": cfg.vocabulary.boi, "eoi_token_id": cfg.vocabulary.eoi}
+    return llama.Form(cfg.model, cfg.data.seq_len, cfg.model.text_vocab_size, symbols, logits)
+
+
 register("transfusion", Kind(
     config=TransfusionConfig, make=make, open_rows=open_rows, open_heldout=open_heldout,
     abstract_batch=abstract_batch, totals=totals, expected=expected,
-    row_format=lambda cfg: cfg.rows, trunk=trunk))
+    row_format=lambda cfg: cfg.rows, trunk=trunk, llama=llama_form))

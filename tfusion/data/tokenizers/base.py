@@ -27,6 +27,7 @@ class Tokenizer(Protocol):
 
     vocab_size: V, the number of text ids, specials included.
     pad, bos, eos, unk: ids of the specials.
+    shift: what the ids of its model were moved by; 0 where they are its own.
     fingerprint: sha256 (hex) of what defines the mapping; equal means interchangeable.
     """
 
@@ -35,6 +36,7 @@ class Tokenizer(Protocol):
     bos: int
     eos: int
     unk: int
+    shift: int
     fingerprint: str
 
     def encode(self, text: str) -> list[int]:

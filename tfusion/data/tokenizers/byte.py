@@ -11,7 +11,7 @@ class ByteTokenizer:
     """UTF-8 bytes: 0/1/2/3 = pad/bos/eos/unk, then byte b at id b + 4."""
 
     pad, bos, eos, unk = 0, 1, 2, 3
-    vocab_size = 256 + SHIFT
+    shift, vocab_size = SHIFT, 256 + SHIFT
     fingerprint = hashlib.sha256(
         b"utf-8 bytes from id 4; pad, bos, eos, unk = 0, 1, 2, 3"
     ).hexdigest()

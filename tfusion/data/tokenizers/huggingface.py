@@ -23,6 +23,7 @@ class HuggingFaceTokenizer:
     """
 
     pad, bos, eos = 0, 1, 2
+    shift = SHIFT
 
     def __init__(self, path: str | Path):
         self._open(read_model(path), path)

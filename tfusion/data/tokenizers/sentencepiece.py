@@ -34,10 +34,10 @@ class SentencePieceTokenizer:
         self._specials = {own.pad_id(), own.bos_id(), own.eos_id(), own.unk_id()}
         self._model, self.bos, self.eos = model, BOS, EOS
         if (own.bos_id(), own.eos_id()) == (BOS, EOS):
-            self._shift, self.pad, self.unk, rule = 0, max(own.pad_id(), 0), own.unk_id(), b""
+            self.shift, self.pad, self.unk, rule = 0, max(own.pad_id(), 0), own.unk_id(), b""
         else:
-            self._shift, self.pad, self.unk, rule = SHIFT, 0, own.unk_id() + SHIFT, RULE
-        self.vocab_size = size + self._shift
+            self.shift, self.pad, self.unk, rule = SHIFT, 0, own.unk_id() + SHIFT, RULE
+        self.vocab_size = size + self.shift
         self.fingerprint = hashlib.sha256(rule + model).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -45,16 +45,16 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         ids = self._processor.encode(list(texts))
-        return [[i + self._shift for i in some] for some in ids] if self._shift else ids
+        return [[i + self.shift for i in some] for some in ids] if self.shift else ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        own = (int(i) - self._shift for i in ids if self._shift <= i < self.vocab_size)
-        return self._processor.decode([i for i in own if i not in self._specials | {self.pad - self._shift}])
+        own = (int(i) - self.shift for i in ids if self.shift <= i < self.vocab_size)
+        return self._processor.decode([i for i in own if i not in self._specials | {self.pad - self.shift}])
 
     def piece(self, token: int) -> str:
         named = special(token, self.vocab_size)
-        return named if named and self._shift else self._processor.id_to_piece(
-            int(token) - self._shift).replace("\u2581", " ")
+        return named if named and self.shift else self._processor.id_to_piece(
+            int(token) - self.shift).replace("\u2581", " ")
 
     def save(self, folder: Path) -> None:
         (folder / MODEL).write_bytes(self._model)

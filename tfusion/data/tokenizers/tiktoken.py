@@ -44,6 +44,7 @@ class TiktokenTokenizer:
     """
 
     pad, bos, eos, unk = 0, 1, 2, 3
+    shift = SHIFT
 
     def __init__(self, path: str | Path, pattern: str | None = None):
         model = read_model(path)
