@@ -14,7 +14,9 @@ import json
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -28,6 +30,7 @@ from tfusion.data.sources import pictures
 from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError, run
 from tfusion.inference import decoder, trained
+from tfusion.models import codecs
 from tfusion.models.codecs import Codec
 from tfusion.objectives import kind_of
 from tfusion.preparing import card, plan, shards, unfinished
@@ -44,18 +47,38 @@ INSPECT = paths.define("inspect", None, "HTML page to write about the prepared d
 STATISTICS_IMAGES = 4096
 
 
-def open_codec(workdir: str, format: RowFormat) -> Codec:
-    """A run's image tokenizer, fitted to the pictures that it is to encode."""
+class Unfitted(NamedTuple):
+    """A run's image tokenizer."""
+
+    image_size: int
+    fingerprint: str  # of what the run has learnt
+    fit: Callable[[], Codec]  # to the pictures that it is to encode
+
+
+def open_codec(workdir: str, format: RowFormat) -> Unfitted:
     run_ = trained.load(workdir, mesh=sharding.local_mesh(1))
-    make = decoder(run_).make_codec
-    if make is None:
+    can = decoder(run_)
+    if can.make_codec is None:
         raise UserError(f"--codec={workdir} holds a run with objective = '{run_.cfg.objective}', which "
                         "trains no image tokenizer")
-    codec = make(run_, lambda size: pictures(format.data.sources, "train", size, STATISTICS_IMAGES))
-    if tuple(codec.shape) != format.image_shape:
-        raise UserError(f"{workdir} makes latents of shape {codec.shape}, the config has {format.image_shape}: "
-                        "change model.adapter.latent_* or the autoencoder")
-    return codec
+
+    def fit() -> Codec:
+        codec = can.make_codec(
+            run_, lambda size: pictures(format.data.sources, "train", size, STATISTICS_IMAGES))
+        if tuple(codec.shape) != format.image_shape:
+            raise UserError(f"{workdir} makes latents of shape {codec.shape}, the config has "
+                            f"{format.image_shape}: change model.adapter.latent_* or the autoencoder")
+        return codec
+
+    return Unfitted(can.image_size, trained.fingerprint(run_), fit)
+
+
+def fitted(folder: Path, unfitted: Unfitted) -> Codec:
+    """By whichever worker came first, for all: another one's processor may sum in another order, and latents
+    normalised in two ways are two kinds of latents."""
+    if not (path := folder / CODEC).exists():
+        unfinished.first(path, unfitted.fit().save)
+    return codecs.load(path)
 
 
 def inspect(cfg: config.RunConfig, page: Path) -> None:
@@ -104,8 +127,6 @@ def finish(folder: Path, format: RowFormat, tokenizer, codec: Codec | None, bega
     about = card.make(folder)
     card.check(about)
     config.replace_text(folder / card.NAME, json.dumps(about, indent=2) + "\n")
-    if codec:
-        codec.save(folder / CODEC)
     write_timing(folder, "prepare", time.perf_counter() - began)
     store.write_meta(folder, tokenizer, codec.fingerprint if codec else "", format.image_shape,
                      CODEC_RUN.value and str(Path(CODEC_RUN.value).absolute()),
@@ -114,16 +135,18 @@ def finish(folder: Path, format: RowFormat, tokenizer, codec: Codec | None, bega
     print("\n".join(card.lines(about)))
 
 
-def prepare(format: RowFormat, tokenizer, codec: Codec | None, worker: tuple[int, int], began: float) -> None:
-    data, size = format.data, codec.image_size if codec else None
-    specs = {name: spec for name, spec in data.sources.items() if spec.share > 0}
+def prepare(format: RowFormat, tokenizer, unfitted: Unfitted | None, worker: tuple[int, int],
+            began: float) -> None:
+    data, size = format.data, unfitted.image_size if unfitted else None
+    specs = {name: spec for name, spec in data.sources.items() if spec.takes_part}
     opened = {(name, split): spec.open(split, size)
               for name, spec in specs.items() for split in ("train", "heldout")}
-    wanted, all_jobs = plan.make(specs, opened, tokenizer, codec), shards.jobs(opened, shards.RECORDS)
+    wanted, all_jobs = plan.make(specs, opened, tokenizer, unfitted), shards.jobs(opened, shards.RECORDS)
     with unfinished.begun(data.prepared, wanted, *worker) as folder:
         if folder is None:
             print(f"{data.prepared} holds these data already; delete it to prepare them anew")
             return
+        codec = fitted(folder, unfitted) if unfitted else None
         write(folder, all_jobs[worker[0] :: worker[1]],
               Encoders(tokenizer.encode_batch, codec.encode if codec else None))
         distributed.wait_for_all()
@@ -155,8 +178,8 @@ def main() -> None:
                         f"model.text_vocab_size = {V}: set it to the former")
     unfinished.check(data.prepared)  # before a long wait
     with jax.set_mesh(sharding.local_mesh()):  # all devices encode
-        codec = open_codec(CODEC_RUN.value, format) if CODEC_RUN.value else None
-        prepare(format, tokenizer, codec, worker, began)
+        unfitted = open_codec(CODEC_RUN.value, format) if CODEC_RUN.value else None
+        prepare(format, tokenizer, unfitted, worker, began)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import numpy as np
 from tfusion.config import RunConfig
 from tfusion.data import packing, store
 from tfusion.data.config import RowFormat, shares
+from tfusion.data.mixture import knots
 from tfusion.data.tokenizers import Tokenizer, load_saved
 from tfusion.models import codecs
 from tfusion.objectives import kind_of
@@ -251,8 +252,9 @@ def made_of(data: Data) -> str:
 
 
 def sources_table(data: Data, n: Counts, stats: list[dict]) -> str:
-    """A line a source: shares asked and got, records of a window, drops, epochs of the whole run."""
-    asked, train = np.array(list(shares(data.format.data.sources).values())), data.cfg.train
+    """A line a source: shares asked (where they change, at row 0) and got, records of a window there, drops,
+    epochs of the whole run."""
+    asked, train = np.array(knots(shares(data.format.data.sources))[0][1]), data.cfg.train
     asked, got = asked / asked.sum(), n.positions_S / max(n.positions_S.sum(), 1)
     at_end = data.rows.stats(train.num_steps * train.batch_size - 1)
     lines = []
@@ -263,7 +265,7 @@ def sources_table(data: Data, n: Counts, stats: list[dict]) -> str:
                        for share, colour in ((asked[source], plots.LIGHT_GREY),
                                              (got[source], packed_row.colour(source))))
         lines.append([f"<b>{escape(name)}</b>", bars, f"{asked[source]:.1%}", f"{got[source]:.1%}",
-                      f"{data.rows.per_window[source]:,}", share_of(dropped), share_of(left_out),
+                      f"{data.rows.mixture.records[0][source]:,}", share_of(dropped), share_of(left_out),
                       page.number(at_end[f"data/epochs/{name}"])])
     head = ("", "positions, asked above got", "asked", "got", "records a window", "dropped", "left out",
             "epochs of the run")
