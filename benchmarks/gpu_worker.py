@@ -317,7 +317,7 @@ def train(say, size: str, remat: str, batch_size: int) -> None:
     batch, tx = mixed_rows(cfg), make_optimizer(cfg.optimizer, cfg.train.num_steps)
     with jax.set_mesh(mesh):
         state = states.init_state(objective, tx, cfg.optimizer.ema_decay > 0, cfg.seed, mesh)
-        placed, began = sharding.put_batch(batch, mesh), time.perf_counter()
+        placed, began = sharding.put_batch(batch, mesh, batch_size), time.perf_counter()
         step = steps.jit_train_step(objective, tx, cfg, state).lower(state, {}, placed).compile()
         compile_seconds, seconds, lm_loss = time.perf_counter() - began, [], []
         while len(seconds) < WARM + 3 or (sum(seconds) < STEP_SECONDS and len(seconds) < MAX_STEPS):

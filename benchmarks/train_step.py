@@ -133,14 +133,14 @@ def work(name: str) -> None:
     tx = make_optimizer(cfg.optimizer, cfg.train.num_steps)
     with jax.set_mesh(mesh):
         state = states.init_state(objective, tx, False, cfg.seed, mesh)
-        placed = sharding.put_batch(batch, mesh)
+        placed = sharding.put_batch(batch, mesh, cfg.train.batch_size)
         train_step = steps.jit_train_step(objective, tx, cfg, state).lower(state, {}, placed).compile()
         distributed.return_freed_memory()  # as training does
         last = None
 
         def step():
             nonlocal state, last
-            state, last = train_step(state, {}, sharding.put_batch(batch, mesh))
+            state, last = train_step(state, {}, sharding.put_batch(batch, mesh, cfg.train.batch_size))
 
         @functools.cache
         def operands():

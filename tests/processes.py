@@ -25,7 +25,7 @@ class Process:
     def kill(self, with_signal: int = signal.SIGKILL) -> None:
         self.popen.send_signal(with_signal)
 
-    def wait(self, seconds: float = 300) -> int:
+    def wait(self, seconds: float = 600) -> int:
         """Its exit status, as a shell has it: 128 + the signal that ended it."""
         status = self.popen.wait(seconds)
         return status if status >= 0 else 128 - status
@@ -75,14 +75,14 @@ def running(*arguments, **options):
             process.popen.wait()
 
 
-def succeed(processes: list[Process], seconds: float = 300) -> None:
+def succeed(processes: list[Process], seconds: float = 600) -> None:
     """Waits until all have ended as they should."""
     deadline = time.monotonic() + seconds
     statuses = [process.wait(max(1, deadline - time.monotonic())) for process in processes]
     assert not any(statuses), f"{statuses}\n" + "\n".join(process.stderr() for process in processes)
 
 
-def wait_for(condition, processes: list[Process], seconds: float = 300) -> None:
+def wait_for(condition, processes: list[Process], seconds: float = 600) -> None:
     """Until condition() holds; none of the processes may end before."""
     deadline = time.monotonic() + seconds
     while not condition():
