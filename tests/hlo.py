@@ -26,12 +26,8 @@ class Instruction(NamedTuple):
     op: str
     arrays: list[tuple[str, tuple[int, ...]]]  # (dtype, shape) of each result
     operands: list[str]
-    calls: list[str]  # computations that it runs
-
-    @property
-    def size(self) -> int:
-        """Elements of the largest result."""
-        return max((_elements(shape) for _, shape in self.arrays), default=0)
+    calls: list[str]  # computations that it runs; a loop's body last
+    channel: str | None  # of a collective
 
 
 def _elements(shape) -> int:
@@ -54,7 +50,8 @@ def parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
             inside, _, after = match[4].partition(")")
             calls = re.findall(r"(?:calls|to_apply|body|condition|branch_computations)=\{?%?([\w.\-]+)", after)
             operands = re.findall(r"%([\w.\-]+)", inside)
-            found[name].append(Instruction(match[1], match[3], arrays, operands, calls))
+            channel = re.search(r"channel_id=(\d+)", after)
+            found[name].append(Instruction(match[1], match[3], arrays, operands, calls, channel and channel[1]))
     return entry, found
 
 
@@ -80,30 +77,37 @@ def collectives(text: str) -> Counter:
                    for dtype, shape in (x.arrays[-1:] if x.op == "all-gather-start" else x.arrays) if shape)
 
 
-def whole_at_once(text: str, least: int) -> dict[str, int]:
-    """{computation: the most elements of gathered arrays that are live at one time}, of a scheduled program.
+def whole_at_once(text: str, weights: set[int]) -> dict[str, int]:
+    """{entry or loop's body: the most elements of gathered weights that are live at one time}, of a scheduled
+    program. weights: their numbers of elements, by which they are told from activations.
 
-    Gathered: results of all-gathers, and of fusions around them, of at least so many elements, and what is only
-    another form of them.
+    A gather is known by its channel, for a TPU's is spread over a chain of fusions. It is live from the first
+    instruction that has it inside to the last that reads its result, or what is only another form of it.
     """
     entry, computations = parse(text)
-    fused = {name for name, found in computations.items() if any(x.op.startswith("all-gather") for x in found)}
-    most = {}
-    for name in reached(computations, entry):
-        origin, size, last = {}, {}, {}
-        for time, x in enumerate(computations[name]):
-            for operand in x.operands:
-                if operand in origin:
-                    last[origin[operand]] = time
-            gathers = x.op in ("all-gather", "all-gather-start") or (x.op == "fusion" and fused & set(x.calls))
-            if gathers and x.size >= least:
-                origin[x.name], size[x.name], last[x.name] = x.name, x.size, time
-            elif x.op in SAME and x.operands and x.operands[0] in origin:
-                origin[x.name] = origin[x.operands[0]]
-        starts = {x.name: time for time, x in enumerate(computations[name]) if x.name in size}
-        most[name] = max((sum(size[g] for g in size if starts[g] <= time <= last[g])
-                          for time in starts.values()), default=0)
-    return most
+    sizes = {x.channel: _elements(x.arrays[-1][1]) for found in computations.values() for x in found
+             if x.op.startswith("all-gather") and x.channel and _elements(x.arrays[-1][1]) in weights}
+    loops = [x for name in reached(computations, entry) for x in computations[name] if x.op == "while"]
+    bodies = [loop.calls[-1] for loop in loops]
+    return {name: _most_live(computations, name, sizes) for name in (entry, *bodies)}
+
+
+def _most_live(computations: dict, name: str, sizes: dict[str, int]) -> int:
+    held, first, last = {}, {}, {}  # by instruction: channels; by channel: times
+    for time, x in enumerate(computations[name]):
+        for channel in set().union(*(held.get(operand, set()) for operand in x.operands)):
+            last[channel] = time
+        run = set().union(*(reached(computations, call) for call in x.calls)) if x.op == "fusion" else ()
+        channels = {x.channel, *(y.channel for called in run for y in computations[called])} & sizes.keys()
+        for channel in channels:
+            first.setdefault(channel, time)
+            last[channel] = time
+        if x.op in SAME and x.operands:
+            channels |= held.get(x.operands[0], set())
+        results = {_elements(shape) for _, shape in x.arrays}
+        held[x.name] = {channel for channel in channels if sizes[channel] in results}
+    live = [[c for c in first if first[c] <= time <= last[c]] for time in first.values()]
+    return max((sum(sizes[c] for c in channels) for channels in live), default=0)
 
 
 def small_step(mesh_sizes):

@@ -67,8 +67,6 @@ def _on_devices(fn, out_axes, vocab_size: int, h_BTD, head_DV, targets_BT, mask_
     """
     one = sharded(partial(fn, vocab_size), (HIDDEN, (None, "vocab"), ("vocab",), SUMS, SUMS), out_axes)
     head_DV = constrain(head_DV.astype(h_BTD.dtype), "embed", "vocab")  # else it is gathered, then cast
-    # Else it is gathered at any time before, while the embedding may still be whole.
-    h_BTD, head_DV = jax.lax.optimization_barrier((h_BTD, head_DV))
     return one(h_BTD, head_DV, jnp.arange(head_DV.shape[1]), targets_BT, mask_BT)
 
 
