@@ -1,13 +1,16 @@
 """The data card, card.json: what the prepared data are, counted once when all is written."""
 
 import collections
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 
 import numpy as np
+from etils import epath
 
 from tfusion.data import store
 from tfusion.errors import UserError
 
+NAME = "card.json"
 HASHES = 2**24  # looked at at once
 FEW = 20  # held-out records of a source
 PERCENTILES = (5, 50, 95)
@@ -21,6 +24,15 @@ def make(root) -> dict:
     folders = store.split_folders(root)
     copies = _copies(folders)
     return {f"{folder.parent.name}/{folder.name}": _split(folder) | copies[folder] for folder in folders}
+
+
+def read(root) -> dict:
+    """The card of prepared data; of a store that was written by other means, made now."""
+    path = epath.Path(root) / NAME
+    try:
+        return json.loads(path.read_text()) if path.exists() else make(root)
+    except ValueError as e:
+        raise UserError(f"{path} is broken ({e}): {store.AGAIN}, or delete it") from e
 
 
 def _split(folder) -> dict:
@@ -79,17 +91,26 @@ def _copies(folders: list) -> dict:
     found = {folder: {"copies": 0} | ({} if folder.name == "train" else {"also_in_train": 0})
              for folder in folders}
     for part in range(parts):
-        unique, train = {}, []
+        unique = {}
         for folder in folders:
             some = [x[x % np.uint64(parts) == part] for x in _arrays(folder, ledgers[folder], "hashes")]
             hashes = np.concatenate(some or [np.zeros(0, np.uint64)])
-            unique[folder], counts = np.unique(hashes, return_counts=True)
-            found[folder]["copies"] += int((counts - 1).sum())
-            if folder.name == "train":
-                train.append(unique[folder])
+            hashes.sort()  # in place: np.unique and np.isin take several times the memory
+            unique[folder] = hashes[np.concatenate([[True], hashes[1:] != hashes[:-1]])[: len(hashes)]]
+            found[folder]["copies"] += len(hashes) - len(unique[folder])
         for folder in folders:
-            if folder.name != "train" and train:
-                found[folder]["also_in_train"] += int(np.isin(unique[folder], np.concatenate(train)).sum())
+            if folder.name != "train":
+                train = (unique[other] for other in folders if other.name == "train")
+                found[folder]["also_in_train"] += int(_stand_in(unique[folder], train).sum())
+    return found
+
+
+def _stand_in(hashes: np.ndarray, others: Iterable[np.ndarray]) -> np.ndarray:
+    """bool, which of the hashes stand in any of the others, which are sorted."""
+    found = np.zeros(len(hashes), bool)
+    for some in others:
+        if len(some):
+            found |= some[np.minimum(np.searchsorted(some, hashes), len(some) - 1)] == hashes
     return found
 
 
@@ -98,7 +119,7 @@ def check(card: dict) -> None:
     for title, about in card.items():
         if title.endswith("/train") and not about["records"]:
             total = sum(number for number, _ in about["skipped"].values())
-            raise UserError(f"{title}: none of {total} records can be used: {_told(about['skipped'])}")
+            raise UserError(f"{title}: none of {total} records can be used: {told(about['skipped'])}")
 
 
 def lines(card: dict) -> list[str]:
@@ -118,10 +139,11 @@ def lines(card: dict) -> list[str]:
         few = title.endswith("/heldout") and about["records"] < FEW
         out.append(f"{title}: {', '.join(text)}" + "; few: figures of them say little" * few)
         if about["skipped"]:
-            out.append(f"  skipped: {_told(about['skipped'])}")
+            out.append(f"  skipped: {told(about['skipped'])}")
     return out
 
 
-def _told(skipped: dict) -> str:
+def told(skipped: dict) -> str:
+    """What was skipped, by reason, with the first keys."""
     return "; ".join(f"{number:,} {reason} ({', '.join(keys)}{', ...' * (number > len(keys))})"
                      for reason, (number, keys) in skipped.items())
