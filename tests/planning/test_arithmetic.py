@@ -318,8 +318,8 @@ def test_rows_and_heads_must_divide():
 def test_a_plan_for_several_hosts_says_that_the_trainer_starts_one(name, hosts):
     accelerator = parse_accelerator(name)
     assert accelerator.num_hosts == hosts
-    candidate = search.Candidate(small_config(), topology.abstract_mesh(small_config().mesh, accelerator),
-                                 Work(0, 0, 0, 0, 0, 0), None, None, None)
+    mesh = topology.abstract_mesh(config.MeshConfig(accelerator.num_slices, -1, 1, 1), accelerator)
+    candidate = search.Candidate(small_config(), mesh, Work(0, 0, 0, 0, 0, 0), None, None, None)
     said = [note for note in plan.notes(candidate, accelerator) if "hosts" in note]
     assert said == [f"{hosts} hosts: for now tfusion.train starts one only"] * (hosts > 1)
 
