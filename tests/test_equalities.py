@@ -40,7 +40,11 @@ MESHES = {  # (data, fsdp, tensor, sequence), micro-batches
     "data4-tensor2-micro2": ((4, 1, 2, 1), 2),
     "fsdp2-tensor2-sequence2": ((1, 2, 2, 2), 1),
     "sequence4": ((1, 1, 1, 4), 1),
+    "data2": ((2, 1, 1, 1), 1),
+    "tensor2": ((1, 1, 2, 1), 1),
+    "data2-sequence4": ((2, 1, 1, 4), 1),
 }
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] if i > 4 else []) for i, name in enumerate(MESHES)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -147,7 +151,7 @@ def assert_gradients_equal(got, want, rtol=GRADIENT_RTOL):
 
 # ---------------------------------------------------------------- meshes
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", NAMES)
 def test_first_step_on_a_mesh_equals_one_device(runs, name):
     got, want = runs.on(*MESHES[name]), runs.on()
     for loss in ("lm_loss", "diffusion_loss", "grad_norm"):
@@ -157,7 +161,7 @@ def test_first_step_on_a_mesh_equals_one_device(runs, name):
                            gradients_of(want.first[0], want.losses[0]))
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", NAMES)
 def test_curve_on_a_mesh_equals_one_device(runs, name):
     got, want = runs.on(*MESHES[name]), runs.on()
     for loss in ("lm_loss", "diffusion_loss"):
@@ -166,7 +170,7 @@ def test_curve_on_a_mesh_equals_one_device(runs, name):
         assert len(set(curves[1])) == STEPS
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", NAMES)
 def test_state_stays_in_its_shards(runs, name):
     run = runs.on(*MESHES[name])
     shapes = jax.tree.map(lambda x: x.ndim, run.last)
@@ -221,6 +225,8 @@ def test_lowered_step_has_sharding_constraints(runs):
     assert count(tensor, (B, T, m.d_ff)) >= 2  # the MLP's hidden layer
     table = f"[{tensor}, {{}}]> : tensor<{m.padded_vocab_size}x{m.d_model}xf32>"
     assert sum(line.endswith(table) for line in lines) >= 2  # the embedding: split in vocabulary alone
+    images = f'[{{"data", "fsdp"}}, {{}}, {{}}]> : tensor<{B}x{runs.cfg.rows.image_slots}x{m.d_model}xf32>'
+    assert sum(line.endswith(images) for line in lines) >= 2  # the adapter: split by rows alone
     queries, keys = f"{rows}{tensor}, {{}}]", f'[{{"data", "fsdp"}}, {{}}, {tensor}, {{}}]'
     kernels = [line for line in text.splitlines() if "sdy.manual_computation" in line]
     assert any(queries in line and keys in line for line in kernels)  # attention: queries split, keys whole
@@ -397,7 +403,7 @@ def draws(runs):
         return draw, jax.device_get(jax.jit(draw)(runs.batch.noise_ids_BI2, runs.batch.max_t_BI))
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", NAMES)
 def test_noise_is_the_same_on_any_mesh(runs, draws, name):
     draw, want = draws
     mesh = make_mesh(MESHES[name][0])

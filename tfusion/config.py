@@ -66,9 +66,9 @@ def choice(*names: str, may_change: bool = False):
     return dataclasses.field(metadata={"choices": names, "may_change": may_change})
 
 
-def number(zero: bool = False, most: float = INT32, may_change: bool = False):
-    """Positive and finite, or 0 where that means off; at most `most`, in whole numbers."""
-    return dataclasses.field(metadata={"zero": zero, "most": most, "may_change": may_change})
+def number(zero: bool = False, most: float = INT32, may_change: bool = False, also: int | None = None):
+    """Positive and finite, or 0 where that means off, or `also`; at most `most`, in whole numbers."""
+    return dataclasses.field(metadata={"zero": zero, "most": most, "may_change": may_change, "also": also})
 
 
 def scheduled():
@@ -130,10 +130,17 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    data: int
-    fsdp: int = dataclasses.field(metadata={"also": -1})  # -1: the devices left over
-    tensor: int
-    sequence: int  # context parallelism: positions of a row over devices
+    """Sizes of the mesh's axes; one may be -1: the devices left over."""
+
+    data: int = number(also=-1)
+    fsdp: int = number(also=-1)
+    tensor: int = number(also=-1)
+    sequence: int = number(also=-1)  # context parallelism: positions of a row over devices
+
+    def check(self, name: str) -> None:
+        filling = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) == -1]
+        if len(filling) > 1:
+            raise UserError(f"{name}: {' and '.join(filling)} are -1; one axis may take the devices left over")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ dropped unless the mesh was entered with `jax.set_mesh`; a misspelt axis would b
 """
 
 import math
+import re
 
 import jax
 import numpy as np
@@ -36,29 +37,45 @@ RULES = {  # logical axis -> mesh axes
 }
 
 
-def mesh_shape(cfg: MeshConfig, num_devices: int) -> dict[str, int]:
-    """{mesh axis: size}, fsdp = -1 taking what is left. Raises UserError where the product is another."""
+def num_slices(devices) -> int:
+    """How many TPU slices the devices stand in: groups of them that only the slow network joins."""
+    if devices[0].platform != "tpu":  # GPUs' hosts are numbered so too
+        return 1
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def mesh_shape(cfg: MeshConfig, num_devices: int, slices: int = 1) -> dict[str, int]:
+    """{mesh axis: size}, an axis of -1 taking what is left. Raises UserError where the product is another, and
+    where the slices cannot share the data axis."""
     sizes = {axis: getattr(cfg, axis) for axis in AXES}
-    if sizes["fsdp"] == -1:
-        sizes["fsdp"] = max(num_devices // (cfg.data * cfg.sequence * cfg.tensor), 1)
+    for axis in (axis for axis, size in sizes.items() if size == -1):
+        sizes[axis] = max(num_devices // math.prod(size for size in sizes.values() if size != -1), 1)
     if math.prod(sizes.values()) != num_devices:
         text = " x ".join(f"{axis}={getattr(cfg, axis)}" for axis in AXES)
         raise UserError(f"mesh {text} does not fit {num_devices} devices; set mesh.* so that the product is "
                         f"{num_devices}")
+    if sizes["data"] % slices:
+        raise UserError(f"mesh.data = {sizes['data']} does not divide over {slices} slices, between which only "
+                        f"data may cross the slow network; set --config.mesh.data={slices} or a multiple")
     return sizes
 
 
 def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
     """A (data, fsdp, sequence, tensor) mesh over all devices, or over those given.
 
-    Over several TPU slices the outermost axis, data, crosses the slow network between them.
+    Over several TPU slices the outermost axis, data, crosses the slow network between them, and nothing else
+    does; within each the axes follow its torus. Raises UserError where that cannot be.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = tuple(mesh_shape(cfg, len(devices)).values())
-    if len({getattr(device, "slice_index", None) for device in devices}) > 1:
-        grid = np.asarray(sorted(devices, key=lambda d: (d.slice_index, d.id))).reshape(sizes)
-    else:  # jax.make_mesh would refuse an axis that takes part of a torus axis
-        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    slices = num_slices(devices)
+    sizes = mesh_shape(cfg, len(devices), slices)
+    inside = sizes["data"] // slices, *list(sizes.values())[1:]
+    # jax.make_mesh would refuse an axis that takes part of a torus axis
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1), devices,
+                                                    allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -68,11 +85,12 @@ def parse_mesh(text: str | None) -> Mesh:
     if not text:
         alone = jax.process_count() == 1
         return make_mesh(MeshConfig(1, 1 if alone else -1, 1, 1), jax.devices()[:1] if alone else None)
-    pairs = [part.partition("=") for part in text.split(",")]
-    if any(axis not in AXES or not ((size.isdigit() and int(size)) or (axis, size) == ("fsdp", "-1"))
-           for axis, _, size in pairs):
+    sizes = [re.fullmatch(rf"({'|'.join(AXES)})=(-1|[1-9]\d*)", part) for part in text.split(",")]
+    if not all(sizes) or len({size[1] for size in sizes}) < len(sizes):
         raise UserError(f"--mesh={text} must name sizes of {', '.join(AXES)}, such as --mesh=fsdp=4,tensor=2")
-    return make_mesh(MeshConfig(**{**dict.fromkeys(AXES, 1), **{axis: int(size) for axis, _, size in pairs}}))
+    cfg = MeshConfig(**{**dict.fromkeys(AXES, 1), **{size[1]: int(size[2]) for size in sizes}})
+    cfg.check("--mesh")
+    return make_mesh(cfg)
 
 
 def local_mesh(number: int | None = None) -> Mesh:
@@ -114,7 +132,7 @@ def split_rows(x):
 def sharded(fn, in_axes, out_axes):
     """shard_map by logical axes, for kernels, which the compiler cannot partition: fn sees one device's part.
 
-    in_axes: one tuple of logical axis names (or None) per argument; out_axes: of the one result. An axis
+    in_axes: one tuple of logical axis names (or None) per argument; out_axes: of the result, or of each. One
     named None is whole on every device: what was split is gathered on the way in, and its gradient summed on
     the way back. Mesh axes that some dimension does not divide over (a few rows to sample) are left out of
     all arguments alike: those devices repeat the work.
@@ -133,8 +151,9 @@ def sharded(fn, in_axes, out_axes):
         def even(names):
             return PartitionSpec(*(None if axes in uneven else axes for axes in spec(*names)))
 
-        return jax.shard_map(fn, in_specs=tuple(map(even, in_axes)), out_specs=even(out_axes),
-                             check_vma=False)(*arguments)
+        several = isinstance(out_axes[0], tuple)
+        return jax.shard_map(fn, in_specs=tuple(map(even, in_axes)), check_vma=False,
+                             out_specs=tuple(map(even, out_axes)) if several else even(out_axes))(*arguments)
 
     return run
 

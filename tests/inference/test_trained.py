@@ -114,7 +114,7 @@ def test_on_any_mesh(copied):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("text", ["fsdp", "fsdp=x", "rows=2", "fsdp=0", "tensor=-1", "fsdp=4,,"])
+@pytest.mark.parametrize("text", ["fsdp", "fsdp=x", "rows=2", "fsdp=0", "data=-2", "fsdp=4,,", "data=2,data=4"])
 def test_a_mesh_that_is_none_is_one_line(text):
     with pytest.raises(UserError, match=f"--mesh={text} must name sizes of data, fsdp, sequence, tensor"):
         sharding.parse_mesh(text)

@@ -14,6 +14,7 @@ from tests.planning import plans
 from tfusion import config, sharding
 from tfusion.config import MeshConfig
 from tfusion.models import lm_head
+from tfusion.models.adapters.linear import TIME_FEATURES
 from tfusion.planning import compile
 
 B, T, D, V = 4, 32, 8, 64
@@ -250,8 +251,8 @@ def test_devices_that_share_rows_share_the_work():
 
 
 def test_no_product_of_a_bfloat16_step_mixes_types():
-    """Lowered, forward and backward: float32 leaves the products that make logits, the head's gradient and the
-    image adapter's estimate, and no others; none takes float32 and bfloat16."""
+    """Lowered, forward and backward: float32 leaves the products that make logits, the image adapter's estimate
+    and gradients of weights, and no others; none takes float32 and bfloat16."""
     cfg = plans.small_config(batch_size=2, d_model=96, text_vocab_size=700)
     cfg = config.changed(cfg, {"model.adapter.latent_channels": 5})
     with jax.set_mesh(sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])):
@@ -264,5 +265,8 @@ def test_no_product_of_a_bfloat16_step_mixes_types():
     C = lm_head.chunk_size(2 * cfg.data.seq_len, V)
     patches = f"2x{cfg.rows.image_slots}x{cfg.model.num_patches}"
     wide = {shape for lhs, _, shape, out in found if (lhs, out) == ("bf16", "f32")}
-    assert wide == {f"{C}x{V}", f"96x{V}", f"{patches}x{P}"}
-    assert {f"{C}x96", f"96x{P}"} <= {shape for lhs, _, shape, out in found if (lhs, out) == ("bf16", "bf16")}
+    F, D = cfg.model.d_ff, 96
+    weights = {f"{D}x{n}" for n in (D, F, P, TIME_FEATURES)} | {f"{F}x{D}", f"{P}x{D}"}
+    assert wide == {f"{C}x{V}", f"{D}x{V}", f"{patches}x{P}"} | weights
+    low = {shape for lhs, _, shape, out in found if (lhs, out) == ("bf16", "bf16")}
+    assert {f"{C}x{D}", f"{2 * cfg.data.seq_len}x{F}"} <= low

@@ -17,13 +17,7 @@ from tfusion import config
 from tfusion.models.adapters import linear
 from tfusion.models.adapters.linear import LinearConfig
 from tfusion.models.masks import dense_mask
-from tfusion.models.transfusion import (
-    ModelConfig,
-    Transfusion,
-    gather_patches,
-    patch_positions,
-    scatter_patches,
-)
+from tfusion.models.transfusion import ModelConfig, Transfusion, patch_places, put_patches, take_patches
 from tfusion.types import BOS, EOS, PAD, Batch
 
 MODEL = ModelConfig(
@@ -222,17 +216,17 @@ def random_starts(rng, rows: int):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_gather_undoes_scatter(seed):
+def test_taking_patches_undoes_putting_them(seed):
     rng = np.random.default_rng(seed)
     starts = random_starts(rng, 4)
     x, patches = rng.standard_normal((4, T, 3)), rng.standard_normal((4, I, N, 3))
-    positions = patch_positions(jnp.asarray(starts), N)
-    out = scatter_patches(jnp.asarray(x), jnp.asarray(patches), positions)
+    places = patch_places(jnp.asarray(starts), N, T)
+    out = put_patches(jnp.asarray(x), jnp.asarray(patches), places)
     expected, used = x.copy(), starts < T
     for row, slot in np.argwhere(used):
         expected[row, starts[row, slot] : starts[row, slot] + N] = patches[row, slot]
     np.testing.assert_allclose(out, expected, rtol=1e-6)
-    back = gather_patches(out, positions, N)
+    back = take_patches(out, places, N)
     np.testing.assert_allclose(back, patches * used[..., None, None], rtol=1e-6)
 
 

@@ -33,11 +33,11 @@ def test_collective_bytes_of_a_toy():
     cfg = small_config(batch_size=16, num_microbatches=2)  # bf16, 2 layers, full remat
     shape = {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 2}
     got = collectives.collectives(cfg, toy_parameters(), shape)
-    weights = (100 * 60 / 2 + 100) * 2  # bytes a chip needs whole
+    weights = (100 * 60 / 2 + 100) * 2  # bytes a chip needs whole; their gradients are float32
     activations = 16 * 128 / 8 * 64 * 2  # positions per chip, both micro-batches, x d_model x 2 bytes
     assert got == Collectives(
-        fsdp_gather=2 * 2 * weights * 3 / 4, fsdp_scatter=2 * weights * 3 / 4,
-        data_reduce=2 * 2 * weights / 4 * 1 / 2, tensor_reduce=2 * (2 * 5 + 2) * activations * 1 / 2,
+        fsdp_gather=2 * 2 * weights * 3 / 4, fsdp_scatter=2 * 2 * weights * 3 / 4,
+        data_reduce=2 * 2 * 2 * weights / 4 * 1 / 2, tensor_reduce=2 * (2 * 5 + 2) * activations * 1 / 2,
         sequence_keys=0, sequence_reduce=0)
     assert got.total == sum(got)
 
@@ -51,10 +51,10 @@ def test_collective_bytes_of_rows_split_over_chips():
     keys = 2 * 16 / 4 * 128 * (4 / 2 * 16) * 2  # and values: a chip's rows, whole, its heads
     activations = 16 / 4 * 128 / 4 * 64 * 2  # a chip's part of its rows
     assert got == Collectives(
-        fsdp_gather=2 * 2 * weights * 3 / 4, fsdp_scatter=2 * weights * 3 / 4, data_reduce=0,
+        fsdp_gather=2 * 2 * weights * 3 / 4, fsdp_scatter=2 * 2 * weights * 3 / 4, data_reduce=0,
         tensor_reduce=2 * (2 * 5 + 2) * activations * 1 / 2,
         sequence_keys=2 * (1 + 1 + 2) * keys * 3 / 4,  # forward, recomputed, and the sum of gradients
-        sequence_reduce=2 * 2 * weights / 4 * 3 / 4)
+        sequence_reduce=2 * 2 * 2 * weights / 4 * 3 / 4)
     kept = search.change(cfg, model={"remat": "none"})
     assert collectives.collectives(kept, toy_parameters(), shape).sequence_keys == 2 * (1 + 2) * keys * 3 / 4
 
@@ -290,6 +290,20 @@ def test_mesh_that_does_not_fit_the_chips():
         "data": 2, "fsdp": 16, "sequence": 1, "tensor": 4}
 
 
+def test_only_meshes_that_training_can_make_are_planned():
+    """Between slices runs data alone: in what is asked for, in what would fit, in what the search looks at."""
+    slices = parse_accelerator("2xv5litepod-16")
+    with pytest.raises(UserError, match=r"^mesh\.data = 1 does not divide over 2 slices.*mesh\.data=2 or a"):
+        topology.mesh_shape(config.MeshConfig(1, -1, 1, 1), slices)
+    assert topology.mesh_shape(config.MeshConfig(-1, 4, 2, 1), slices)["data"] == 4
+    cfg = search.change(small_config(batch_size=64), mesh={"data": 4})
+    smaller = list(search.smaller(cfg, topology.mesh_shape(cfg.mesh, slices), 2))
+    looked = [group[0] for group in search.settings(cfg, slices)]
+    shapes = [[topology.mesh_shape(c.mesh, slices) for c in configs] for configs in (smaller, looked)]
+    assert [{shape["data"] for shape in part} for part in shapes] == [{4, 2}, {2, 4, 8, 16, 32}]
+    assert {shape["fsdp"] for shape in shapes[0]} == {8, 16, 4, 2}
+
+
 def test_rows_and_heads_must_divide():
     planner = search.Planner(small_config(), parse_accelerator("h100-24"))
     with pytest.raises(UserError, match=r"^data\.seq_len = 128 does not divide over mesh\.sequence = 3"):
@@ -304,8 +318,8 @@ def test_rows_and_heads_must_divide():
 def test_a_plan_for_several_hosts_says_that_the_trainer_starts_one(name, hosts):
     accelerator = parse_accelerator(name)
     assert accelerator.num_hosts == hosts
-    candidate = search.Candidate(small_config(), topology.abstract_mesh(small_config().mesh, accelerator),
-                                 Work(0, 0, 0, 0, 0, 0), None, None, None)
+    mesh = topology.abstract_mesh(config.MeshConfig(accelerator.num_slices, -1, 1, 1), accelerator)
+    candidate = search.Candidate(small_config(), mesh, Work(0, 0, 0, 0, 0, 0), None, None, None)
     said = [note for note in plan.notes(candidate, accelerator) if "hosts" in note]
     assert said == [f"{hosts} hosts: the same command runs on each, one process a host, and all must reach "
                     "--workdir"] * (hosts > 1)
@@ -314,8 +328,8 @@ def test_a_plan_for_several_hosts_says_that_the_trainer_starts_one(name, hosts):
 def test_smaller_tries_the_nearest_changes_first():
     cfg = search.change(small_config(batch_size=16), model={"remat": "none"})
     tried = [(c.model.remat, c.train.num_microbatches, c.mesh.data)
-             for c in search.smaller(cfg, {"data": 2, "fsdp": 2, "tensor": 1})]
-    assert tried[:5] == [("full", 1, 1), ("full", 2, 1), ("full", 4, 1), ("full", 1, 1), ("full", 4, 1)]
+             for c in search.smaller(cfg, {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 1})]
+    assert tried[:5] == [("full", 1, 2), ("full", 2, 2), ("full", 4, 2), ("full", 1, 1), ("full", 4, 1)]
 
 
 def test_parts_of_hbm_add_up_to_the_compilers_figure():

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from tests.planning.plans import small_config
+from tfusion import config
 from tfusion.accelerators import GIB, parse_accelerator
 from tfusion.planning import plan, search, text, topology
 
@@ -31,8 +32,9 @@ def test_slices_and_topologies_describe_their_devices():
         found = topology.devices(accelerator)
         assert len(found) == accelerator.num_chips
         assert found[0].device_kind in accelerator.chip.device_kinds
-    mesh = topology.make_mesh(small_config().mesh, accelerator)
-    assert mesh.shape["fsdp"] == 32
+    mesh = topology.make_mesh(config.MeshConfig(2, -1, 1, 4), accelerator)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "sequence": 4, "tensor": 1}
+    assert [{d.slice_index for d in half.flat} for half in mesh.devices] == [{0}, {1}]
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
 
 

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from tfusion.models.transformer import linear_f32
-from tfusion.sharding import max_over, sharded, sum_over
+from tfusion.sharding import constrain, max_over, sharded, sum_over
 
 CHUNK_LOGITS = 2**25  # float32 logits of a chunk, at most (128 MiB)
 CHUNK_TILE = 64  # a chunk's positions are a multiple of this
+SUMS = ("batch", "length")  # one for each device that has positions of its own
+HIDDEN = ("batch", "length", "hidden")
 
 
 def logits(h, head_DV, vocab_size: int):
@@ -30,26 +32,42 @@ def mask_padding(z, ids, vocab_size: int):
 
 
 def next_token_loss(h_BTD, head_DV, tokens_BT, loss_mask_BT, vocab_size: int):
-    """(sum, count) of -log p(tokens[p + 1]) over the scored positions p, float32.
+    """(sum, count) of -log p(tokens[p + 1]) over the scored positions p, float32."""
+    targets_BT = jnp.roll(tokens_BT, -1, axis=1)  # a device's last one is its neighbour's first token
+    return scored_sum(vocab_size, h_BTD, head_DV, targets_BT, loss_mask_BT), jnp.sum(loss_mask_BT)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scored_sum(vocab_size: int, h_BTD, head_DV, targets_BT, mask_BT):
+    """The sum of -log softmax(h @ head)[target] where mask is True, float32."""
+    return jnp.sum(_on_devices(_sum, SUMS, vocab_size, h_BTD, head_DV, targets_BT, mask_BT))
+
+
+def _scored_sum_and_gradients(vocab_size: int, h_BTD, head_DV, targets_BT, mask_BT):
+    sums, dh_BTD, dheads = _on_devices(_sum_and_gradients, (SUMS, HIDDEN, (*SUMS, None, "vocab")), vocab_size,
+                                       h_BTD, head_DV, targets_BT, mask_BT)
+    return jnp.sum(sums), (dh_BTD, constrain(jnp.sum(dheads, (0, 1)), "embed", "vocab").astype(head_DV.dtype))
+
+
+def _scale_gradients(vocab_size: int, gradients, cotangent):
+    del vocab_size
+    return *((cotangent * g).astype(g.dtype) for g in gradients), None, None
+
+
+scored_sum.defvjp(_scored_sum_and_gradients, _scale_gradients)
+
+
+def _on_devices(fn, out_axes, vocab_size: int, h_BTD, head_DV, targets_BT, mask_BT):
+    """fn on every device's part.
 
     Rows are split over devices, positions of a row too, and the vocabulary: each device sums over its own
     positions, with as many chunks as it needs. Those that split the vocabulary between them hold the same
     positions, so they agree on the number of chunks; only they meet inside the loop. The head is gathered
-    before it in the compute dtype, once, and its gradient summed after it, once.
+    before it in the compute dtype, once, and its gradient summed after it in float32, once.
     """
-    axes = ("batch", "length", "hidden"), (None, "vocab"), ("vocab",), ("batch", "length"), ("batch", "length")
-    one = sharded(partial(_sum_on_device, vocab_size=vocab_size), axes, ("batch", "length"))
-    targets_BT = jnp.roll(tokens_BT, -1, axis=1)  # a device's last one is its neighbour's first token
-    ids_V = jnp.arange(head_DV.shape[1])
-    sums = one(h_BTD, head_DV.astype(h_BTD.dtype), ids_V, targets_BT, loss_mask_BT)
-    return jnp.sum(sums), jnp.sum(loss_mask_BT)
-
-
-def _sum_on_device(h_BTD, head_DV, ids_V, targets_BT, mask_BT, vocab_size: int):
-    """(1, 1): the loss summed over one device's positions."""
-    h_ND = h_BTD.reshape(-1, h_BTD.shape[-1])
-    total = scored_sum(vocab_size, h_ND, head_DV, ids_V, targets_BT.reshape(-1), mask_BT.reshape(-1))
-    return total.reshape(1, 1)
+    one = sharded(partial(fn, vocab_size), (HIDDEN, (None, "vocab"), ("vocab",), SUMS, SUMS), out_axes)
+    head_DV = constrain(head_DV.astype(h_BTD.dtype), "embed", "vocab")  # else it is gathered, then cast
+    return one(h_BTD, head_DV, jnp.arange(head_DV.shape[1]), targets_BT, mask_BT)
 
 
 def chunk_size(num_positions: int, vocab: int) -> int:
@@ -68,18 +86,21 @@ def num_chunks(count, chunk: int):
     return (count + chunk - 1) // chunk
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def scored_sum(vocab_size: int, h_ND, head_DV, ids_V, targets_N, mask_N):
-    """The sum of -log softmax(h @ head)[target] where mask is True, float32. ids: of head's columns."""
+def _sum(vocab_size: int, h_BTD, head_DV, ids_V, targets_BT, mask_BT):
+    """(1, 1): the sum over one device's positions. ids: of head's columns."""
+    h_ND, targets_N = h_BTD.reshape(-1, h_BTD.shape[-1]), targets_BT.reshape(-1)
 
     def add(p_C, used_C, total):
         h_CD, target_C = h_ND[p_C], targets_N[p_C]
         return total + jnp.sum(jnp.where(used_C, _chunk(h_CD, head_DV, ids_V, target_C, vocab_size)[0], 0.0))
 
-    return _over_chunks(add, mask_N, head_DV, jnp.zeros(()))
+    return _over_chunks(add, mask_BT.reshape(-1), head_DV, jnp.zeros(())).reshape(1, 1)
 
 
-def _scored_sum_and_gradients(vocab_size: int, h_ND, head_DV, ids_V, targets_N, mask_N):
+def _sum_and_gradients(vocab_size: int, h_BTD, head_DV, ids_V, targets_BT, mask_BT):
+    """The sum, its gradient by one device's h, and, float32 (1, 1, D, V), that by the head."""
+    h_ND, targets_N = h_BTD.reshape(-1, h_BTD.shape[-1]), targets_BT.reshape(-1)
+
     def add(p_C, used_C, carry):
         total, dh_ND, dhead_DV = carry
         h_CD, target_C = h_ND[p_C], targets_N[p_C]
@@ -90,19 +111,8 @@ def _scored_sum_and_gradients(vocab_size: int, h_ND, head_DV, ids_V, targets_N, 
         return total + jnp.sum(jnp.where(used_C, nll_C, 0.0)), dh_ND, dhead_DV
 
     start = jnp.zeros(()), jnp.zeros_like(h_ND), jnp.zeros(head_DV.shape, jnp.float32)
-    total, dh_ND, dhead_DV = _over_chunks(add, mask_N, head_DV, start)
-    return total, (dh_ND, dhead_DV.astype(head_DV.dtype))
-
-
-def _scale_gradients(vocab_size: int, gradients, cotangent):
-    """Every device that holds a part of the vocabulary computes the same sum, and shard_map gives each its
-    share of the sum's cotangent: together they are the whole."""
-    del vocab_size
-    whole = sum_over(cotangent, "vocab")
-    return *((whole * g).astype(g.dtype) for g in gradients), None, None, None
-
-
-scored_sum.defvjp(_scored_sum_and_gradients, _scale_gradients)
+    total, dh_ND, dhead_DV = _over_chunks(add, mask_BT.reshape(-1), head_DV, start)
+    return total.reshape(1, 1), sum_over(dh_ND, "vocab").reshape(h_BTD.shape), dhead_DV[None, None]
 
 
 def _over_chunks(add, mask_N, head_DV, carry):

@@ -7,6 +7,7 @@ B batch, T tokens, D d_model, H heads, K kv_heads, E head_dim, F d_ff.
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -51,36 +52,54 @@ class TransformerConfig:
         return self.d_model // self.num_heads
 
 
+@jax.custom_vjp
 def linear(x, w):
-    """x (..., D) @ w (D, F) in x's dtype.
-
-    Two-dimensional, for XLA:CPU's gradients are twice as fast so; but a row split over devices stays as it
-    is, for merging it with the batch would gather it.
-    """
-    if num_shards("length") > 1:
-        return jnp.einsum("...d,df->...f", x, w.astype(x.dtype))
-    return (x.reshape(-1, x.shape[-1]) @ w.astype(x.dtype)).reshape(*x.shape[:-1], w.shape[-1])
+    """x (..., D) @ w (D, F) in x's dtype. w is cast before it is gathered; its gradient leaves the product in
+    w's dtype, float32, and is summed over devices so: in bfloat16 a thousand of them would add up to noise."""
+    return _product(x, w.astype(x.dtype))
 
 
 @jax.custom_vjp
 def linear_f32(x, w):
     """linear, but float32 leaves the product: not rounded to x's dtype and back. Its cotangent is cast to x's
     dtype before both backward products, which would else be float32 x bfloat16."""
-    return jnp.einsum("...d,df->...f", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+    return _product_f32(x, w.astype(x.dtype))
 
 
-def _linear_f32_fwd(x, w):
-    return linear_f32(x, w), (x, w)
+def _product_f32(x, w):
+    return jnp.einsum("...d,df->...f", x, w, preferred_element_type=jnp.float32)
 
 
-def _linear_f32_bwd(inputs, cotangent):
-    x, w = inputs
+def _product(x, w, subscripts: str = "nd,df->nf"):
+    """Two-dimensional, for XLA:CPU's gradients are twice as fast so; but a row split over devices stays as it
+    is, for merging it with the batch would gather it."""
+    if num_shards("length") > 1:
+        return jnp.einsum(subscripts.replace("n", "..."), x, w)
+    y = jnp.einsum(subscripts, x.reshape(-1, x.shape[-1]), w)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _weight_gradient(x, g, dtype):
+    """(D, F): the sum over positions of x (..., D) times g (..., F)."""
+    if num_shards("length") == 1:
+        x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    return jnp.einsum("...f,...d->fd", g, x, preferred_element_type=dtype).T
+
+
+def _linear_fwd(product, x, w):
+    """Kept: w as it is gathered, so that a recomputed forward and the backward gather it once; w's dtype."""
+    kept = x, w.astype(x.dtype), jnp.zeros(0, w.dtype)
+    return product(*kept[:2]), kept
+
+
+def _linear_bwd(kept, cotangent):
+    x, w, like = kept
     cotangent = cotangent.astype(x.dtype)
-    return (*jax.linear_transpose(lambda x: linear(x, w), x)(cotangent),
-            *jax.linear_transpose(lambda w: linear(x, w), w)(cotangent))
+    return _product(cotangent, w, "nf,df->nd"), _weight_gradient(x, cotangent, like.dtype)
 
 
-linear_f32.defvjp(_linear_f32_fwd, _linear_f32_bwd)
+linear.defvjp(partial(_linear_fwd, _product), _linear_bwd)
+linear_f32.defvjp(partial(_linear_fwd, _product_f32), _linear_bwd)
 
 
 # Under every policy the elementwise parts are made again from their inputs: on a CPU that is cheaper than to

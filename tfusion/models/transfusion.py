@@ -11,13 +11,15 @@ vector takes the place of the token embedding. What a position sees is its sight
 plus full attention among the patches of one image, never across documents. The model is given noisy latents
 and their t; it knows neither the noise nor the losses (objectives/transfusion.py).
 
-B batch, T tokens, D d_model, V vocabulary, I image slots, N patches per image, h w c latent.
+B batch, T tokens, D d_model, V vocabulary, I image slots, N patches per image, M = I * N, h w c latent.
 """
 
 import dataclasses
 import math
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -57,24 +59,70 @@ class ModelConfig(TransformerConfig):
         return self.adapter.latent_shape
 
 
-def patch_positions(image_start_BI, num_patches: int):
-    """(B, I * N): the row position of every patch of every slot; >= T in unused slots."""
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def embed_tokens(table_VD, tokens_BT, dtype: str):
+    """(B, T, D) in dtype: the table is cast, gathered over fsdp, once, and looked up. The gradient adds up in
+    the table's own float32, on each device and over them: some tokens are everywhere."""
+    table_VD = constrain(table_VD.astype(dtype), "vocab", "embed")  # else it is gathered, then cast
+    return constrain(table_VD, "vocab", None)[tokens_BT]
+
+
+def _embed_tokens_bwd(dtype, inputs, cotangent):
+    table_VD, tokens_BT = inputs
+    zeros_VD = jnp.zeros(table_VD.shape, table_VD.dtype)
+    return constrain(zeros_VD, "vocab", None).at[tokens_BT].add(cotangent.astype(table_VD.dtype)), None
+
+
+embed_tokens.defvjp(lambda table, tokens, dtype: (embed_tokens(table, tokens, dtype), (table, tokens)),
+                    _embed_tokens_bwd)
+
+
+class Places(NamedTuple):
+    """Where the patches of a row stand; each of the two undoes the other."""
+
+    positions_BM: jax.Array  # of every patch of every slot; >= T in unused slots
+    patches_BT: jax.Array  # of every position, which patch of the M = I * N stands there; M = none
+
+
+def patch_places(image_start_BI, num_patches: int, num_positions: int) -> Places:
+    B, I = image_start_BI.shape
     positions_BIN = image_start_BI[:, :, None] + jnp.arange(num_patches)
-    return positions_BIN.reshape(image_start_BI.shape[0], -1)
+    offset_BTI = jnp.arange(num_positions)[:, None] - image_start_BI[:, None]
+    inside_BTI = (offset_BTI >= 0) & (offset_BTI < num_patches)
+    patch_BT = jnp.sum(jnp.where(inside_BTI, jnp.arange(I) * num_patches + offset_BTI, 0), axis=-1)
+    patch_BT = jnp.where(inside_BTI.any(axis=-1), patch_BT, I * num_patches)
+    return Places(positions_BIN.reshape(B, -1), constrain(patch_BT, "batch", "length"))
 
 
-def scatter_patches(x_BTD, patches_BIND, positions):
-    """Puts each patch's vector at its position; unused slots (positions >= T) are dropped."""
-    B, D = x_BTD.shape[0], x_BTD.shape[-1]
-    return x_BTD.at[jnp.arange(B)[:, None], positions].set(
-        patches_BIND.reshape(B, -1, D), mode="drop")
+@jax.custom_vjp
+def pick(x_BND, index_BM, inverse_BN):
+    """x[index], row by row, zeros where the index is past the end; so picked by its inverse is the gradient.
+
+    No scatter on the way there or back: on a TPU each would sort its indices (docs/architecture.md).
+    """
+    return jax.vmap(lambda x_ND, index_M: x_ND.at[index_M].get(mode="fill", fill_value=0))(x_BND, index_BM)
 
 
-def gather_patches(h_BTD, positions, num_patches: int):
+def _pick_bwd(inverses, cotangent):
+    index_BM, inverse_BN = inverses
+    return pick(cotangent, inverse_BN, index_BM), None, None
+
+
+pick.defvjp(lambda x, index, inverse: (pick(x, index, inverse), (index, inverse)), _pick_bwd)
+
+
+def put_patches(x_BTD, patches_BIND, places: Places):
+    """Puts each patch's vector at its position; those of unused slots go nowhere."""
+    B, I, N, D = patches_BIND.shape
+    patches_BTD = pick(patches_BIND.reshape(B, -1, D), places.patches_BT, places.positions_BM)
+    return jnp.where((places.patches_BT < I * N)[..., None], patches_BTD, x_BTD)
+
+
+def take_patches(h_BTD, places: Places, num_patches: int):
     """The inverse: (B, I, N, D), zeros in unused slots."""
-    B, D = h_BTD.shape[0], h_BTD.shape[-1]
-    h = h_BTD.at[jnp.arange(B)[:, None], positions].get(mode="fill", fill_value=0)
-    return h.reshape(B, positions.shape[1] // num_patches, num_patches, D)  # -1 would not do without slots
+    h_BMD = pick(h_BTD, places.positions_BM, places.patches_BT)
+    B, M, D = h_BMD.shape
+    return h_BMD.reshape(B, M // num_patches, num_patches, D)  # -1 would not do without slots
 
 
 class Transfusion(nn.Module):
@@ -92,8 +140,7 @@ class Transfusion(nn.Module):
 
     def embed_tokens(self, tokens_BT):
         """x_BTD in the compute dtype."""
-        table_VD = self.token_embedding.astype(self.cfg.compute_dtype)
-        return constrain(table_VD, "vocab", None)[tokens_BT]  # gathered over fsdp, once
+        return embed_tokens(self.token_embedding, tokens_BT, self.cfg.compute_dtype)
 
     def embed(self, tokens_BT, image_start_BI, x_t_BIhwc, t_BI):
         """(x_BTD in the compute dtype, the adapter's skips).
@@ -103,8 +150,8 @@ class Transfusion(nn.Module):
         """
         x_BTD = self.embed_tokens(tokens_BT)
         patches_BIND, skips = self.image_adapter.encode(x_t_BIhwc.astype(x_BTD.dtype), t_BI)
-        positions = patch_positions(image_start_BI, self.cfg.num_patches)
-        return scatter_patches(x_BTD, patches_BIND, positions), skips
+        places = patch_places(image_start_BI, self.cfg.num_patches, x_BTD.shape[1])
+        return put_patches(x_BTD, patches_BIND, places), skips
 
     def hidden(self, x_BTD, sight: Sight, cache: Cache | None = None):
         """(the last hidden states h_BTD, after the final norm, in the compute dtype; the cache, with these
@@ -127,7 +174,7 @@ class Transfusion(nn.Module):
     def predict(self, h_BTD, image_start_BI, t_BI, skips):
         """The diffusion target's estimate in every image slot, (B, I, h, w, c), float32."""
         num_patches = self.cfg.num_patches
-        h_BIND = gather_patches(h_BTD, patch_positions(image_start_BI, num_patches), num_patches)
+        h_BIND = take_patches(h_BTD, patch_places(image_start_BI, num_patches, h_BTD.shape[1]), num_patches)
         return self.image_adapter.decode(h_BIND, t_BI, skips)
 
     def __call__(self, batch: Batch, x_t_BIhwc, t_BI):

@@ -1,6 +1,7 @@
 """Bytes that a chip receives from other chips in one step: from shardings, never from the compiled text.
 
-What is exchanged (bf16 where the matmuls are bf16, as seen in the v5e program):
+What is exchanged, weights and activations in bf16 where the matmuls are bf16, gradients of weights in f32
+(tests/collectives.txt lists them for a small step):
   fsdp gather      each weight, before the forward and before the backward pass of every micro-batch; a
                    recomputed forward (remat) shares the backward's gather
   fsdp scatter     each weight's gradient, every micro-batch
@@ -59,15 +60,16 @@ def collectives(cfg: RunConfig, boxed_params, shape: dict[str, int]) -> Collecti
     """shape: {'data', 'fsdp', 'sequence', 'tensor'} -> number of chips."""
     trunk, micros = kind_of(cfg).trunk(cfg), cfg.train.num_microbatches
     width = 2 if trunk and trunk.model.compute_dtype == "bfloat16" else 4
-    weights = exchanged_parameters(boxed_params, shape) * width
+    parameters = exchanged_parameters(boxed_params, shape)
+    weights, grads = parameters * width, parameters * 4
     tensor, keys = activations(cfg, trunk, shape, width) if trunk else (0.0, 0.0)
     return Collectives(
         fsdp_gather=2 * micros * weights * ring(shape["fsdp"]),
-        fsdp_scatter=micros * weights * ring(shape["fsdp"]),
-        data_reduce=2 * micros * weights / shape["fsdp"] * ring(shape["data"]),
+        fsdp_scatter=micros * grads * ring(shape["fsdp"]),
+        data_reduce=2 * micros * grads / shape["fsdp"] * ring(shape["data"]),
         tensor_reduce=2 * tensor * ring(shape["tensor"]),
         sequence_keys=keys * ring(shape["sequence"]),
-        sequence_reduce=2 * micros * weights / shape["fsdp"] * ring(shape["sequence"]))
+        sequence_reduce=2 * micros * grads / shape["fsdp"] * ring(shape["sequence"]))
 
 
 def activations(cfg: RunConfig, trunk: Trunk, shape: dict[str, int], width: int) -> tuple[float, float]:

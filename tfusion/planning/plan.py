@@ -73,15 +73,12 @@ def hbm_parts(held: Memory, compiled: Compiled | None) -> list[Part]:
 
 def notes(candidate: Candidate, accelerator: Accelerator) -> list[str]:
     """What a user should know before believing the figures."""
-    said, shape = [], candidate.mesh.shape
+    said = []
     if accelerator.num_hosts > 1:
         said.append(f"{accelerator.num_hosts} hosts: the same command runs on each, one process a host, and "
                     "all must reach --workdir")
     if not accelerator.chip.is_tpu:
         said.append("GPUs: by formula only, nothing was compiled")
-    if accelerator.num_slices > 1 and shape["data"] % accelerator.num_slices:
-        said.append("fsdp crosses the slow network between slices; "
-                    f"set --config.mesh.data={accelerator.num_slices}")
     if candidate.work.kernels:
         said.append(f"{candidate.work.kernels} attention kernels state no cost: counted by visible pairs")
     return said

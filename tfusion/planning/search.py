@@ -116,8 +116,9 @@ def change(cfg: RunConfig, **groups) -> RunConfig:
         cfg, **{name: dataclasses.replace(getattr(cfg, name), **values) for name, values in groups.items()})
 
 
-def smaller(cfg: RunConfig, shape: dict[str, int]) -> Iterator[RunConfig]:
+def smaller(cfg: RunConfig, shape: dict[str, int], slices: int = 1) -> Iterator[RunConfig]:
     """Changes that need less HBM, the nearest first: full remat, more micro-batches, more fsdp, more tensor."""
+    cfg = change(cfg, mesh=dict(shape))  # none is left to take what is left
     if remat_of(cfg) not in ("full", None):
         cfg = change(cfg, model={"remat": "full"})
         yield cfg
@@ -126,22 +127,22 @@ def smaller(cfg: RunConfig, shape: dict[str, int]) -> Iterator[RunConfig]:
     for n in range(micros + 1, rows + 1):
         if rows % n == 0 and n % micros == 0:
             yield change(cfg, train={"num_microbatches": n})
-    chips = shape["data"] * shape["fsdp"] * shape["tensor"]  # of one part of the rows' length
-    if shape["data"] > 1:
-        wide = {"data": 1, "fsdp": chips // shape["tensor"]}
+    chips = shape["data"] * shape["fsdp"] * shape["tensor"] // slices  # of one slice and one part of the length
+    if shape["data"] > slices:
+        wide = {"data": slices, "fsdp": chips // shape["tensor"]}
         yield change(cfg, mesh=wide)
         yield change(cfg, mesh=wide, train={"num_microbatches": max(rows, 1)})
     for tensor in TENSOR_SIZES:
         if tensor > shape["tensor"] and chips % tensor == 0:
             fsdp = chips // tensor
-            yield change(cfg, mesh={"data": 1, "fsdp": fsdp, "tensor": tensor},
-                         train={"num_microbatches": max(cfg.train.batch_size // fsdp, 1)})
+            yield change(cfg, mesh={"data": slices, "fsdp": fsdp, "tensor": tensor},
+                         train={"num_microbatches": max(cfg.train.batch_size // (slices * fsdp), 1)})
 
 
 def nearest_that_fits(planner: Planner, candidate: Candidate, max_compiles: int = 3):
     """(candidate, Compiled or None where untested) of the nearest smaller configuration, or None."""
     untested = None
-    for cfg in smaller(candidate.cfg, candidate.mesh.shape):
+    for cfg in smaller(candidate.cfg, candidate.mesh.shape, planner.accelerator.num_slices):
         try:
             other = planner.candidate(cfg)
         except UserError:
@@ -163,15 +164,16 @@ def settings(cfg: RunConfig, accelerator: Accelerator) -> Iterator[list[RunConfi
 
     mesh.sequence stays as given: it is for rows too long for one chip, which only the user knows to want.
     """
-    chips = accelerator.num_chips // cfg.mesh.sequence
+    sequence = topology.mesh_shape(cfg.mesh, accelerator)["sequence"]
+    chips = accelerator.num_chips // sequence
     for tensor in TENSOR_SIZES:
         if chips % tensor or tensor > accelerator.chip.chips_per_host:
             continue
         rest = chips // tensor
-        for fsdp in (n for n in range(1, rest + 1) if rest % n == 0):
+        for fsdp in (n for n in range(1, rest + 1) if rest % (n * accelerator.num_slices) == 0):
             for remat in REMATS if remat_of(cfg) else (None,):
-                base = change(cfg, mesh={"data": rest // fsdp, "fsdp": fsdp, "tensor": tensor},
-                              **({"model": {"remat": remat}} if remat else {}))
+                mesh = {"data": rest // fsdp, "fsdp": fsdp, "tensor": tensor, "sequence": sequence}
+                base = change(cfg, mesh=mesh, **({"model": {"remat": remat}} if remat else {}))
                 yield [change(base, train={"num_microbatches": n}) for n in MICROBATCHES]
 
 

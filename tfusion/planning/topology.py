@@ -56,8 +56,8 @@ def devices(accelerator: Accelerator) -> list:
 
 
 def mesh_shape(cfg: MeshConfig, accelerator: Accelerator) -> dict[str, int]:
-    """{axis: size} over the chips. Raises UserError where it does not multiply to them."""
-    return sharding.mesh_shape(cfg, accelerator.num_chips)
+    """{axis: size} over the chips. Raises UserError where training could not make that mesh."""
+    return sharding.mesh_shape(cfg, accelerator.num_chips, accelerator.num_slices)
 
 
 def abstract_mesh(cfg: MeshConfig, accelerator: Accelerator) -> AbstractMesh:

@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from tfusion.config import check_divides, choice, register
 from tfusion.models.transformer import kernel, linear, linear_f32
+from tfusion.sharding import constrain
 
 TIME_FEATURES = 256
 
@@ -37,6 +38,17 @@ def timestep_features(t, num_features: int = TIME_FEATURES):
 def zeros(module: nn.Module, name: str, shape, axes):
     init = nn.with_logical_partitioning(nn.initializers.zeros_init(), axes)
     return module.param(name, init, shape, jnp.float32)
+
+
+def by_rows(x):
+    """An activation of images (B, I, ...), split over devices by its rows alone: else the compiler may split it
+    as the weights are, and gather the whole batch."""
+    return constrain(x, "batch", "images", *[None] * (x.ndim - 2))
+
+
+def plus(x, b):
+    """x + b in x's dtype; b's gradient is summed, over devices too, in b's own float32."""
+    return (x.astype(b.dtype) + b).astype(x.dtype)
 
 
 @register("adapter", "linear")
@@ -99,16 +111,16 @@ class LinearAdapter(nn.Module):
                                     ("patch", "embed"), std=0.02)
 
     def encode(self, x_BIhwc, t_BI):
-        h = linear(timestep_features(t_BI).astype(x_BIhwc.dtype), self.time_in)
-        h = linear(jax.nn.silu(h + self.time_in_bias.astype(h.dtype)), self.time_out)
-        h = h + self.time_out_bias.astype(h.dtype)
-        x_BIND = linear(patchify(x_BIhwc, self.cfg.patch_size), self.patch_in)
-        x_BIND = x_BIND + self.patch_in_bias.astype(h.dtype) + h[:, :, None]
+        h = by_rows(linear(timestep_features(t_BI).astype(x_BIhwc.dtype), self.time_in))
+        h = by_rows(linear(jax.nn.silu(plus(h, self.time_in_bias)), self.time_out))
+        h = plus(h, self.time_out_bias)
+        x_BIND = by_rows(linear(patchify(x_BIhwc, self.cfg.patch_size), self.patch_in))
+        x_BIND = plus(x_BIND, self.patch_in_bias) + h[:, :, None]
         if self.cfg.patch_positions == "learned":
-            x_BIND = x_BIND + self.positions.astype(h.dtype)
+            x_BIND = plus(x_BIND, self.positions)
         return x_BIND, ()
 
     def decode(self, h_BIND, t_BI, skips):
         del t_BI, skips
-        out_BINP = linear_f32(h_BIND, self.patch_out) + self.patch_out_bias
+        out_BINP = by_rows(linear_f32(h_BIND, self.patch_out)) + self.patch_out_bias
         return unpatchify(out_BINP, self.cfg.patch_size, self.cfg.latent_size)
