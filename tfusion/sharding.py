@@ -81,10 +81,11 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
 
 def parse_mesh(text: str | None) -> Mesh:
     """'fsdp=4,tensor=2' -> a mesh over all devices; nothing -> one device, or of several processes all, on
-    fsdp. Raises UserError on another text."""
+    fsdp within slices. Raises UserError on another text."""
     if not text:
-        alone = jax.process_count() == 1
-        return make_mesh(MeshConfig(1, 1 if alone else -1, 1, 1), jax.devices()[:1] if alone else None)
+        if jax.process_count() == 1:
+            return make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+        return make_mesh(MeshConfig(num_slices(jax.devices()), -1, 1, 1))
     sizes = [re.fullmatch(rf"({'|'.join(AXES)})=(-1|[1-9]\d*)", part) for part in text.split(",")]
     if not all(sizes) or len({size[1] for size in sizes}) < len(sizes):
         raise UserError(f"--mesh={text} must name sizes of {', '.join(AXES)}, such as --mesh=fsdp=4,tensor=2")
