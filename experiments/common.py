@@ -24,7 +24,8 @@ def run() -> dict:
         optimizer=dict(learning_rate=3e-4, warmup_steps=4000, b2=0.95, weight_decay=0.1, ema_decay=0.9999),
         train=dict(
             num_steps=250_000, batch_size=512, num_microbatches=1, log_every=50, eval_every=5000,
-            eval_documents=8192, diagnostics_every=1000, checkpoint_every=5000),
+            eval_documents=8192, diagnostics_every=1000, checkpoint_every=5000, keep_last=2, keep_every=0,
+            keep_best="none", branch_from="none", init_from="none"),
         mesh=dict(data=1, fsdp=-1, sequence=1, tensor=1))
 
 

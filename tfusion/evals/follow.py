@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tfusion.checkpoint import KEPT, Checkpoints
+from tfusion.checkpoint import Checkpoints
 from tfusion.config import replace_text
 from tfusion.errors import Stopped, UserError
 
@@ -63,7 +63,7 @@ def follow(workdir: Path, evaluate: Callable[[int, Path], object], wait: Callabl
             try:
                 evaluate(step, place)
             except (UserError, OSError) as e:
-                if isinstance(e, Stopped) or step in list_steps(workdir)[-KEPT:]:  # older: being deleted
+                if isinstance(e, Stopped) or step in list_steps(workdir):  # else deleted meanwhile
                     raise
                 print(f"step {step}: the checkpoint is gone, it is not evaluated")
                 gone.add(step)

@@ -9,9 +9,9 @@ import jax
 from tqdm import tqdm
 
 from tfusion import config, distributed, sharding
-from tfusion.checkpoint import Checkpoints
+from tfusion.checkpoint import Checkpoints, Keep
 from tfusion.data import pipeline
-from tfusion.errors import Stopped
+from tfusion.errors import Stopped, UserError
 from tfusion.objectives import kind_of
 from tfusion.objectives.base import Aux, Objective
 from tfusion.training import metrics, resume, writers
@@ -30,6 +30,7 @@ class Held:
         self.sources = kind_of(cfg).open_heldout(cfg, cfg.train.eval_documents)
         self.eval_step = jax.jit(steps.make_eval_step(objective))
         self.diagnostics_step = jax.jit(steps.make_diagnostics(objective))
+        self._check(cfg.train.keep_best)
 
     def evaluate(self, state, frozen) -> dict:
         """{eval/name: mean over all documents}, and eval/source/name of the losses that are trained on."""
@@ -43,6 +44,13 @@ class Held:
                 alone.add(int(state.step), {name: losses[name] for name in self.objective.weights})
             values |= {k: v for k, v in alone.means(f"eval/{source}/").items() if v is not None}
         return total.means("eval/") | values
+
+    def _check(self, name: str) -> None:
+        """Raises UserError where an evaluation will have no such loss ("none" is none)."""
+        losses = [f"eval/{where}{loss}" for where in ("", *(f"{source}/" for source in self.sources))
+                  for loss in self.objective.weights]
+        if name not in ("none", *losses):
+            raise UserError(f"train.keep_best = {name!r}; choices: none, {', '.join(losses)}")
 
     def diagnose(self, state, frozen) -> dict:
         batch = next(pipeline.batches(self.rows, 0, 1, self.size, jax.process_index(), jax.process_count()))
@@ -166,21 +174,21 @@ def stopped(done: int, saved: int) -> Stopped:
     return Stopped(f"stopped by SIGTERM at step {done}: {lost}; the same command goes on from there")
 
 
-def train(cfg: config.RunConfig, workdir: Path, mesh, profile=None,
-          wandb: str | None = None) -> states.TrainState:
-    """Trains to cfg.train.num_steps, from the workdir's latest checkpoint where there is one.
+def train(cfg: config.RunConfig, workdir: Path, mesh, profile=None, wandb: str | None = None,
+          resume_from: str = resume.LATEST) -> states.TrainState:
+    """Trains to cfg.train.num_steps, from where training/resume.py says.
 
     profile: (step, n) writes a trace of n steps to `<workdir>/profile`, for TensorBoard or xprof. wandb: a
-    project of Weights & Biases to log to as well.
+    project of Weights & Biases to log to as well. resume_from: what is done about a damaged checkpoint.
     """
     if wandb:
         writers.import_wandb()  # raises where it is missing, before any work
     began, t, kind = time.perf_counter(), cfg.train, kind_of(cfg)
-    objective, tx = kind.make(cfg), make_optimizer(cfg.optimizer, t.num_steps)
-    rows = kind.open_rows(cfg)
+    objective, tx, rows = kind.make(cfg), make_optimizer(cfg.optimizer, t.num_steps), kind.open_rows(cfg)
     held, count = Held(cfg, objective, mesh, rows), jax.jit(lambda batch: kind.totals(cfg, batch))
-    checkpoints = Checkpoints(workdir, writing=True)
-    state, frozen, next_row, totals = resume.start(cfg, objective, tx, mesh, checkpoints, rows, workdir)
+    checkpoints = Checkpoints(workdir, writing=True, keep=Keep(t.keep_last, t.keep_every, t.keep_best))
+    state, frozen, next_row, totals = resume.start(
+        cfg, objective, tx, mesh, checkpoints, rows, workdir, resume_from)
     first = saved = int(state.step)
     trace, sigterm = Trace(profile, first, workdir), distributed.Sigterm()
     log = Log(cfg, objective, rows, workdir, first, totals, wandb)
@@ -208,12 +216,12 @@ def train(cfg: config.RunConfig, workdir: Path, mesh, profile=None,
                 t.checkpoint_every, t.eval_every, t.diagnostics_every))
             if saving or evaluating or diagnosing or done == t.num_steps:
                 values = log.values(done)  # raises on a NaN before a broken state replaces a good checkpoint
-                log.write(done, values | look(held, log, state, frozen, evaluating, diagnosing))
+                log.write(done, values | (seen := look(held, log, state, frozen, evaluating, diagnosing)))
                 if saving:
                     with log.pause("time/save_s"):
                         checkpoints.save(done, states.items(state), {
                             "next_row": next_row, "totals": dict(log.speed.total), "identity": rows.identity,
-                            "frozen": bool(jax.tree.leaves(frozen)), "config": cfg.to_dict()})
+                            "config": cfg.to_dict()}, frozen=frozen, measured=seen)
                     saved = done
             elif due(done, t.log_every, t.num_steps):
                 log.late = done
