@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -239,24 +240,30 @@ def test_a_save_that_fails_is_said_and_the_next_is_tried(saved, monkeypatch, cap
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint._Manager, where, failing)
         checkpoints.save(9, items, {})
-        with pytest.raises(UserError, match=r"of step 9, cannot be written to .*\(ValueError: RESOURCE_EXHAUSTED: "
-                                            r"No space left on device\); those listed there are whole"):
+        with pytest.raises(UserError, match=r"of step 9, cannot be written .*\(ValueError: RESOURCE_EXHAUSTED: "
+                                            r"No space.*\); those listed there are whole"):
             checkpoints.close()
 
 
 def test_a_disk_that_takes_no_more_costs_only_that_save(tmp_path, capsys):
-    """For real: a file stands where Orbax makes the folder of the next checkpoint, then it is gone."""
-    items, blocked = jax.tree.map(jnp.asarray, ITEMS), tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp"
-    checkpoints = Checkpoints(tmp_path, writing=True)
+    """For real: while the system refuses more than 16 KiB a file, as a full disk would."""
+    items = {"params": {"w": jax.random.normal(jax.random.key(0), (64, 1024))}}
+    checkpoints, before = Checkpoints(tmp_path, writing=True), resource.getrlimit(resource.RLIMIT_FSIZE)
     checkpoints.save(2, items, {})
     checkpoints._settle()
-    blocked.write_text("in the way")
-    checkpoints.save(4, items, {})
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16 * 1024, before[1]))
+        checkpoints.save(4, items, {})
+        checkpoints._settle()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     checkpoints.save(6, items, {})
     checkpoints.close()
     said = capsys.readouterr().err
     assert "the checkpoint of step 4 cannot be written" in said and "the last one is of step 2" in said
-    assert len(said.splitlines()) == 1 and Checkpoints(tmp_path).steps() == [2, 6]
+    assert "File too large" in said and len(said.splitlines()) == 1
+    assert Checkpoints(tmp_path).steps() == [2, 6]
+    assert not list((tmp_path / "checkpoints").glob(checkpoint.UNFINISHED))  # its half, which fills the disk
 
 
 def write(folder, steps, items=ITEMS, keep=checkpoint.KEEP, measured=()):

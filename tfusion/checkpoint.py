@@ -146,8 +146,8 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _attempt(self):
-        """A part of a save. What orbax and tensorstore raise where they cannot write, on any of the processes, is
-        one line; the checkpoints that are whole stay."""
+        """A part of a save. What orbax and tensorstore raise where they cannot write, in any process, is one
+        line; the checkpoints that are whole stay."""
         error = None
         try:
             yield

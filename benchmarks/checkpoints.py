@@ -1,0 +1,266 @@
+"""What checkpoints survive, and what their checksums cost.
+
+  python benchmarks/checkpoints.py kills --out benchmarks/results/checkpoint_kills_cpu.json   # 50 random kills
+  python benchmarks/checkpoints.py flips --out benchmarks/results/checkpoint_flips_cpu.json   # 100 flipped bits
+  python benchmarks/checkpoints.py sums  --out benchmarks/results/checkpoint_sums_cpu.json    # a save of 1 GiB
+
+kills: a tiny run (tests/golden.py) that saves every second step is killed (SIGKILL) and started again until it
+has been killed often enough, then let go to its end. A kill falls at a random moment, or when the first trace
+of a phase is seen on the disk: a save under way, one about to be renamed, a deletion. It must end with the
+losses and the state of a run that nobody killed, bit by bit, and with nothing left over.
+flips: one bit of one file of a checkpoint is flipped, and the checkpoint is restored: an error that names what
+is damaged, or the values that were saved. Half of the flips are drawn over bytes, half over files, then bytes.
+sums: the seconds of the checksums beside those of the whole save, its asynchronous part included, by turns.
+"""
+
+import argparse
+import collections
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import numpy as np
+
+from benchmarks.report import machine, save
+from tests import golden
+from tfusion import checkpoint, checksum, config, distributed, objectives, sharding  # noqa: F401 (registers)
+from tfusion.checkpoint import Checkpoints
+from tfusion.errors import UserError
+from tfusion.training import state as states
+from tfusion.training.loop import train
+
+PHASES = ("any moment", "save", "commit", "deletion")
+MOST = 3.0  # seconds after a start's first new checkpoint at which it is killed at the latest
+
+
+def tiny(root: Path, num_steps: int):
+    tree = golden.tiny_tree(root)
+    tree.train.update(num_steps=num_steps, checkpoint_every=2, num_microbatches=1)
+    return config.from_dict(tree)
+
+
+def run(cfg, workdir: Path) -> None:
+    """What is killed: a process of its own."""
+    sys.stderr = open(workdir.with_suffix(".stderr"), "w")  # noqa: SIM115
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    distributed.start_process()
+    mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        train(cfg, workdir, mesh)
+
+
+def start(cfg, workdir: Path):
+    """Forked from a server that has imported all and started no device, so that a start takes a second."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tfusion.training.loop", "tests.golden"])
+    workdir.mkdir(exist_ok=True)
+    process = context.Process(target=run, args=(cfg, workdir))
+    process.start()
+    return process
+
+
+def phase(folder: Path) -> str:
+    """What the disk says is under way."""
+    if any(folder.glob(f"{checkpoint.DELETING}/*")):
+        return "deletion"
+    unfinished = list(folder.glob(checkpoint.UNFINISHED))
+    if any((path / "commit_success.txt").exists() for path in unfinished):
+        return "commit"
+    return "save" if unfinished else "any moment"
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(int(p.name) for p in folder.glob("[0-9]*") if p.name.isdecimal())
+
+
+def kill_at(process, folder: Path, wanted: str, wait: float) -> str | None:
+    """Kills it `wait` seconds after its first new checkpoint, or at the wanted phase's next trace after that.
+    The phase it was in; None where it had ended by itself."""
+    before = max(steps(folder), default=0)
+    while process.is_alive() and max(steps(folder), default=0) <= before:
+        time.sleep(0.01)
+    deadline = time.monotonic() + wait
+    while process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    while process.is_alive() and wanted != PHASES[0] and phase(folder) != wanted and (
+            time.monotonic() < deadline + 60):
+        pass
+    if not process.is_alive():
+        return None
+    process.kill()
+    process.join()
+    return phase(folder) if process.exitcode == -signal.SIGKILL else None
+
+
+def lines(workdir: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k.startswith(("train/", "total/", "step"))} for row in rows]
+
+
+def last_state(workdir: Path) -> dict:
+    """{item/leaf: [form, sum, sum]} of the last checkpoint, and the bits it holds."""
+    checkpoints = Checkpoints(workdir)
+    step = max(checkpoints.steps())
+    return {"step": step, **checkpoints.meta(step)["leaves"]}
+
+
+def kill_many(root: Path, number: int, seed: int = 0) -> dict:
+    """{phase: kills}. Raises AssertionError where the killed run is not the whole one in the end."""
+    golden.write_data(root / "data")
+    cfg, draw, found = tiny(root / "data", 8 * number), random.Random(seed), collections.Counter()
+    whole = start(cfg, root / "whole")
+    whole.join()
+    assert whole.exitcode == 0, (root / "whole.stderr").read_text()[-2000:]
+    folder, starts = root / "killed" / "checkpoints", 0
+    while found.total() < number:
+        process, starts = start(cfg, root / "killed"), starts + 1
+        fell = kill_at(process, folder, PHASES[starts % len(PHASES)], draw.uniform(0, min(MOST, 60 / number)))
+        if fell is None:
+            assert process.exitcode == 0, (root / "killed.stderr").read_text()[-2000:]
+            break  # at its end too early
+        found[fell] += 1
+        print(f"killed {found.total()} of {number} at step {max(steps(folder))}: {dict(found)}", flush=True)
+    last = start(cfg, root / "killed")
+    last.join()
+    assert last.exitcode == 0, (root / "killed.stderr").read_text()[-2000:]
+    assert lines(root / "killed") == lines(root / "whole"), "the curves differ"
+    assert last_state(root / "killed") == last_state(root / "whole"), "the last states differ"
+    assert sorted(p.name for p in folder.iterdir() if p.name != checkpoint.DELETING) == [
+        str(n) for n in steps(root / "whole" / "checkpoints")], "something is left over"
+    return dict(found)
+
+
+def kills(args) -> dict:
+    with tempfile.TemporaryDirectory() as root:
+        began, found = time.perf_counter(), kill_many(Path(root), args.number or 50)
+        return {"kills": sum(found.values()), "phase_seen_on_disk": found, "num_steps": 8 * (args.number or 50),
+                "curve_and_state": "bit for bit those of the run that nobody killed", "left_over": 0,
+                "seconds": round(time.perf_counter() - began)}
+
+
+def restored(workdir: Path, step: int, target) -> tuple:
+    checkpoints = Checkpoints(workdir)
+    meta = checkpoints.meta(step)
+    items = checkpoints.restore(step, target)
+    checkpoints.close()
+    return meta, jax.device_get(items)
+
+
+def outcome(workdir: Path, step: int, target, good) -> str:
+    """'named' by the error's first words, 'equal', or what must not be."""
+    try:
+        meta, items = restored(workdir, step, target)
+    except UserError as e:
+        text = str(e).removeprefix(f"checkpoint {workdir / 'checkpoints' / str(step)}")
+        return f"named: {re.split(r'[,:;(]', text)[0].strip()}"
+    except Exception as e:
+        return f"WRONG: {type(e).__name__}"
+    same = meta == good[0] and all(np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in zip(
+        *map(jax.tree.leaves, (items, good[1])), strict=True))
+    return "equal" if same else "WRONG: another value, without a word"
+
+
+def flips(args) -> dict:
+    draw, number, found, rows = random.Random(0), args.number or 100, collections.Counter(), []
+    with tempfile.TemporaryDirectory() as root:
+        root = Path(root)
+        golden.write_data(root / "data")
+        mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+        with jax.set_mesh(mesh):
+            state = train(tiny(root / "data", 2), make(root / "run"), mesh)
+
+            items = states.items(state)
+            target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), items)
+            good, folder = restored(root / "run", 2, target), root / "run/checkpoints/2"
+            files = sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size)
+            sizes = [p.stat().st_size for p in files]
+            for i in range(number):
+                path = draw.choices(files, sizes)[0] if i % 2 else draw.choice(files)
+                data = bytearray(path.read_bytes())
+                at, bit = draw.randrange(len(data)), draw.randrange(8)
+                data[at] ^= 1 << bit
+                path.write_bytes(data)
+                said = outcome(root / "run", 2, target, good)
+                data[at] ^= 1 << bit
+                path.write_bytes(data)
+                found[said] += 1
+                rows.append({"file": str(path.relative_to(folder)), "byte": at, "bit": bit, "outcome": said})
+                print(f"\r{i + 1} of {number}: {sum(n for k, n in found.items() if 'WRONG' in k)} wrong",
+                      end="")
+        assert outcome(root / "run", 2, target, good) == "equal"
+    print()
+    for said, n in found.most_common():
+        print(f"{n:4d}  {said}")
+    return {"flips": number, "outcomes": dict(found.most_common()), "each": rows}
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def sums(args) -> dict:
+    """The save of a state as Adam has it, float32, in a few large arrays and many small ones."""
+    big = round(args.gib * 2**30 / 4 / 12) // 1024
+    key, rounds = jax.random.key(0), []
+    tree = {name: {f"w{i}": jax.random.normal(jax.random.fold_in(key, i), (big, 1024)) for i in range(3)} | {
+        f"norm{i}": jax.random.normal(jax.random.fold_in(key, i), (1024,)) for i in range(12)}
+        for name in ("params", "ema", "mu", "nu")}
+    items = {"params": tree["params"], "ema": tree["ema"], "optimizer": {"mu": tree["mu"], "nu": tree["nu"]}}
+    jax.block_until_ready(items)
+    size = sum(x.nbytes for x in jax.tree.leaves(items))
+    began = time.perf_counter()
+    checksum.leaves("first", items)
+    first = time.perf_counter() - began
+    with tempfile.TemporaryDirectory(dir=args.dir) as root:
+        for i in itertools.count(1):
+            began = time.perf_counter()
+            for name, item in items.items():
+                checksum.leaves(name, item)
+            alone, checkpoints = time.perf_counter() - began, Checkpoints(root, writing=True)
+            began = time.perf_counter()
+            checkpoints.save(i, items, {})
+            blocked = time.perf_counter() - began
+            checkpoints.close()
+            rounds.append({"sums_s": alone, "save_blocks_s": blocked,
+                           "save_whole_s": time.perf_counter() - began})
+            print(rounds[-1], flush=True)
+            if i == (args.number or 5):
+                break
+            shutil.rmtree(Path(root) / "checkpoints")
+    share = [r["sums_s"] / r["save_whole_s"] for r in rounds]
+    print(f"{size / 2**30:.2f} GiB: sums are {statistics.median(share):.2%} of a save ({min(share):.2%} to "
+          f"{max(share):.2%}); the first time, compiling, {first:.2f} s")
+    return {"bytes": size, "share_of_save_median": statistics.median(share), "shares": share, "rounds": rounds,
+            "first_with_compilation_s": first}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("kills", "flips", "sums"))
+    parser.add_argument("--number", type=int, help="of kills, flips or rounds")
+    parser.add_argument("--gib", type=float, default=1.0)
+    parser.add_argument("--dir", help="where the save of `sums` is written")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    here = machine()
+    save(args.out, here, globals()[args.what](args))
+
+
+if __name__ == "__main__":
+    main()
