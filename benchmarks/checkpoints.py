@@ -45,7 +45,7 @@ from tfusion.errors import UserError
 from tfusion.training.loop import train
 
 PHASES = ("any moment", "save", "commit", "deletion")
-MOST = 3.0  # seconds after a start's first new checkpoint at which it is killed at the latest
+STEPS = 10  # of the run, a kill: each start makes 2 to 6 before it is killed, and those it needs to the phase
 
 
 def tiny(root: Path, num_steps: int):
@@ -88,17 +88,15 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in folder.glob("[0-9]*") if p.name.isdecimal())
 
 
-def kill_at(process, folder: Path, wanted: str, wait: float) -> str | None:
-    """Kills it `wait` seconds after its first new checkpoint, or at the wanted phase's next trace after that.
-    The phase it was in; None where it had ended by itself."""
-    before = max(steps(folder), default=0)
-    while process.is_alive() and max(steps(folder), default=0) <= before:
-        time.sleep(0.01)
-    deadline = time.monotonic() + wait
-    while process.is_alive() and time.monotonic() < deadline:
+def kill_at(process, folder: Path, wanted: str, draw: random.Random) -> str | None:
+    """Kills it a moment after one of its first checkpoints, or at the wanted phase's next trace after that. The
+    phase it was in; None where it had ended by itself."""
+    until = max(steps(folder), default=0) + 2 * draw.randint(1, 3)
+    while process.is_alive() and max(steps(folder), default=0) < until:
         time.sleep(0.002)
-    while process.is_alive() and wanted != PHASES[0] and phase(folder) != wanted and (
-            time.monotonic() < deadline + 60):
+    time.sleep(draw.uniform(0, 0.2))
+    deadline = time.monotonic() + 60
+    while process.is_alive() and wanted not in (PHASES[0], phase(folder)) and time.monotonic() < deadline:
         pass
     if not process.is_alive():
         return None
@@ -123,14 +121,14 @@ def last_state(workdir: Path) -> dict:
 def kill_many(root: Path, number: int, seed: int = 0) -> dict:
     """{phase: kills}. Raises AssertionError where the killed run is not the whole one in the end."""
     golden.write_data(root / "data")
-    cfg, draw, found = tiny(root / "data", 8 * number), random.Random(seed), collections.Counter()
+    cfg, draw, found = tiny(root / "data", STEPS * number), random.Random(seed), collections.Counter()
     whole = start(cfg, root / "whole")
     whole.join()
     assert whole.exitcode == 0, (root / "whole.stderr").read_text()[-2000:]
     folder, starts = root / "killed" / "checkpoints", 0
     while found.total() < number:
         process, starts = start(cfg, root / "killed"), starts + 1
-        fell = kill_at(process, folder, PHASES[starts % len(PHASES)], draw.uniform(0, min(MOST, 60 / number)))
+        fell = kill_at(process, folder, PHASES[starts % len(PHASES)], draw)
         if fell is None:
             assert process.exitcode == 0, (root / "killed.stderr").read_text()[-2000:]
             break  # at its end too early
@@ -148,8 +146,9 @@ def kill_many(root: Path, number: int, seed: int = 0) -> dict:
 
 def kills(args) -> dict:
     with tempfile.TemporaryDirectory() as root:
-        began, found = time.perf_counter(), kill_many(Path(root), args.number or 50)
-        return {"kills": sum(found.values()), "phase_seen_on_disk": found, "num_steps": 8 * (args.number or 50),
+        number, began = args.number or 50, time.perf_counter()
+        found = kill_many(Path(root), number)
+        return {"kills": sum(found.values()), "phase_seen_on_disk": found, "num_steps": STEPS * number,
                 "curve_and_state": "bit for bit those of the run that nobody killed", "left_over": 0,
                 "seconds": round(time.perf_counter() - began)}
 

@@ -267,7 +267,7 @@ def test_saves_that_fail_are_a_line_each_and_leave_the_older_whole(prepared_root
            "JAX_ENABLE_COMPILATION_CACHE": "false"}
     done = subprocess.run([sys.executable, "-c", FULL, *args], cwd=ROOT, env=env, capture_output=True,
                           text=True, timeout=300)
-    said = [line for line in done.stderr.replace("\r", "\n").splitlines() if line and "step/s" not in line
+    said = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "step/s" not in line
             and "s/step" not in line]
     where = tmp_path / "run" / "checkpoints"
     assert done.returncode == 1 and len(said) == 4, done.stderr
