@@ -153,7 +153,7 @@ def jpegs(folder: Path, number: int, rounds: int = 5) -> dict:
 
     def bare():
         with ThreadPoolExecutor(READERS) as pool:
-            for _ in pool.map(lambda item: read_picture(item.path, 256).shape, source.items):
+            for _ in pool.map(lambda item: read_picture(source.root / item.file, 256).shape, source.items):
                 pass
 
     def read():

@@ -78,7 +78,7 @@ def write(root: Path) -> None:
     link(folder, np.unique(np.linspace(0, MANY - 1, SAMPLE).round().astype(int)))
     rows = open_rows(root, many=1.0)
     for first in (0, 10**6 * BATCH // 512 - 1):  # windows
-        (order,), (count,) = rows.order, rows.per_window
+        (order,), (count,) = rows.order, rows.mixture.records[0]
         link(folder, np.unique(order.between(first * count, (first + 2) * count).shards))
 
 

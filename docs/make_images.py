@@ -1,7 +1,8 @@
 """The README's pictures and figures, from a finished quickstart:  python docs/make_images.py runs/quickstart
 
-Writes docs/images/*.png, docs/quickstart_metrics.json: the figures, times and versions of that run, and the
-tables of figures in README.md, between their marks.
+Writes docs/images/*.png (but inspect.png, which a browser took of `prepare --inspect`'s page), and
+docs/quickstart_metrics.json: the figures, times and versions of that run, and the tables of figures in
+README.md, between their marks.
 """
 
 import json

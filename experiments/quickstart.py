@@ -4,6 +4,9 @@
   python -m tfusion.prepare --config=experiments/quickstart.py --codec=runs/quickstart/autoencoder
   python -m tfusion.train   --config=experiments/quickstart.py --workdir=runs/quickstart/transfusion
 
+`quickstart.py:captions_last` shows how shares change on the way: over the last fifth of the run that
+of the dictionary goes to 0, and what is learnt at last are captions with their pictures.
+
 Its own settings, not the paper's: v-prediction (at this size eps, whose coarse errors at high noise are
 divided by sqrt(alphabar), draws few sprites right), learnt patch positions, pictures first more often
 and with little noise, and a short, fast optimizer schedule. docs/recipe.md has the reasons.
@@ -18,10 +21,10 @@ def world(kind: str, share: float, num_records: int) -> dict:
     return dict(kind=kind, share=share, num_records=num_records, num_sprites=24, jitter=1)
 
 
-def sources(smoke: bool) -> dict:
+def sources(smoke: bool, glosses) -> dict:
     scenes = 2000 if smoke else 32_000
     return dict(scenes=world("scenes", 0.66, scenes), stories=world("stories", 0.22, scenes // 4),
-                glosses=dict(kind="glosses", share=0.12))
+                glosses=dict(kind="glosses", share=glosses))
 
 
 def transfusion() -> ConfigDict:
@@ -33,11 +36,16 @@ def transfusion() -> ConfigDict:
 
 
 def get_config(arg=None):
-    chosen = parse(arg, objective=("transfusion", "autoencoder"), length=("smoke",))
+    chosen = parse(arg, objective=("transfusion", "autoencoder"), length=("smoke",), mixture=("captions_last",))
     config = small_autoencoder() if chosen["objective"] == "autoencoder" else transfusion()
-    config.data.sources = sources(smoke=chosen["length"] == "smoke")
     if chosen["length"] == "smoke":
         shorten(config)
         if "prepared" in config.data:
             config.data.prepared = "runs/smoke/data"
+    glosses = 0.12
+    if chosen["mixture"] and "image_share" in config.data:
+        rows = config.train.num_steps * config.train.batch_size
+        glosses = ((0, glosses), (rows * 4 // 5, glosses), (rows, 0.0))
+        config.data.image_share = 0.62  # the most there is, at the end
+    config.data.sources = sources(chosen["length"] == "smoke", glosses)
     return config

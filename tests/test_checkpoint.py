@@ -61,6 +61,24 @@ def test_sources_neither_come_nor_go(cfg):
             check_same(saved.to_dict(), now, "run")
 
 
+def test_a_source_without_a_share_may_come(cfg):
+    """Nothing of it is read. It gets no share later, either."""
+    fewer, without = with_shares(cfg, scenes=0.66), with_shares(cfg, scenes=0.66, stories=0.0)
+    check_same(fewer.to_dict(), without, "run")
+    for saved, now in ((without, fewer), (without, with_shares(cfg, scenes=0.66, stories=0.22))):
+        with pytest.raises(UserError, match=r"run was saved with data\.sources\.stories\..*"):
+            check_same(saved.to_dict(), now, "run")
+
+
+def test_a_schedule_of_shares_is_compared_as_it_was_saved(cfg):
+    """As JSON has it, which knows no tuples."""
+    one, other = (with_shares(cfg, scenes=((0, 1.0), (row, 0.5)), stories=1.0) for row in (64, 65))
+    saved = json.loads(json.dumps(one.to_dict()))
+    assert config.from_dict(saved) == one and changes(saved, one) == {}
+    with pytest.raises(UserError, match=r"scenes\.share = \[\[0, 1.0\], \[64, 0.5\]\], the config has"):
+        check_same(saved, other, "run")
+
+
 @pytest.mark.parametrize("old, new", [(0.0, 0.9), (0.9, 0.0)])
 def test_the_moving_average_is_not_switched_on_the_way(cfg, old, new):
     tree = cfg.to_dict()

@@ -71,7 +71,7 @@ def test_missing_key():
     ("seed", "x", "int"), ("seed", 1.0, "int"), ("seed", True, "int"), ("seed", None, "int"),
     ("model.num_layers", "4", "int"), ("optimizer.learning_rate", "1e-3", "float"),
     ("optimizer.learning_rate", True, "float"), ("data.prepared", 3, "str"),
-    ("data.sources.scenes.share", "much", "float")])
+    ("data.sources.scenes.share", "much", "float"), ("data.sources.scenes.share", None, "float")])
 def test_wrong_type(name, value, kind):
     assert message(**{name.replace(".", "__"): value}) == f"config key '{name}' must be {kind}, got {value!r}"
 

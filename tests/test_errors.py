@@ -61,8 +61,13 @@ CASES = {  # name: (verb, arguments, what the line says)
                      ["--config.data.sources.photos.kind: a kind brings keys of its own",
                       "of experiments/own_data.py, at most one of each: objective", "photos=folder, notes="]),
     "inspect_pictures_alone": (
-        "prepare", ["--config=experiments/quickstart.py:autoencoder", "--inspect=TMP/x.png"],
-        ["trains on data.sources as they are"]),
+        "prepare", ["--config=experiments/quickstart.py:autoencoder", "--inspect=TMP/x.html"],
+        ["trains on data.sources as they are: there is nothing to prepare"]),
+    "inspect_a_folder": ("prepare", [*PREPARE, "--inspect=TMP"], ["--inspect=TMP must name a page to write"]),
+    "inspect_a_picture": ("prepare", [*PREPARE, "--inspect=TMP/x.png"],
+                          ["--inspect=TMP/x.png must name a page to write, such as data.html"]),
+    "inspect_below_a_file": ("prepare", [*PREPARE, "--inspect=TMP/file/x.html"],
+                             ["--inspect=TMP/file/x.html cannot be written"]),
     "tokens_of_no_rows": (
         "plan", ["--config=experiments/quickstart.py:autoencoder", "--topology=h100-8", "--tokens=1e9"],
         ["--tokens and --flops count positions of rows", "set --config.train.num_steps"]),
@@ -139,8 +144,8 @@ CASES = {  # name: (verb, arguments, what the line says)
     "evaluate_elsewhere": ("evaluate", ["--workdir=BROKEN", "--config.data.prepard=x"], ["prepard"]),
     "sample_no_such_mesh": ("sample", ["--workdir=BROKEN", "--num_documents=1", "--mesh=rows=2"],
                             ["--mesh=rows=2 must name sizes of data, fsdp, sequence, tensor"]),
-    "inspect_nothing_prepared": ("prepare", [*PREPARE, "--inspect=TMP/rows.png"],
-                                 ["TMP/data/meta.json not found"]),
+    "inspect_nothing_prepared": ("prepare", [*PREPARE, "--inspect=TMP/data.html"],
+                                 ["TMP/data/meta.json not found", "written by `python -m tfusion.prepare`"]),
     "sample_no_run": ("sample", ["--workdir=TMP/none", "--num_documents=1"], ["TMP/none"]),
     "evaluate_no_run": ("evaluate", ["--workdir=TMP/none"], ["TMP/none"]),
     "report_no_run": ("report", ["--workdir=TMP/none"], ["TMP/none"]),
@@ -267,8 +272,8 @@ def test_saves_that_fail_are_a_line_each_and_leave_the_older_whole(prepared_root
            "JAX_ENABLE_COMPILATION_CACHE": "false"}
     done = subprocess.run([sys.executable, "-c", FULL, *args], cwd=ROOT, env=env, capture_output=True,
                           text=True, timeout=300)
-    said = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "step/s" not in line
-            and "s/step" not in line]
+    said = [line for line in done.stderr.replace("\r", "\n").splitlines()
+            if line.strip() and "step/s" not in line and "s/step" not in line]
     where = tmp_path / "run" / "checkpoints"
     assert done.returncode == 1 and len(said) == 4, done.stderr
     for step, line in zip((2, 3, 4), said):

@@ -13,7 +13,9 @@ from tfusion.data import store
 from tfusion.data.sources.base import Source, Unreadable
 from tfusion.data.tokenizers import ByteTokenizer
 from tfusion.errors import UserError
+from tfusion.models.codecs import base
 from tfusion.preparing import shards
+from tfusion.reporting import data_page
 
 verb = import_verb("prepare")
 
@@ -47,11 +49,18 @@ class Spec(Source):
 class Codec:
     image_size, shape, dtype, fingerprint = 4, (2, 2, 1), np.float32, "fake"
 
+    def __init__(self, scale=10):
+        self.scale = scale
+
     def encode(self, images):
-        return images[:, ::2, ::2, :1] / np.float32(10)
+        return images[:, ::2, ::2, :1] / np.float32(self.scale)
 
     def save(self, path):
-        path.write_text("codec")
+        base.write(path, {"kind": "fake", "scale": self.scale}, {})
+
+    @classmethod
+    def read(cls, about, arrays):
+        return cls(about["scale"])
 
 
 def format_of(root, **specs):
@@ -59,8 +68,9 @@ def format_of(root, **specs):
     return SimpleNamespace(data=SimpleNamespace(prepared=str(root), sources=specs), image_shape=(2, 2, 1))
 
 
-def prepare(root, worker=(0, 1), **specs) -> None:
-    verb.prepare(format_of(root, **specs), ByteTokenizer(), Codec(), worker, 0.0)
+def prepare(root, worker=(0, 1), scale=10, **specs) -> None:
+    unfitted = verb.Unfitted(4, "of the run", lambda: Codec(scale))
+    verb.prepare(format_of(root, **specs), ByteTokenizer(), unfitted, worker, 0.0)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -68,6 +78,7 @@ def small_shards():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "PICTURES", 3)
         patch.setattr(shards, "RECORDS", 4)
+        patch.setitem(base.CODECS, "fake", Codec)
         yield
 
 
@@ -164,6 +175,28 @@ def test_workers_side_by_side_make_the_same_bytes(tmp_path, whole, capsys):
     assert tree(tmp_path / "data") == whole and os.listdir(tmp_path) == ["data"]
 
 
+def test_the_codec_is_fitted_once_for_all_workers(tmp_path, whole, capsys):
+    """A processor that sums in another order normalises a little differently: that makes no other data."""
+    for worker in (1, 0):
+        prepare(tmp_path / "data", worker=(worker, 2), scale=10 if worker else 10.1)
+    assert tree(tmp_path / "data") == whole and "begun anew" not in capsys.readouterr().err
+    prepare(tmp_path / "data", scale=10.1)
+    assert "holds these data already" in capsys.readouterr().out
+
+
+def test_two_workers_that_fit_at_once(tmp_path, whole, monkeypatch):
+    """Both have fitted when the first writes: the other takes his."""
+    real = verb.unfinished.first
+
+    def late(path, write):
+        real(path, Codec(10).save)
+        real(path, write)
+
+    monkeypatch.setattr(verb.unfinished, "first", late)
+    prepare(tmp_path / "data", scale=10.1)
+    assert tree(tmp_path / "data") == whole
+
+
 def test_a_worker_that_is_missing_can_be_made_up_for(tmp_path, whole):
     prepare(tmp_path / "data", worker=(1, 3))
     prepare(tmp_path / "data")
@@ -192,6 +225,17 @@ def test_where_no_record_can_be_read_nothing_is_replaced(tmp_path):
     with pytest.raises(UserError, match=r"photos/train: none of 3 records .* 3 damaged picture \(0.png, 1"):
         prepare(tmp_path / "data", photos=Bad("x", 1.0))
     assert tree(tmp_path / "data") == before
+
+
+def test_inspect_writes_a_page_and_nothing_else(cfg, prepared_root, tmp_path, monkeypatch, capsys):
+    """No --codec is needed; folders are made; what stood there is replaced."""
+    monkeypatch.setattr(data_page, "SHOWN", 1)
+    before, page = tree(prepared_root), tmp_path / "new" / "page.html"
+    for _ in range(2):
+        verb.inspect(cfg, page)
+        assert f"wrote {page} (" in capsys.readouterr().out
+        assert "Row 0" in page.read_text() and os.listdir(page.parent) == ["page.html"]
+    assert tree(prepared_root) == before
 
 
 @pytest.mark.parametrize("text", ["", "1", "2/2", "0/0", "-1/2", "a/b"])

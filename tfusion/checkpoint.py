@@ -374,7 +374,8 @@ def check_same(saved: dict, cfg: config.RunConfig, where) -> None:
     a, b = saved["optimizer"]["ema_decay"], cfg.optimizer.ema_decay
     for key, (old, new) in changed.items():
         other_state = key == "optimizer.ema_decay" and (a > 0) != (b > 0)  # one has an average, one none
-        if key not in free or other_state:
+        off = old in (None, 0) and new in (None, 0)  # a source without a share is as one that is not there
+        if not (key in free or off) or other_state:
             raise UserError(f"{where} was saved with {key} = {old}, the config has {new}: set it back, or "
                             "start in another --workdir")
 

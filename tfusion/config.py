@@ -1,8 +1,8 @@
 """The configuration of a run: frozen dataclasses, built once from the experiment's ConfigDict.
 
 This file knows no component. Each declares a dataclass beside its code and says by each field what may stand
-there (`choice`, `number`, `fraction`, `path`; a plain int or float is positive and finite). Where one of
-several may stand, the group's classes are registered by kind:
+there (`choice`, `number`, `scheduled`, `fraction`, `path`; a plain int or float is positive and finite). Where
+one of several may stand, the group's classes are registered by kind:
 
     @register("process", "ddpm")                       class TransfusionConfig(RunConfig):
     @dataclasses.dataclass(frozen=True)                    process: Any = component("process")
@@ -69,6 +69,12 @@ def choice(*names: str, may_change: bool = False):
 def number(zero: bool = False, most: float = INT32, may_change: bool = False):
     """Positive and finite, or 0 where that means off; at most `most`, in whole numbers."""
     return dataclasses.field(metadata={"zero": zero, "most": most, "may_change": may_change})
+
+
+def scheduled():
+    """A number, positive or 0; or ((row, number), ...): what it is at some rows of the run, in between on a
+    straight line, and after the last as there. The first row is 0."""
+    return dataclasses.field(metadata={"scheduled": True, "zero": True})
 
 
 def fraction(zero: bool = True, may_change: bool = False):
@@ -149,7 +155,8 @@ class RunConfig:
     mesh: MeshConfig = group(may_change=True)
 
     def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
+        """JSON values."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
 # ---------------------------------------------------------------- building and checking
@@ -266,6 +273,8 @@ def _value(hint, rule, value, name: str):
         return {key: _component(rule["components"], value[key], f"{name}.{key}") for key in value}
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, name + ".")
+    if "scheduled" in rule and isinstance(value, list | tuple):
+        return _schedule(value, name)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if hint is not Any and type(value) is not hint:
@@ -295,6 +304,16 @@ def _leaf(rule, value, name: str):
         except UserError as e:
             raise UserError(f"{name} = {value!r}: {e}") from e
     return value
+
+
+def _schedule(value, name: str) -> tuple[tuple[int, float], ...]:
+    pairs = [pair for pair in value if isinstance(pair, list | tuple) and len(pair) == 2]
+    rows = [row for row, _ in pairs]
+    whole = all(type(row) is int and row <= INT32 for row in rows)
+    if not pairs or len(pairs) < len(value) or not whole or rows[0] != 0 or sorted({*rows}) != rows:
+        raise UserError(f"{name} = {value!r}: a number is wanted, or ((0, number), (row, number), ...), whole "
+                        f"rows in ascending order from 0 to {INT32}")
+    return tuple((row, _value(float, {"zero": True}, number, f"{name} at row {row}")) for row, number in pairs)
 
 
 def check_divides(name: str, cfg, small: str, large: str) -> None:

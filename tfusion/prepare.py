@@ -1,8 +1,8 @@
 """Tokenises and encodes the sources of an experiment into the folder it trains from (data.prepared).
 
   python -m tfusion.prepare --config=experiments/quickstart.py --codec=runs/quickstart/autoencoder
-  python -m tfusion.prepare --config=experiments/quickstart.py --inspect=rows.png     draws what is prepared:
-      the attention mask of the first packed rows, and which blocks the attention kernels run
+  python -m tfusion.prepare --config=experiments/quickstart.py --inspect=data.html     a page to look at what
+      is prepared before training on it: counts, how rows fill, the first rows in words and pictures
 
 What data.prepared held before is replaced at the end, and only if this verb made it. Killed, the same command
 goes on; several processes share the work by --worker=0/2 and --worker=1/2.
@@ -11,8 +11,11 @@ goes on; several processes share the work by --worker=0/2 and --worker=1/2.
 import dataclasses
 import json
 import re
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,49 +23,78 @@ from absl import flags
 from tqdm import tqdm
 
 from tfusion import config, distributed, experiment, paths, sharding
-from tfusion.data import pipeline, store
+from tfusion.data import store
 from tfusion.data.config import RowFormat
 from tfusion.data.sources import pictures
 from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError, run
 from tfusion.inference import decoder, trained
+from tfusion.models import codecs
 from tfusion.models.codecs import Codec
 from tfusion.objectives import kind_of
 from tfusion.preparing import card, plan, shards, unfinished
 from tfusion.preparing.shards import Encoders, Job
-from tfusion.reporting.inspect_rows import draw_rows
+from tfusion.reporting.data_page import write_data_page
 from tfusion.training.metrics import write_timing
 from tfusion.workdir import CODEC
 
 CONFIG = experiment.define()
 CODEC_RUN = paths.define("codec", None, "workdir of a trained image tokenizer; not for text alone")
 WORKER = flags.DEFINE_string("worker", "0/1", "K/N: this process writes every N-th shard, from the K-th on")
-INSPECT = paths.define("inspect", None, "PNG to draw packed rows of the prepared data to, and exit")
-INSPECT_ROWS = flags.DEFINE_integer("inspect_rows", 2, "how many rows to draw", lower_bound=1)
-INSPECT_BLOCK = flags.DEFINE_integer("inspect_block", 16, "side of a kernel block", lower_bound=1)
+INSPECT = paths.define("inspect", None, "HTML page to write about the prepared data; nothing is prepared")
 STATISTICS_IMAGES = 4096
 
 
-def open_codec(workdir: str, format: RowFormat) -> Codec:
-    """A run's image tokenizer, fitted to the pictures that it is to encode."""
+class Unfitted(NamedTuple):
+    """A run's image tokenizer."""
+
+    image_size: int
+    fingerprint: str  # of what the run has learnt
+    fit: Callable[[], Codec]  # to the pictures that it is to encode
+
+
+def open_codec(workdir: str, format: RowFormat) -> Unfitted:
     run_ = trained.load(workdir)
-    make = decoder(run_).make_codec
-    if make is None:
+    can = decoder(run_)
+    if can.make_codec is None:
         raise UserError(f"--codec={workdir} holds a run with objective = '{run_.cfg.objective}', which "
                         "trains no image tokenizer")
-    codec = make(run_, lambda size: pictures(format.data.sources, "train", size, STATISTICS_IMAGES))
-    if tuple(codec.shape) != format.image_shape:
-        raise UserError(f"{workdir} makes latents of shape {codec.shape}, the config has {format.image_shape}: "
-                        "change model.adapter.latent_* or the autoencoder")
-    return codec
+
+    def fit() -> Codec:
+        codec = can.make_codec(
+            run_, lambda size: pictures(format.data.sources, "train", size, STATISTICS_IMAGES))
+        if tuple(codec.shape) != format.image_shape:
+            raise UserError(f"{workdir} makes latents of shape {codec.shape}, the config has "
+                            f"{format.image_shape}: change model.adapter.latent_* or the autoencoder")
+        return codec
+
+    return Unfitted(can.image_size, trained.fingerprint(run_), fit)
 
 
-def inspect(cfg: config.RunConfig, path: Path) -> None:
-    if path.suffix != ".png" or not path.parent.is_dir():
-        raise UserError(f"--inspect={path} must name a .png file in a folder that exists")
-    batch = next(pipeline.batches(kind_of(cfg).open_rows(cfg), 0, 1, INSPECT_ROWS.value))
-    print(draw_rows(batch, kind_of(cfg).trunk(cfg).image_attention, INSPECT_BLOCK.value, path))
-    print(f"wrote {path}")
+def fitted(folder: Path, unfitted: Unfitted) -> Codec:
+    """By whichever worker came first, for all: another one's processor may sum in another order, and latents
+    normalised in two ways are two kinds of latents."""
+    if not (path := folder / CODEC).exists():
+        unfinished.first(path, unfitted.fit().save)
+    return codecs.load(path)
+
+
+def inspect(cfg: config.RunConfig, page: Path) -> None:
+    """Writes the page on what is prepared."""
+    if page.suffix != ".html" or page.is_dir():
+        raise UserError(f"--inspect={page} must name a page to write, such as data.html")
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=page.parent).close()  # before a long wait
+    except OSError as e:
+        raise UserError(f"--inspect={page} cannot be written ({e.strerror}): name another file") from e
+    with jax.set_mesh(every_device()):
+        write_data_page(cfg, page)
+    print(f"wrote {page} ({page.stat().st_size / 1e6:.1f} MB)")
+
+
+def every_device():
+    return sharding.make_mesh(config.MeshConfig(1, -1, 1, 1))
 
 
 def parse_worker(text: str) -> tuple[int, int]:
@@ -94,9 +126,7 @@ def finish(folder: Path, format: RowFormat, tokenizer, codec: Codec | None, bega
     """What a folder holds beside shards."""
     about = card.make(folder)
     card.check(about)
-    config.replace_text(folder / "card.json", json.dumps(about, indent=2) + "\n")
-    if codec:
-        codec.save(folder / CODEC)
+    config.replace_text(folder / card.NAME, json.dumps(about, indent=2) + "\n")
     write_timing(folder, "prepare", time.perf_counter() - began)
     store.write_meta(folder, tokenizer, codec.fingerprint if codec else "", format.image_shape,
                      CODEC_RUN.value and str(Path(CODEC_RUN.value).absolute()),
@@ -105,16 +135,18 @@ def finish(folder: Path, format: RowFormat, tokenizer, codec: Codec | None, bega
     print("\n".join(card.lines(about)))
 
 
-def prepare(format: RowFormat, tokenizer, codec: Codec | None, worker: tuple[int, int], began: float) -> None:
-    data, size = format.data, codec.image_size if codec else None
-    specs = {name: spec for name, spec in data.sources.items() if spec.share > 0}
+def prepare(format: RowFormat, tokenizer, unfitted: Unfitted | None, worker: tuple[int, int],
+            began: float) -> None:
+    data, size = format.data, unfitted.image_size if unfitted else None
+    specs = {name: spec for name, spec in data.sources.items() if spec.takes_part}
     opened = {(name, split): spec.open(split, size)
               for name, spec in specs.items() for split in ("train", "heldout")}
-    wanted, all_jobs = plan.make(specs, opened, tokenizer, codec), shards.jobs(opened, shards.RECORDS)
+    wanted, all_jobs = plan.make(specs, opened, tokenizer, unfitted), shards.jobs(opened, shards.RECORDS)
     with unfinished.begun(data.prepared, wanted, *worker) as folder:
         if folder is None:
             print(f"{data.prepared} holds these data already; delete it to prepare them anew")
             return
+        codec = fitted(folder, unfitted) if unfitted else None
         write(folder, all_jobs[worker[0] :: worker[1]],
               Encoders(tokenizer.encode_batch, codec.encode if codec else None))
         if left := unwritten(folder, all_jobs):
@@ -142,9 +174,9 @@ def main() -> None:
         raise UserError(f"data.tokenizer = '{data.tokenizer}' has {tokenizer.vocab_size} pieces, "
                         f"model.text_vocab_size = {V}: set it to the former")
     unfinished.check(data.prepared)  # before a long wait
-    with jax.set_mesh(sharding.make_mesh(config.MeshConfig(1, -1, 1, 1))):  # all devices encode
-        codec = open_codec(CODEC_RUN.value, format) if CODEC_RUN.value else None
-        prepare(format, tokenizer, codec, worker, began)
+    with jax.set_mesh(every_device()):
+        unfitted = open_codec(CODEC_RUN.value, format) if CODEC_RUN.value else None
+        prepare(format, tokenizer, unfitted, worker, began)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 from experiments import ablations
 from tfusion import config
 from tfusion.data import config as data_config
-from tfusion.data import layout, packing
+from tfusion.data import layout, mixture, packing
 from tfusion.errors import UserError
 from tfusion.types import BOS, EOS, PAD, Example
 
@@ -221,19 +221,13 @@ def test_rows_of_the_presets_are_full(variant):
     sizes = {"text": (texts, 0), "images": (captions + cfg.model.num_patches + 4, 1)}
     shares = data_config.shares(cfg.data.sources)
     names = list(shares)
-    counts = packing.records_per_window(
+    counts = mixture.records_per_window(
         shares.values(), [sizes[name][0].mean() for name in names], cfg.data.window_rows, T)
     offered = candidates(*((rng.choice(sizes[name][0], count), sizes[name][1])
                            for name, count in zip(names, counts)))
     own = packing.pack(0, 0, offered, cfg.data.window_rows, T, cfg.rows.image_slots)
     room = cfg.data.window_rows * T
     assert room - own.room.sum() > 0.97 * min(room, offered.lengths.sum())
-
-
-def test_records_per_window_gives_the_token_shares():
-    counts = packing.records_per_window([3, 1], [30.0, 10.0], 100, 400)
-    assert counts == [1000, 1000]  # 30,000 and 10,000 positions of 40,000
-    assert packing.records_per_window([0.6, 0.2], [30.0, 10.0], 100, 400) == counts  # shares are relative
 
 
 VOCABULARY = layout.Vocabulary(20, 2)

@@ -162,7 +162,7 @@ def test_a_bomb_is_one_line(tmp_path):
 
 def test_no_file_and_no_picture(tmp_path):
     for path, words in ((tmp_path / "none.png", "cannot be read: No such file"),
-                        (tmp_path, "cannot be read: Is a directory")):
+                        (tmp_path, "cannot be read: it is no file")):
         with pytest.raises(UserError, match=f"^{path} {words}"):
             read_picture(path, 8)
     (tmp_path / "x.png").write_text("not a picture")

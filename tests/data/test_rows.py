@@ -139,7 +139,7 @@ def test_every_record_once_per_epoch(cfg):
     """In a new order each epoch, also where an epoch ends inside a window."""
     rows = open_rows(cfg)
     offered = [rows.offered(window) for window in range(12)]
-    for index, (source, count) in enumerate(zip(rows.sources, rows.per_window)):
+    for index, (source, count) in enumerate(zip(rows.sources, rows.mixture.records[0])):
         own = [c.take((c.sources == index) & (c.pieces == 0)) for c in offered]
         assert [len(c.records) for c in own] == [count] * 12
         epochs, records = (np.concatenate([getattr(c, name) for c in own]) for name in ("epochs", "records"))
@@ -187,7 +187,7 @@ def test_a_row_costs_two_packings(cfg, monkeypatch):
 
 def test_epochs_are_told(cfg):
     rows = open_rows(cfg)
-    for index, (source, count) in enumerate(zip(rows.sources, rows.per_window)):
+    for index, (source, count) in enumerate(zip(rows.sources, rows.mixture.records[0])):
         told = rows.stats(cfg.data.window_rows * 10 - 1)[f"data/epochs/{source.name}"]
         assert told == pytest.approx(10 * count / len(source))
         offered = rows.offered(9)

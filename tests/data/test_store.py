@@ -324,6 +324,15 @@ def test_a_broken_ledger_is_named(tmp_path):
     assert "ledger.00000.jsonl is broken" in message(Split, tmp_path, "mixed", "train")
 
 
+def test_a_ledger_that_leads_out_of_the_store_is_broken(tmp_path):
+    """Its names are numbers, of files beside it."""
+    write(tmp_path)
+    path = tmp_path / "mixed/train/ledger.00000.jsonl"
+    path.write_text(path.read_text().replace('"00000"', '"../../../secret"'))
+    assert "ledger.00000.jsonl is broken (shard '../../../secret' is no number)" in (
+        message(Split, tmp_path, "mixed", "train"))
+
+
 def test_shards_of_different_images_are_named(tmp_path):
     write(tmp_path)
     write(tmp_path, [[latent(1, (4, 4, 1))]], 1)

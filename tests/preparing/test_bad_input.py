@@ -1,6 +1,7 @@
 """What may be wrong with a record: each fault has one outcome, and stops nothing beside it."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -71,7 +72,8 @@ def test_nul_and_control_characters_are_text(tmp_path, tokenizer):
     assert all(word in text for word in ("fox", "apple", "moon", "sun"))
 
 
-@pytest.mark.parametrize("place", ["../secret/a.png", "/etc/passwd", "in/../../secret/a.png"])
+@pytest.mark.parametrize("place", ["../secret/a.png", "/etc/passwd", "in/../../secret/a.png",
+                                   "/dev/zero"])
 def test_a_path_that_leads_out_of_the_folder(tmp_path, place):
     """Whoever wrote the table could else read any picture of this machine."""
     draw(tmp_path / "secret" / "a.png")
@@ -90,6 +92,31 @@ def test_a_path_that_leads_out_of_the_folder(tmp_path, place):
         assert found == wanted and list(skipped) == ["path out of the folder"]
 
 
+def test_no_way_back_from_where_a_link_leads(tmp_path):
+    """A link that lies in the folder may be followed, for it is the user's; `..` goes back in the text."""
+    draw(tmp_path / "elsewhere/in/a.png")
+    draw(tmp_path / "elsewhere/b.png")
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines/link").symlink_to(tmp_path / "elsewhere/in")
+    (tmp_path / "lines/a.jsonl").write_text("".join(json.dumps({"segments": [{"text": text}, {"image": image}]})
+                                                   + "\n" for text, image in (("a", "link/a.png"),
+                                                                              ("b", "link/../b.png"))))
+    found, skipped = prepared(tmp_path, JsonlSource("jsonl", 1.0, str(tmp_path / "lines/a.jsonl"), 0.0))
+    assert found == [("a", 1)]
+    assert skipped == {"damaged picture": [1, [str(tmp_path / "lines/b.png")]]}
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    """From a pipe nothing may ever come."""
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    lines = [{"segments": [{"text": "a"}, {"image": image}]} for image in (
+        "pipe.png", "folder.png", "none.png", "a\0.png", "x" * 300 + ".png")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, "good"]))
+    found, skipped = prepared(tmp_path, JsonlSource("jsonl", 1.0, str(tmp_path / "a.jsonl"), 0.0))
+    assert found == [("good", 0)] and skipped["damaged picture"][0] == 5
+
+
 def test_pictures_beside_the_folders_of_lines(tmp_path):
     """A folder of jsonl files is one root: its files may share pictures."""
     draw(tmp_path / "all/pictures/a.png")
@@ -99,7 +126,10 @@ def test_pictures_beside_the_folders_of_lines(tmp_path):
     assert prepared(tmp_path, JsonlSource("jsonl", 1.0, str(tmp_path / "all"), 0.0)) == ([(None, 1)], {})
 
 
-def test_a_line_that_is_no_record_is_a_mistake_of_the_file(tmp_path):
-    (tmp_path / "a.jsonl").write_text('"a"\n{"text": \n')
+@pytest.mark.parametrize("line", [b'{"text": ', '"Füchsin"'.encode("latin1"), b'"a\0b"',
+                                  b'{"segments": [{"text": "a"}, {"image": " "}]}'])
+def test_a_line_that_is_no_record_is_a_mistake_of_the_file(tmp_path, line):
+    """No JSON, no UTF-8, a bare NUL, a picture without a name."""
+    (tmp_path / "a.jsonl").write_bytes(b'"a"\n' + line + b"\n")
     with pytest.raises(UserError, match=r"a\.jsonl, line 2: "):
         prepared(tmp_path, JsonlSource("jsonl", 1.0, str(tmp_path / "a.jsonl"), 0.0))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from tfusion.config import components, fraction, path
 from tfusion.data import sources as _sources  # noqa: F401 (registers)
 from tfusion.data.layout import Layout, Vocabulary
+from tfusion.data.mixture import knots
 from tfusion.errors import UserError
 
 SLOTS_PER_IMAGE = 1.25  # rows differ in how many images they hold
@@ -17,7 +18,8 @@ class DataConfig:
     prepared: str = path()  # folder written by `prepare`
     tokenizer: str = path("byte", "default")  # 'byte', 'default' or a path: data/tokenizers/
     seq_len: int  # T
-    image_share: float = fraction()  # expected of a row's positions in images, BOI and EOI included
+    image_share: float = fraction()  # expected of a row's positions in images, BOI and EOI included; the most
+    # where shares change
     window_rows: int  # R: rows planned at once
     caption_dropout: float = fraction()
     image_first_fraction: float = fraction(may_change=True)
@@ -39,13 +41,17 @@ def check_sources(sources: dict, name: str) -> None:
     for source in sources:
         if not source.isidentifier():  # it names a folder, and a key on the command line
             raise UserError(f"{name}.sources: '{source}' must be a name of letters, digits and underscores")
-    if not shares(sources):
+    by_name = shares(sources)
+    if not by_name:
         raise UserError(f"{name}.sources must give at least one source a positive share")
+    for row, there in knots(by_name):
+        if not any(there):
+            raise UserError(f"{name}.sources: at row {row} no source has a positive share")
 
 
-def shares(sources: dict) -> dict[str, float]:
+def shares(sources: dict) -> dict[str, float | tuple]:
     """{name: share} of those that take part, in the order of their names, however they are written."""
-    return {name: sources[name].share for name in sorted(sources) if sources[name].share > 0}
+    return {name: sources[name].share for name in sorted(sources) if sources[name].takes_part}
 
 
 class RowFormat(NamedTuple):

@@ -93,7 +93,7 @@ def open_heldout(format: RowFormat, documents: int | None = None) -> dict[str, H
     A source without held-out records is named and left out.
     """
     found = {}
-    for name in (name for name, source in format.data.sources.items() if source.share > 0):
+    for name in (name for name, source in format.data.sources.items() if source.takes_part):
         folder = store.split_folder(format.data.prepared, name, "heldout")
         if folder.is_dir() and len(held := HeldOut(format, name, documents)):
             found[name] = held

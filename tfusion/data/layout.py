@@ -33,6 +33,7 @@ class Layout(NamedTuple):
 
     sizes: Callable  # (text tokens, images) of a record -> Sizes
     lay: Callable  # (Document) -> Example
+    images: Callable  # (packed row, no batch axis) -> (I, *image_shape): of each slot, as its codec made it
 
 
 class Vocabulary(NamedTuple):
@@ -95,6 +96,10 @@ def sizes(vocabulary: Vocabulary, text_tokens, images) -> Sizes:
     return Sizes(positions, text_tokens + images + 1, images)
 
 
+def latents_of(row):
+    return row.latents_BIhwc
+
+
 def latent_patches(vocabulary: Vocabulary) -> Layout:
     """Images as N patches of latents, which no token stands for."""
-    return Layout(partial(sizes, vocabulary), partial(lay, vocabulary))
+    return Layout(partial(sizes, vocabulary), partial(lay, vocabulary), latents_of)

@@ -1,6 +1,6 @@
 """Packing documents into rows: `pack` and `plan` decide on lengths only, `pack_row` fills in the data.
 
-A window holds a fixed number of records per source, so that token shares come out, and is packed into exactly
+A window holds as many records of each source as give its share (data/mixture.py), and is packed into exactly
 R rows. `pack` packs what a window is offered; what is left of it is offered once more: `plan` puts it into the
 room that the next window's own packing leaves, and what finds none there is dropped and counted. Row k of the
 run = (window k // R, index k % R); both are pure, so any process can start at any row for two packings.
@@ -59,12 +59,6 @@ class Plan(NamedTuple):
     rows: list
     num_positions: int  # filled
     dropped: np.ndarray  # sources of the last window's documents that found no room in this one either
-
-
-def records_per_window(shares, mean_lengths, num_rows: int, seq_len: int) -> list[int]:
-    """How many records of each source fill num_rows * seq_len positions in the given token shares."""
-    total = sum(shares)
-    return [round(num_rows * seq_len * share / total / mean) for share, mean in zip(shares, mean_lengths)]
 
 
 def pack(seed: int, window: int, offered: Candidates, num_rows: int, seq_len: int, num_slots: int) -> Packed:

@@ -1,6 +1,8 @@
 """Picture files as people have them, read as uint8 pixels."""
 
 import io
+import os
+import stat
 import warnings
 from pathlib import Path
 
@@ -22,6 +24,8 @@ def read_picture(path: str | Path, size: int | None, content: bytes | None = Non
     """
     file = path if content is None else io.BytesIO(content)
     try:
+        if content is None and not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{path} cannot be read: it is no file")  # to read from a pipe would never end
         with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
             if size:  # a JPEG can be decoded at 1/2, 1/4 or 1/8, which is several times faster
                 image.draft(None, (2 * size, 2 * size))

@@ -1,8 +1,9 @@
 """Rows of training: row k of the run, whatever process asks for it and when.
 
-A window holds a fixed number of records of each source, taken in the source's own order (data/order.py), and is
-planned on lengths alone (data/packing.py). The position in the data is therefore one integer, the next row, for
-any number of processes, and any row costs two packings and what it reads.
+A window holds a number of records of each source that follows from the shares (data/mixture.py), taken in the
+source's own order (data/order.py), and is planned on lengths alone (data/packing.py). The position in the data
+is therefore one integer, the next row, for any number of processes, and any row costs two packings and what it
+reads.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tfusion.data import packing, store, transforms
+from tfusion.data import mixture, packing, store, transforms
 from tfusion.data.config import SLOTS_PER_IMAGE, RowFormat, shares
 from tfusion.data.documents import Documents
 from tfusion.data.order import Order
@@ -47,7 +48,7 @@ def warn_of_other_sources(meta: dict, sources: dict) -> None:
     for name, spec in sources.items():
         was, now = meta.get("sources", {}).get(name), dataclasses.asdict(spec)
         changed = [key for key in now if was and key != "share" and was.get(key) != now[key]]
-        if spec.share > 0 and changed:
+        if spec.takes_part and changed:
             print(f"warning: data.sources.{name} was prepared with " + ", ".join(
                 f"{key} = {was.get(key)}, the config has {now[key]}" for key in changed)
                 + ": training takes what was prepared; `prepare` again for the other", file=sys.stderr)
@@ -75,13 +76,7 @@ class PackedRows:
             if not len(source):
                 raise UserError(f"{source.source.folder} holds no records: prepare some, or set "
                                 f"data.sources.{source.name}.share to 0")
-        means, in_images = zip(*(source.means(data.caption_dropout) for source in self.sources))
-        check_image_share(data.image_share, by_name.values(), means, in_images)
-        self.per_window = packing.records_per_window(by_name.values(), means, data.window_rows, data.seq_len)
-        for (name, share), count in zip(by_name.items(), self.per_window):
-            if count == 0:
-                raise UserError(f"data.sources.{name}.share = {share} is less than one record per "
-                                f"data.window_rows = {data.window_rows} rows: raise one of them")
+        self.mixture = self._mixture(by_name)
         self.order = [Order([shard.records for shard in source.source.shards], seed, source.key)
                       for source in self.sources]
         self.identity = self._identity(meta, by_name)
@@ -89,11 +84,25 @@ class PackedRows:
         self._own = functools.lru_cache(WINDOWS_KEPT)(self._pack)
         self.plan = functools.lru_cache(WINDOWS_KEPT)(self._plan)
 
+    def _mixture(self, by_name: dict) -> mixture.Mixture:
+        data, knots = self.format.data, mixture.knots(by_name)
+        means, in_images = zip(*(source.means(data.caption_dropout) for source in self.sources))
+        for _, there in knots:  # in between it is no more
+            check_image_share(data.image_share, there, means, in_images)
+        records = [mixture.records_per_window(there, means, data.window_rows, data.seq_len)
+                   for _, there in knots]
+        for (name, share), counts in zip(by_name.items(), zip(*records)):
+            if not any(counts):
+                raise UserError(f"data.sources.{name}.share = {share} is less than one record per "
+                                f"data.window_rows = {data.window_rows} rows: raise one of them")
+        return mixture.Mixture([-(-row // data.window_rows) for row, _ in knots], records)  # never too early
+
     def _identity(self, meta: dict, by_name: dict) -> dict:
         """Of all that decides which document stands in row k."""
         data = self.format.data
-        order = [ORDER, self.seed, by_name, self.per_window, data.caption_dropout, data.window_rows,
-                 data.seq_len, self.format.image_slots, self.format.vocabulary.num_patches]
+        records = [number for there in self.mixture.records for number in there]
+        order = [ORDER, self.seed, by_name, records, data.caption_dropout, data.window_rows, data.seq_len,
+                 self.format.image_slots, self.format.vocabulary.num_patches]
         return store.identity(meta) | {
             f"sizes.{source.name}": source.source.digest for source in self.sources} | {
             "order": hashlib.sha256(json.dumps(order).encode()).hexdigest()[:16]}
@@ -101,8 +110,11 @@ class PackedRows:
     def offered(self, window: int) -> packing.Candidates:
         """The documents of the records that a window takes of each source, with their sizes."""
         candidates = []
-        for index, (source, order, count) in enumerate(zip(self.sources, self.order, self.per_window)):
-            epochs, *where = order.between(window * count, (window + 1) * count)
+        for index, (source, order, places) in enumerate(zip(self.sources, self.order,
+                                                            self.mixture.taken(window))):
+            if not places:
+                continue
+            epochs, *where = order.between(places.start, places.stop)
             records = source.number(*where)
             of, pieces, lengths, images = source.cut(records, self._drops(index, epochs, records))
             candidates.append((np.full(len(of), index), epochs[of], records[of], pieces, lengths, images))
@@ -134,11 +146,15 @@ class PackedRows:
                     found[place] = example
         return found
 
+    def documents(self, rows: Sequence[int]) -> list[list[tuple]]:
+        """Of several rows, (source, epoch, record, piece) of each document, in order."""
+        with self._lock:  # one thread plans, the others wait for it
+            return [self.plan(window).rows[index]
+                    for window, index in (divmod(row, self.format.data.window_rows) for row in rows)]
+
     def read(self, rows: Sequence[int]) -> list[Batch]:
         """Several rows, their documents read together."""
-        with self._lock:  # one thread plans, the others wait for it
-            planned = [self.plan(window).rows[index]
-                       for window, index in (divmod(row, self.format.data.window_rows) for row in rows)]
+        planned = self.documents(rows)
         examples = iter(self.examples([document for documents in planned for document in documents]))
         return [packing.pack_row(row, [next(examples) for _ in documents], self.format)
                 for row, documents in zip(rows, planned)]
@@ -160,11 +176,18 @@ class PackedRows:
         values = {"data/fill": plan.num_positions / (data.window_rows * data.seq_len),
                   "data/dropped_documents": dropped.sum() / max(of.sum(), 1),
                   "data/continued_documents": np.mean(continued) if continued else 0}
-        for index, (source, count) in enumerate(zip(self.sources, self.per_window)):
+        given = self.mixture.taken(max(window - 1, 0))
+        for index, (source, taken) in enumerate(zip(self.sources, self.taken(row + 1))):
             values[f"data/dropped_documents/{source.name}"] = dropped[index] / max(of[index], 1)
-            values[f"data/left_out_records/{source.name}"] = 1 - records[index] / count
-            values[f"data/epochs/{source.name}"] = (row + 1) / data.window_rows * count / len(source)
+            values[f"data/left_out_records/{source.name}"] = 1 - records[index] / max(len(given[index]), 1)
+            values[f"data/epochs/{source.name}"] = taken / len(source)
         return {name: float(value) for name, value in values.items()}
+
+    def taken(self, row: float) -> list[float]:
+        """Records of each source that the rows before one were offered; of its own window a part (S,)."""
+        window, rest = divmod(row, self.format.data.window_rows)
+        places, part = self.mixture.taken(int(window)), rest / self.format.data.window_rows
+        return [each.start + part * len(each) for each in places]
 
     def check(self, batch) -> None:
         packing.check_batch(batch, self.format.vocabulary)

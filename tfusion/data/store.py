@@ -112,6 +112,8 @@ def ledger(folder) -> dict[str, dict]:
     for path in sorted(epath.Path(folder).glob("ledger*.jsonl"), key=lambda path: path.name != "ledger.jsonl"):
         for text in path.read_text().splitlines():
             line = _parse(text, path)
+            if not line["shard"].isdecimal():  # it names files, beside the ledger and nowhere else
+                raise UserError(f"{path} is broken (shard {line['shard']!r} is no number): {AGAIN}")
             lines[line["shard"]] = line
     return {name: lines[name] for name in sorted(lines, key=lambda name: (len(name), name))}
 

@@ -123,9 +123,8 @@ def records_read(cfg: RunConfig, rows, step: int) -> dict:
 
     rows: the training rows (data/rows.PackedRows).
     """
-    windows = step * cfg.train.batch_size / cfg.data.window_rows
-    return {source.name: (source, min(len(source), max(1, round(windows * count))))
-            for source, count in zip(rows.sources, rows.per_window)}
+    return {source.name: (source, min(len(source), max(1, round(taken))))
+            for source, taken in zip(rows.sources, rows.taken(step * cfg.train.batch_size))}
 
 
 def count_ngrams(cfg: RunConfig, source: Documents, number: int) -> Ngrams | None:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from tfusion import config, sharding
@@ -64,6 +65,12 @@ def load(path, step: int | None = None, mesh: Mesh | None = None) -> Trained:
     checkpoints.close()
     aux = Aux(np.int32(step), frozen, items.get("buffers", {}))
     return Trained(cfg, items[item], codec, tokenizer, step, identity, aux)
+
+
+def fingerprint(run: Trained) -> str:
+    """sha256 (hex) of what it has learnt."""
+    learnt = {"params": run.params, "buffers": run.aux.buffers}
+    return codecs.fingerprint(flatten_dict(learnt, sep="/"))
 
 
 def check_data(run: Trained, root) -> None:

@@ -1,13 +1,16 @@
 """The data card, card.json: what the prepared data are, counted once when all is written."""
 
 import collections
+import json
 from collections.abc import Iterator
 
 import numpy as np
+from etils import epath
 
 from tfusion.data import store
 from tfusion.errors import UserError
 
+NAME = "card.json"
 HASHES = 2**24  # looked at at once
 FEW = 20  # held-out records of a source
 PERCENTILES = (5, 50, 95)
@@ -21,6 +24,15 @@ def make(root) -> dict:
     folders = store.split_folders(root)
     copies = _copies(folders)
     return {f"{folder.parent.name}/{folder.name}": _split(folder) | copies[folder] for folder in folders}
+
+
+def read(root) -> dict:
+    """The card of prepared data; of a store that was written by other means, made now."""
+    path = epath.Path(root) / NAME
+    try:
+        return json.loads(path.read_text()) if path.exists() else make(root)
+    except ValueError as e:
+        raise UserError(f"{path} is broken ({e}): {store.AGAIN}, or delete it") from e
 
 
 def _split(folder) -> dict:
@@ -98,7 +110,7 @@ def check(card: dict) -> None:
     for title, about in card.items():
         if title.endswith("/train") and not about["records"]:
             total = sum(number for number, _ in about["skipped"].values())
-            raise UserError(f"{title}: none of {total} records can be used: {_told(about['skipped'])}")
+            raise UserError(f"{title}: none of {total} records can be used: {told(about['skipped'])}")
 
 
 def lines(card: dict) -> list[str]:
@@ -118,10 +130,11 @@ def lines(card: dict) -> list[str]:
         few = title.endswith("/heldout") and about["records"] < FEW
         out.append(f"{title}: {', '.join(text)}" + "; few: figures of them say little" * few)
         if about["skipped"]:
-            out.append(f"  skipped: {_told(about['skipped'])}")
+            out.append(f"  skipped: {told(about['skipped'])}")
     return out
 
 
-def _told(skipped: dict) -> str:
+def told(skipped: dict) -> str:
+    """What was skipped, by reason, with the first keys."""
     return "; ".join(f"{number:,} {reason} ({', '.join(keys)}{', ...' * (number > len(keys))})"
                      for reason, (number, keys) in skipped.items())

@@ -18,7 +18,8 @@ SAMPLE = 16  # records of a split that are looked at
 
 
 def make(specs: dict[str, Source], opened: dict, tokenizer, codec=None) -> dict:
-    """JSON values. specs: {source: its spec}; opened: {(source, split): its records}.
+    """JSON values. specs: {source: its spec}; opened: {(source, split): its records}. codec: has an image_size
+    and a fingerprint, of what is known before it is fitted to the sources: to fit it again may give other bits.
 
     Raises UserError where a source has no records to train on, and where one has pictures and there is no
     codec.

@@ -2,7 +2,7 @@
 the end, and only if `prepare` made that too.
 
     plan.json           what is being made of what; who finds his own plan here goes on, any other begins anew
-    .lock               held for a moment by who begins or completes
+    .lock               held for a moment by who begins or completes, or writes what all share
     .lock.<k>of<n>      held by worker k of n as long as it lives
 
 Killed at any point, the same command goes on. Several workers write side by side, each its shards; who is last
@@ -88,6 +88,14 @@ def _enter(beside: Path, plan: dict, worker: int, workers: int) -> None:
         if not left.name.startswith(LOCK):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     replace_text(beside / PLAN, _text(plan))
+
+
+def first(path: Path, write: Callable[[Path], None]) -> None:
+    """Writes a file of the unfinished folder in one move, unless another worker has."""
+    with _gate(path.parent):
+        if not path.exists():
+            write(beside := path.with_name(f".{path.name}"))
+            os.replace(beside, path)
 
 
 def complete(root, plan: dict, finish: Callable[[Path], None]) -> None:

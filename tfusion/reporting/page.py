@@ -98,6 +98,26 @@ svg.mask { display: block; width: 100%; min-width: 860px; height: auto; }
 .swatch:first-child { margin-left: 0; }
 .bar { height: 12px; border-radius: 3px; min-width: 2px; background: var(--text); }
 td.track { width: 60%; min-width: 90px; }
+td .bar { height: 8px; margin: 2px 0; }
+dl.facts + .scroll { margin-top: 20px; } .scroll + .cards { margin-top: 28px; }
+img.drawn { display: block; width: 100%; max-width: 860px; border-radius: 6px; }
+svg.strip { display: block; width: 100%; height: 58px; border-radius: 4px; margin: 4px 0 18px; }
+.packing { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 250px), 1fr)); gap: 14px;
+  align-items: start; margin-bottom: 16px; }
+.packed { background: var(--card); border: 1px solid var(--line); border-top: 4px solid; border-radius: 6px;
+  padding: 10px 14px 12px; min-width: 0; }
+.packed header { font-size: .8rem; color: var(--soft); margin-bottom: 6px; }
+.packed header b { color: var(--ink); margin-right: .3em; }
+.packed header small { display: block; color: var(--faint); }
+.packed .flow { max-height: 24em; overflow: auto; }
+.flow { font-size: .94rem; line-height: 1.6; white-space: pre-wrap; overflow-wrap: anywhere; }
+.flow .unscored { color: var(--faint); }
+.flow .special { font: .72em ui-monospace, Menlo, Consolas, monospace; color: var(--soft); margin: 0 2px;
+  border: 1px solid var(--line); border-radius: 4px; padding: 1px 3px; vertical-align: 1px;
+  white-space: nowrap; }
+.flow .special.unscored { border-style: dashed; color: var(--faint); }
+.flow .image { display: block; width: 104px; margin: 5px 0; }
+.flow .image small { display: block; text-align: center; color: var(--soft); line-height: 1.3; }
 details { border-top: 1px solid var(--line); padding: 10px 0; }
 summary { cursor: pointer; font-weight: 600; }
 pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; background: var(--card);

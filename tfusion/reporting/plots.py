@@ -266,6 +266,20 @@ def lying_bars(name: str, names: Sequence[str], groups: Groups, tone: str) -> st
     return svg(name, draw)
 
 
+def histogram(name: str, values: np.ndarray, colour: str) -> str:
+    """How often whole numbers come, in up to 40 bins."""
+    step = max(1, -(-(int(values.max()) - int(values.min()) + 1) // 40))
+    edges = np.arange(values.min(), values.max() + step + 1, step) - 0.5
+
+    def draw(ax: Axes) -> None:
+        ax.hist(values, edges, color=colour, rwidth=0.9)
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        ax.yaxis.set_major_formatter(EngFormatter(sep=""))
+
+    return svg(name, draw, (4.2, 1.8))
+
+
 def figure_over_steps(name: str, series: Series, ends: Sequence[tuple[float, float, float]],
                       chance: float | None, want: float | None) -> str:
     """A figure at the checkpoints that were evaluated; ends: (step, low, high) of its intervals."""

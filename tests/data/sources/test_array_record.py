@@ -58,8 +58,8 @@ def write_photos(photos, folder, of=3):
     """The folder's pictures, in its order, over several files."""
     lines = []
     for item in FolderSource("folder", 1.0, str(photos), 0.0).open("train").items:
-        caption = [item.caption.read_text().strip()] if item.caption else []
-        lines.append(record(*caption, item.path.read_bytes(), id=item.key))
+        caption = [(photos / item.caption).read_text().strip()] if item.caption else []
+        lines.append(record(*caption, (photos / item.file).read_bytes(), id=item.key))
     for i in range(of):
         some = slice(i * len(lines) // of, (i + 1) * len(lines) // of)
         write(folder / f"pairs-{i:05d}-of-{of:05d}.array_record", *lines[some])

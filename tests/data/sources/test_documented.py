@@ -29,6 +29,28 @@ def test_the_experiment():
     assert sources["notes"].path == "/data/notes/*.jsonl.gz" and sources["photos"].share == 0.7
 
 
+def test_shares_that_change():
+    block, = (x for x in re.findall(r"```\n(.*?)```", DOCS.read_text(), re.S) if "share=((0" in x)
+    tree, scope = own_data.get_config(), {}
+    exec(block, {}, scope)
+    tree.data.sources = scope
+    shares = {name: source.share for name, source in config.from_dict(tree).data.sources.items()}
+    assert list(shares) == ["photos", "notes"] and all(len(share) == 3 for share in shares.values())
+
+
+def test_what_goes_wrong_names_its_tests():
+    """Each fault's line the tests that show its outcome."""
+    lines = DOCS.read_text().partition("## What goes wrong")[2].partition("\n## ")[0].split("\n")
+    cells = [line.split("|")[3] for line in lines if line.startswith("| ") and "| test |" not in line]
+    files = {path.name: path.read_text() for path in DOCS.parents[1].glob("tests/**/test_*.py")}
+    for cell in cells:
+        named = re.findall(r"`(?:[\w/]*/)?(test_\w+\.py)?(?:::(test_\w+))?`", cell)
+        assert named and named[0][0], cell
+        for file, test in named:
+            texts = [files[file]] if file else list(files.values())
+            assert not test or any(f"def {test}(" in text for text in texts), (file, test)
+
+
 def test_another_kind(tmp_path, monkeypatch):
     monkeypatch.setitem(config.REGISTRY, "source", dict(config.REGISTRY["source"]))
     exec(next(block for block in blocks() if "@config.register" in block), {"__name__": "documented"})

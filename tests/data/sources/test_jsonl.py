@@ -90,6 +90,17 @@ def test_several_packed_files_are_read_at_random(tmp_path):
     assert [source[i] for i in order] == [[f"{'abc'[i // 50]}{i % 50}"] for i in order]
 
 
+def test_every_line_is_read_from_its_own_file(tmp_path):
+    """Also where some are held out, and a file has none."""
+    for name, number in (("a", 5), ("b", 0), ("c.gz", 9), ("d", 40), ("e", 1)):
+        stem, _, packed = name.partition(".")
+        write(tmp_path / f"{stem}.jsonl{'.gz' * bool(packed)}", " ", *(f'"{stem} {i}"' for i in range(number)))
+    both = [read(tmp_path, split, 0.3) for split in ("train", "heldout")]
+    assert min(map(len, both)) > 8 and all(some == sorted(some, key=lambda x: x[0][0]) for some in both)
+    assert sorted(text for some in both for (text,) in some) == sorted(
+        f"{stem} {i}" for stem, number in (("a", 5), ("c", 9), ("d", 40), ("e", 1)) for i in range(number))
+
+
 def test_the_held_out_lines_are_those_of_their_ids(tmp_path):
     """Whatever their order, and whatever file they stand in."""
     lines = [{"id": i, "text": f"text {i}"} for i in range(200)]

@@ -71,8 +71,8 @@ def read(path, split="train", **options):
 def test_the_same_documents_as_the_folder(photos, tmp_path, size):
     items = FolderSource("folder", 1.0, str(photos), 0.0).open("train").items
     path = write(tmp_path, 3, train=[
-        {"key": item.key, "image": item.path.read_bytes(),
-         "text": item.caption.read_text() if item.caption else ""} for item in items])
+        {"key": item.key, "image": (photos / item.file).read_bytes(),
+         "text": (photos / item.caption).read_text() if item.caption else ""} for item in items])
     for split in ("train", "heldout"):
         wanted = FolderSource("folder", 1.0, str(photos), 0.3).open(split, size)
         found = open_it(path, split, size, fraction=0.3)

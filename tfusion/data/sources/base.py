@@ -36,9 +36,13 @@ class NoPictures(UserError):
 
 
 class Opened(Protocol):
-    """One split of a source. `source[i]` may be asked by several threads, and raises Unreadable where the
-    record is damaged. One that can tell, without reading its records, when they have changed, has it told by
-    an attribute `fingerprint`, a text; of others `prepare` looks at a few records."""
+    """One split of a source: a list whose records are read when they are asked for. So any worker can take any
+    range of them, all shards are of one size whatever the files are, and threads can read ahead. Only where a
+    record stands is kept: of ArrayRecord nothing, of a line some bytes, of a file its name (docs/data.md).
+
+    `source[i]` may be asked by several threads, and raises Unreadable where the record is damaged. One that
+    can tell, without reading its records, when they have changed, has it told by an attribute `fingerprint`, a
+    text; of others `prepare` looks at a few records."""
 
     def __len__(self) -> int: ...
 
@@ -50,7 +54,12 @@ class Source:
     """What every source in data.sources says of itself; a kind adds what it needs."""
 
     kind: str
-    share: float = config.number(zero=True)  # of the tokens, relative to the other sources' shares; 0: left out
+    share: float = config.scheduled()  # of the positions, relative to the other sources' shares; 0: left out
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether it ever has a share."""
+        return any(share for _, share in self.share) if isinstance(self.share, tuple) else self.share > 0
 
     def open(self, split: str, image_size: int | None = None) -> Opened:
         """split: 'train' or 'heldout'. image_size: side of the pictures in pixels; None: as they are stored.
@@ -67,7 +76,7 @@ def held_out(keys: Iterable[str], fraction: float) -> np.ndarray:
     Of two keys and more, one at least is on either side (none is held out where fraction is 0).
     """
     digests = (hashlib.md5(key.encode(errors="surrogateescape"), usedforsecurity=False) for key in keys)
-    draws = np.array([int.from_bytes(digest.digest()[:8]) for digest in digests], np.float64) / 2.0**64
+    draws = np.fromiter((int.from_bytes(digest.digest()[:8]) for digest in digests), np.float64) / 2.0**64
     held = draws < fraction
     if fraction > 0 and len(draws):
         if not held.any() and draws.min() < draws.max():
@@ -161,7 +170,7 @@ def pictures(sources: dict[str, Source], split: str, image_size: int,
     """
     found = {}
     for name, spec in sources.items():
-        if spec.share > 0:
+        if spec.takes_part:
             source, tally = spec.open(split, image_size), Tally()
             order = range(len(source)) if limit is None else np.random.default_rng(0).permutation(len(source))
             with contextlib.closing(_read(source, order, tally)) as read:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,39 +36,36 @@ def _column(row: dict, wanted: tuple[str, ...], where: str) -> str:
     return whole(row[found] or "").strip()
 
 
-def _csv_rows(path: Path) -> list[tuple[int, dict]]:
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
     """(line, its columns) of a table with commas, semicolons or tabs."""
     text = read_text(path)
     delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        return [(reader.line_num, row) for row in reader]
+        for row in reader:
+            yield reader.line_num, row
     except csv.Error as e:
         raise UserError(f"{path}, line {reader.line_num}: {e}") from e
 
 
-def _jsonl_rows(path: Path) -> list[tuple[int, dict]]:
-    rows = []
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict]]:
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             try:
-                rows.append((number, dict(json.loads(line))))
+                row = dict(json.loads(line))
             except (ValueError, TypeError, RecursionError) as e:
                 raise UserError(f"{path}, line {number}: no JSON object ({e})") from e
-    return rows
+            yield number, row
 
 
-def read_table(path: Path) -> list[tuple[int, str, str]]:
-    """(line, file, caption) of each line; '' where the caption is blank. Other columns are passed over."""
-    rows = (_csv_rows if path.suffix.lower() == ".csv" else _jsonl_rows)(path)
-    found = []
-    for number, row in rows:
+def read_table(path: Path) -> Iterator[tuple[str, str]]:
+    """(file, caption) of each line; '' where the caption is blank. Other columns are passed over."""
+    for number, row in (_csv_rows if path.suffix.lower() == ".csv" else _jsonl_rows)(path):
         where = f"{path}, line {number}"
         file, caption = _column(row, FILE, where), _column(row, TEXT, where)
         if not file:
             raise UserError(f"{where}: no file is named")
-        found.append((number, file, caption))
-    return found
+        yield file, caption
 
 
 def _tables(root: Path, files: list[str], texts: bool) -> list[str]:
@@ -80,17 +78,19 @@ def _tables(root: Path, files: list[str], texts: bool) -> list[str]:
     return tables or (others if len(others) == 1 and not texts else [])
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)  # there may be millions
 class Captioned:
-    """A picture file, and its caption: a text, the file that holds it, or None."""
+    """A picture file, and its caption. Paths are relative to the folder."""
 
-    key: str  # the picture's path in the folder, the same on every system
-    path: Path
-    caption: str | Path | None
+    key: str  # the picture's path, the same on every system
+    file: str
+    caption: str | None  # a text, or the path of the file that holds it
+    in_file: bool = False  # the latter
 
 
 def _same_everywhere(path: str) -> str:
-    return unicodedata.normalize("NFC", path.replace(os.sep, "/"))  # macOS takes letters and accents apart
+    same = unicodedata.normalize("NFC", path.replace(os.sep, "/"))  # macOS takes letters and accents apart
+    return path if same == path else same  # one text in memory, not two
 
 
 def find(root: Path) -> list[Captioned]:
@@ -100,15 +100,20 @@ def find(root: Path) -> list[Captioned]:
                         "'folder' names a folder of pictures; --config.data.sources.NAME.path=DIR")
     files = list(walk(root))
     pictures = {_same_everywhere(file): file for file in files if file.lower().endswith(PICTURES)}
-    texts = {_same_everywhere(file[:-4]): root / file for file in files if file.lower().endswith(".txt")}
-    stems = {key: os.path.splitext(key)[0] for key in pictures}
+    texts = {_same_everywhere(file[:-4]): file for file in files if file.lower().endswith(".txt")}
+
+    def beside(key: str) -> str | None:
+        return texts.get(os.path.splitext(key)[0])
+
     found, named = [], set()
-    for table in _tables(root, files, any(stem in texts for stem in stems.values())):
-        for _, file, caption in read_table(root / table):
+    for table in _tables(root, files, any(map(beside, pictures))):
+        for file, caption in read_table(root / table):
             key = _same_everywhere(os.path.normpath(os.path.join(os.path.dirname(table), file)))
-            found.append(Captioned(key, root / pictures.get(key, key), caption or None))
+            file = pictures.get(key, key)
+            found.append(Captioned(file if file == key else key, file, caption or None))
             named.add(key)
-    found += [Captioned(key, root / file, texts.get(stems[key])) for key, file in pictures.items()
+    del files
+    found += [Captioned(key, file, beside(key), in_file=True) for key, file in pictures.items()
               if key not in named]
     if not found:
         raise UserError(f"{root} holds no pictures ({', '.join(PICTURES)}): name the folder that does in "
@@ -127,12 +132,12 @@ class Folder:
 
     def __getitem__(self, record: int) -> list:
         item = self.items[record]
-        if not inside(self.root, item.path):
+        if not inside(self.root, self.root / item.file):
             raise Unreadable(f"{item.key} leads out of {self.root}: pictures are taken from there alone",
                              "path out of the folder", item.key)
-        caption = _read_caption(item) if isinstance(item.caption, Path) else item.caption
+        caption = self._caption_in_file(item) if item.caption and item.in_file else item.caption
         try:
-            picture = read_picture(item.path, self.image_size)
+            picture = read_picture(self.root / item.file, self.image_size)
         except UserError as e:
             raise Unreadable(str(e), "damaged picture", item.key) from e
         return [caption, picture] if caption else [picture]
@@ -142,10 +147,23 @@ class Folder:
         """Of the captions of tables, and of every file's name, size and time."""
         digest = hashlib.sha256()
         for item in self.items:
-            files = [item.path, item.caption] if isinstance(item.caption, Path) else [item.path]
+            files = [item.file, item.caption] if item.caption and item.in_file else [item.file]
             caption = item.caption if len(files) == 1 else ""
-            digest.update(repr((item.key, caption, *map(_state, files))).encode())
+            states = (_state(self.root / file) for file in files)
+            digest.update(repr((item.key, caption, *states)).encode())
         return digest.hexdigest()
+
+    def _caption_in_file(self, item: Captioned) -> str:
+        path = self.root / item.caption
+        try:
+            if (size := path.stat().st_size) > LONGEST_CAPTION:
+                raise Unreadable(f"{path} has {size} bytes, a caption has at most {LONGEST_CAPTION}",
+                                 "long caption", item.key)
+            return read_text(path).strip()
+        except Unreadable:
+            raise
+        except (UserError, OSError) as e:
+            raise Unreadable(str(e), "unreadable caption", item.key) from e
 
 
 def _state(path: Path) -> tuple | None:
@@ -154,19 +172,6 @@ def _state(path: Path) -> tuple | None:
     except OSError:  # whoever wants to read it says so
         return None
     return about.st_size, about.st_mtime_ns
-
-
-def _read_caption(item: Captioned) -> str:
-    path = item.caption
-    try:
-        if (size := path.stat().st_size) > LONGEST_CAPTION:
-            raise Unreadable(f"{path} has {size} bytes, a caption has at most {LONGEST_CAPTION}",
-                             "long caption", item.key)
-        return read_text(path).strip()
-    except Unreadable:
-        raise
-    except (UserError, OSError) as e:
-        raise Unreadable(str(e), "unreadable caption", item.key) from e
 
 
 @config.register("source", "folder")

@@ -1,5 +1,6 @@
 """Lines of JSON: texts, or texts and pictures in their order (docs/data.md)."""
 
+import array
 import dataclasses
 import glob
 import gzip
@@ -63,9 +64,12 @@ def parts_of(line: bytes, image: type = str) -> tuple[object, list[tuple[str, ob
         if type(value) is not {"text": str, "image": image}.get(kind):
             names = '{"text": "..."} nor {"image": ' + ('"PATH"}' if image is str else "BYTES}")
             raise ValueError(f"{json.dumps(segment)[:80]} is neither {names}")
-        if not isinstance(value, str):
-            parts.append((kind, value))
-        elif value.strip():
+        blank = isinstance(value, str) and not value.strip()
+        if kind == "image":
+            if blank:
+                raise ValueError("an image's path is blank")
+            parts.append((kind, whole(value) if image is str else value))
+        elif not blank:
             parts.append((kind, whole(value)))
     return tree.get("id"), parts
 
@@ -94,7 +98,9 @@ class Jsonl:
     def __init__(self, files: list[Path], image_size: int | None, root: Path | None = None):
         """root: the folder that pictures must lie in; None: each file's own."""
         self.files, self.image_size, self.root = files, image_size, root
-        self._unpacked, self._places = tempfile.TemporaryFile(), []  # noqa: SIM115
+        self._unpacked = tempfile.TemporaryFile()  # noqa: SIM115
+        self._places = array.array("q")  # (n, 2): from and to which byte
+        self._ends = np.zeros(len(files), np.int64)  # how many records there are up to each file's last
         weakref.finalize(self, self._unpacked.close)
 
     def scan(self) -> Iterator[str]:
@@ -113,22 +119,24 @@ class Jsonl:
                     if text.strip():
                         name, parts = _record(text, f"{path}, line {number}")
                         if parts:
-                            self._places.append((file, start + skipped, stop))
+                            self._places.extend((start + skipped, stop))
                             yield f"{path.name}:{number}" if name is None else str(name)
                     start = stop
+                self._ends[file] = len(self._places) // 2
                 bar.update(path.stat().st_size if packed else 0)
         self._unpacked.flush()
 
     def keep(self, chosen: np.ndarray) -> None:
         """chosen: bool (records found,)."""
-        self._places = np.asarray(self._places, np.int64).reshape(-1, 3)[chosen]
+        self._places = np.frombuffer(self._places, np.int64).reshape(-1, 2)[chosen]
+        self._ends = np.cumsum([some.sum() for some in np.split(chosen, self._ends[:-1])])
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, record: int) -> list:
-        file, start, stop = self._places[record].tolist()
-        path = self.files[file]
+        start, stop = self._places[record].tolist()
+        path = self.files[np.searchsorted(self._ends, record, side="right")]
         if path.name.endswith(".gz"):
             line = os.pread(self._unpacked.fileno(), stop - start, start)
         else:
@@ -138,7 +146,7 @@ class Jsonl:
         return [value if kind == "text" else self._picture(path.parent, value) for kind, value in parts]
 
     def _picture(self, folder: Path, value: str) -> np.ndarray:
-        root, path = self.root or folder, folder / value
+        root, path = self.root or folder, Path(os.path.normpath(folder / value))  # `..` goes back in the text
         if not inside(root, path):
             raise Unreadable(f"{value} leads out of {root}: pictures are taken from there alone",
                              "path out of the folder", value)
@@ -151,7 +159,7 @@ class Jsonl:
     def fingerprint(self) -> str:
         """Of the lines that were chosen, and of every file's name, size and time."""
         states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.files]
-        return hashlib.sha256(repr(states).encode() + np.asarray(self._places).tobytes()).hexdigest()
+        return hashlib.sha256(repr(states).encode() + self._places.tobytes()).hexdigest()
 
 
 @config.register("source", "jsonl")

@@ -1,6 +1,6 @@
 """Records of ArrayRecord files, read where they stand."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ def open_shard(path: str):
             reader.close()
             why = "no reason given"
         except RuntimeError as e:
-            why = str(e)
+            why = str(e) or "no reason given"
         missing = "No such file" in why
         raise UserError(f"{path} {'is missing' if missing else f'is no whole ArrayRecord file ({why[:80]})'}: "
                         "bring it back, or write it again")
@@ -75,7 +75,7 @@ class Shards:
 class Chosen:
     """Some records of an opened source."""
 
-    def __init__(self, source, records: np.ndarray):
+    def __init__(self, source, records: Sequence[int]):
         self.source, self.records = source, records
 
     def __len__(self) -> int:
@@ -89,7 +89,7 @@ def on_side(source, key: Callable[[int], str], fraction: float, split: str) -> C
     """The records of `source` that are in 'train' or 'heldout', by a hash of each one's key. Asks for no key
     where the fraction is 0."""
     if not fraction:
-        return Chosen(source, np.arange(len(source) if split == "train" else 0))
+        return Chosen(source, range(len(source) if split == "train" else 0))
     keys = map(key, tqdm(range(len(source)), "keys", unit="record", leave=False, delay=PATIENCE))
     return Chosen(source, np.flatnonzero(held_out(keys, fraction) == (split == "heldout")))
 
