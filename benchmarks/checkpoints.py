@@ -4,7 +4,7 @@
   python benchmarks/checkpoints.py flips --out benchmarks/results/checkpoint_flips_cpu.json   # 100 flipped bits
   python benchmarks/checkpoints.py sums  --out benchmarks/results/checkpoint_sums_cpu.json    # a save of 1 GiB
 
-kills: a tiny run (tests/golden.py) that saves every second step is killed (SIGKILL) and started again until it
+kills: a tiny run (tests/toy.py) that saves every second step is killed (SIGKILL) and started again until it
 has been killed often enough, then let go to its end. A kill falls at a random moment, or when the first trace
 of a phase is seen on the disk: a save under way, one about to be renamed, a deletion. It must end with the
 losses and the state of a run that nobody killed, bit by bit, and with nothing left over.
@@ -38,8 +38,8 @@ import numpy as np
 import optax
 
 from benchmarks.report import machine, save
-from tests import golden
-from tfusion import checkpoint, checksum, config, distributed, objectives, sharding  # noqa: F401 (registers)
+from tests import toy
+from tfusion import checkpoint, checksum, config, distributed, sharding
 from tfusion.checkpoint import Checkpoints
 from tfusion.errors import UserError
 from tfusion.training.loop import train
@@ -48,10 +48,11 @@ PHASES = ("any moment", "save", "commit", "deletion")
 STEPS = 10  # of the run, a kill: each start makes 2 to 6 before it is killed, and those it needs to the phase
 
 
-def tiny(root: Path, num_steps: int):
-    tree = golden.tiny_tree(root)
-    tree.train.update(num_steps=num_steps, checkpoint_every=2, num_microbatches=1)
-    return config.from_dict(tree)
+def tiny(num_steps: int):
+    tree = toy.get_config()
+    tree["train"] |= dict(num_steps=num_steps, checkpoint_every=2, log_every=1, eval_every=0,
+                          diagnostics_every=0)
+    return config.from_dict(tree | {"width": 4096})
 
 
 def run(cfg, workdir: Path) -> None:
@@ -67,7 +68,7 @@ def run(cfg, workdir: Path) -> None:
 def start(cfg, workdir: Path):
     """Forked from a server that has imported all and started no device, so that a start takes a second."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tfusion.training.loop", "tests.golden"])
+    context.set_forkserver_preload(["tfusion.training.loop", "tests.toy"])
     workdir.mkdir(exist_ok=True)
     process = context.Process(target=run, args=(cfg, workdir))
     process.start()
@@ -120,8 +121,7 @@ def last_state(workdir: Path) -> dict:
 
 def kill_many(root: Path, number: int, seed: int = 0) -> dict:
     """{phase: kills}. Raises AssertionError where the killed run is not the whole one in the end."""
-    golden.write_data(root / "data")
-    cfg, draw, found = tiny(root / "data", STEPS * number), random.Random(seed), collections.Counter()
+    cfg, draw, found = tiny(STEPS * number), random.Random(seed), collections.Counter()
     whole = start(cfg, root / "whole")
     whole.join()
     assert whole.exitcode == 0, (root / "whole.stderr").read_text()[-2000:]
