@@ -76,7 +76,7 @@ class Checkpoints:
         self._writing, self._keep, self._best = writing, keep, {}
         self._saving = self._failed = None  # the step under way; the error of the last save
         self._sweeper = None
-        self._sweep(UNFINISHED, f"{DELETING}/*")
+        self._sweep(UNFINISHED)  # DELETING is swept beside every save
         self._manager = self._open()
         if writing and keep.best != "none":
             for step in self.steps():
