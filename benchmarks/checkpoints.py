@@ -10,7 +10,8 @@ of a phase is seen on the disk: a save under way, one about to be renamed, a del
 losses and the state of a run that nobody killed, bit by bit, and with nothing left over.
 flips: one bit of one file of a checkpoint is flipped, and the checkpoint is restored: an error that names what
 is damaged, or the values that were saved. Half of the flips are drawn over bytes, half over files, then bytes.
-sums: the seconds of the checksums beside those of the whole save, its asynchronous part included, by turns.
+sums: the seconds of the checksums beside those of the whole save, its asynchronous part included, by turns; and
+the same of processor time, all threads counted, which other work on the machine changes less.
 """
 
 import argparse
@@ -231,25 +232,27 @@ def sums(args) -> dict:
     first = time.perf_counter() - began
     with tempfile.TemporaryDirectory(dir=args.dir) as root:
         for i in itertools.count(1):
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             for name, item in items.items():
                 checksum.leaves(name, item)
-            alone, checkpoints = time.perf_counter() - began, Checkpoints(root, writing=True)
-            began = time.perf_counter()
+            row = {"sums_s": time.perf_counter() - began, "sums_cpu_s": time.process_time() - cpu}
+            checkpoints = Checkpoints(root, writing=True)
+            began, cpu = time.perf_counter(), time.process_time()
             checkpoints.save(i, items, {})
-            blocked = time.perf_counter() - began
+            row["save_blocks_s"] = time.perf_counter() - began
             checkpoints.close()
-            rounds.append({"sums_s": alone, "save_blocks_s": blocked,
-                           "save_whole_s": time.perf_counter() - began})
+            rounds.append(row | {"save_whole_s": time.perf_counter() - began,
+                                 "save_whole_cpu_s": time.process_time() - cpu})
             print(rounds[-1], flush=True)
             if i == (args.number or 5):
                 break
             shutil.rmtree(Path(root) / "checkpoints")
     share = [r["sums_s"] / r["save_whole_s"] for r in rounds]
+    cpu = statistics.median(r["sums_cpu_s"] / r["save_whole_cpu_s"] for r in rounds)
     print(f"{size / 2**30:.2f} GiB: sums are {statistics.median(share):.2%} of a save ({min(share):.2%} to "
-          f"{max(share):.2%}); the first time, compiling, {first:.2f} s")
-    return {"bytes": size, "share_of_save_median": statistics.median(share), "shares": share, "rounds": rounds,
-            "first_with_compilation_s": first}
+          f"{max(share):.2%}), {cpu:.2%} of its processor time; the first time, compiling, {first:.2f} s")
+    return {"bytes": size, "share_of_save_median": statistics.median(share), "share_of_processor_time": cpu,
+            "shares": share, "rounds": rounds, "first_with_compilation_s": first}
 
 
 def main() -> None:
