@@ -5,13 +5,17 @@
 
 Synthetic records, made from their numbers: four of five a caption and a picture (32 x 32 pixels, encoded as
 16 x 16 x 4 by block means), one a text of 200 words. `tfusion.prepare.prepare` writes them, in a process of its
-own each time: some records and ten times as many, whose peaks of memory are compared; some with SIGKILL at
-random moments, the same command again and again; some by two processes side by side. The last two are compared,
-file by file, with what one process made in one go. With 100,000 records it takes four minutes on two cores.
-Before that, a folder of 256 px JPEGs is prepared in turns with decoding it and nothing else.
+own each time: ten thousand records, a hundred thousand and a million, whose peaks of memory are compared
+(`--parts=memory`); some with SIGKILL at random moments, the same command again and again, and some by two
+processes side by side, both compared, file by file, with what one process made in one go (`--parts=bytes`).
+A folder of 256 px JPEGs is prepared in turns with decoding it and nothing else (`--parts=jpegs`), and the
+quickstart's data with encoding its pictures and nothing else (`--parts=quickstart`). The million takes ten
+minutes on two cores that do nothing else, the rest as long. What the file has of parts that are not run stays.
 """
 
 import argparse
+import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -28,15 +32,20 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import jax
 import numpy as np
 from PIL import Image
 
 from benchmarks.report import machine, save
 from benchmarks.worker import peak_mib
+from experiments.quickstart import get_config
+from tfusion import config, prepare
+from tfusion.data import store
 from tfusion.data.pictures import read_picture
 from tfusion.data.sources.base import READERS, Source, Unreadable, attempts
 from tfusion.data.sources.folder import FolderSource
-from tfusion.data.tokenizers import ByteTokenizer
+from tfusion.data.tokenizers import ByteTokenizer, load_tokenizer
+from tfusion.models.codecs.kl import Autoencoder, KLCodec
 from tfusion.preparing import shards
 
 WORDS = ("a", "fox", "left", "of", "an", "apple", "on", "teal", "canvas", "and", "the", "moon", "above", "it")
@@ -82,12 +91,16 @@ class BlockMeans:
         path.write_text("block means")
 
 
+def without_fitting() -> None:
+    """`prepare` takes codecs as they are, and of no run."""
+    prepare.CODEC_RUN, prepare.fitted = SimpleNamespace(value=None), lambda folder, codec: codec
+
+
 def child(root: Path, number: int, worker: str, per_shard: int) -> None:
-    from tfusion import prepare
     shards.RECORDS = per_shard or shards.RECORDS
     format = SimpleNamespace(data=SimpleNamespace(prepared=str(root), sources={
         "pairs": RecordsSource("x", 1.0, number)}), image_shape=BlockMeans.shape)
-    prepare.CODEC_RUN = SimpleNamespace(value=None)
+    without_fitting()
     print("began", flush=True)
     began, before = time.perf_counter(), peak_mib()
     prepare.prepare(format, ByteTokenizer(), BlockMeans(), prepare.parse_worker(worker), began)
@@ -119,9 +132,9 @@ def digest(root: Path) -> str:
 
 
 def memory(folder: Path, number: int) -> list[dict]:
-    """A tenth of the records, and all."""
+    """A hundredth of the records, a tenth, and all."""
     out = []
-    for some in (number // 10, number):
+    for some in (number // 100, number // 10, number):
         result = {"records": some, **end(start(folder / str(some), some))}
         size = sum(path.stat().st_size for path in (folder / str(some)).rglob("*") if path.is_file())
         out.append(result | {"store_mib": round(size / 2**20, 1),
@@ -140,9 +153,37 @@ class EighthPixels(BlockMeans):
         return np.concatenate([x, x, x[..., :2]], -1)
 
 
+class Clock:
+    """Processor seconds of this thread inside some calls."""
+
+    def __init__(self):
+        self.seconds = collections.Counter()
+
+    def around(self, name: str, fn):
+        def timed(*args):
+            began = time.thread_time()
+            out = fn(*args)
+            self.seconds[name] += time.thread_time() - began
+            return out
+
+        return timed
+
+
+@contextlib.contextmanager
+def writers(clock: Clock):
+    """Writers of shards, timed."""
+    real = store.Writer.add
+    store.Writer.add = clock.around("writer", real)
+    try:
+        yield
+    finally:
+        store.Writer.add = real
+
+
 def jpegs(folder: Path, number: int, rounds: int = 5) -> dict:
     """A folder of 256 px JPEGs with captions: decoded by as many threads as prepare has and dropped; read as
-    prepare reads them; prepared."""
+    prepare reads them; prepared. Of the last, which part of the processor time is the codec's of this
+    benchmark, and which the writer's: checks, bfloat16, hash, compression, file."""
     folder.mkdir()
     draw = np.random.default_rng(0)
     for i in range(number):
@@ -161,24 +202,77 @@ def jpegs(folder: Path, number: int, rounds: int = 5) -> dict:
             pass
 
     def prepared():
-        for job in shards.jobs({("photos", str(len(took["prepared"]))): source}, shards.RECORDS):
-            shards.write(folder.with_name("jpeg_store"), job,
-                         shards.Encoders(ByteTokenizer().encode_batch, EighthPixels().encode))
+        encode = clock.around("codec", EighthPixels().encode)
+        with writers(clock):
+            for job in shards.jobs({("photos", str(len(took["prepared"]))): source}, shards.RECORDS):
+                shards.write(folder.with_name("jpeg_store"), job,
+                             shards.Encoders(ByteTokenizer().encode_batch, encode))
 
+    clock = Clock()
     took = {"bare": [], "read": [], "prepared": []}
     for _ in range(rounds):
         for fn in (bare, read, prepared):
             wall, cpu = time.perf_counter(), time.process_time()
             fn()
             took[fn.__name__].append((time.perf_counter() - wall, time.process_time() - cpu))
+
     def ratio(name: str, which: int) -> float:
         return round(statistics.median(a[which] / b[which] for a, b in zip(took["bare"], took[name])), 3)
 
+    bare, read, whole = (sum(cpu for _, cpu in took[name]) for name in took)
+    parts = {"decoding": bare, "captions and threads": read - bare, **clock.seconds}
+    parts["batches, tokens and the rest"] = whole - sum(parts.values())
     return {"pictures": number, "bytes": sum(path.stat().st_size for path in folder.glob("*.jpg")),
             "wall_seconds": {name: [round(wall, 2) for wall, _ in some] for name, some in took.items()},
             "cpu_seconds": {name: [round(cpu, 2) for _, cpu in some] for name, some in took.items()},
             **{f"bare_over_{name}": {"wall": ratio(name, 0), "cpu": ratio(name, 1)}
-               for name in ("read", "prepared")}}
+               for name in ("read", "prepared")},
+            "prepared_cpu_split": {name: round(seconds / whole, 3) for name, seconds in parts.items()},
+            "bare_over_prepared_without_codec_cpu": round(bare / (whole - clock.seconds["codec"]), 3)}
+
+
+def untrained(cfg) -> KLCodec:
+    """A codec of the quickstart's size, that has learnt nothing; compiled."""
+    size, channels = cfg.image_size, np.zeros(cfg.latent_channels, np.float32)
+    params = jax.jit(Autoencoder(cfg).init)(jax.random.key(0), np.zeros((1, size, size, 3), np.float32))
+    codec = KLCodec(cfg, params["params"], channels, channels + 1)
+    codec.encode(np.zeros((shards.PICTURES, size, size, 3), np.uint8))
+    return codec
+
+
+def quickstart(folder: Path, rounds: int = 3) -> dict:
+    """The quickstart's records made, their texts tokenised, their pictures encoded, each alone; and prepared,
+    which is all of that and the store. In processor seconds."""
+    cfg, tokens = config.from_dict(get_config()), shards.TEXTS
+    codec = untrained(config.from_dict(get_config("autoencoder")).autoencoder)
+    tokenizer, took = load_tokenizer(cfg.data.tokenizer), collections.defaultdict(list)
+    without_fitting()
+
+    @contextlib.contextmanager
+    def timed(name: str):
+        began = time.process_time()
+        yield
+        took[name].append(round(time.process_time() - began, 2))
+
+    for number in range(rounds):
+        with timed("sources"):
+            opened = [spec.open(split, codec.image_size) for spec in cfg.data.sources.values()
+                      for split in ("train", "heldout")]
+            parts = [part for some in opened for record in attempts(some, range(len(some))) for part in record]
+        texts = [part for part in parts if isinstance(part, str)]
+        images = np.stack([part for part in parts if not isinstance(part, str)])
+        with timed("tokens"):
+            for start in range(0, len(texts), tokens):
+                tokenizer.encode_batch(texts[start : start + tokens])
+        with timed("codec"):
+            for start in range(0, len(images), shards.PICTURES):
+                codec.encode(images[start : start + shards.PICTURES])
+        data = dataclasses.replace(cfg.data, prepared=str(folder / str(number)))
+        with timed("prepare"), contextlib.redirect_stdout(sys.stderr):
+            prepare.prepare(cfg.rows._replace(data=data), tokenizer, codec, (0, 1), time.perf_counter())
+    alone = [sum(some) for some in zip(*(took[name] for name in ("sources", "tokens", "codec")))]
+    return {"cpu_seconds": dict(took), "prepare_over_parts": round(statistics.median(
+        whole / parts for whole, parts in zip(took["prepare"], alone)), 3)}
 
 
 def kills(folder: Path, number: int, times: int) -> dict:
@@ -205,10 +299,36 @@ def kills(folder: Path, number: int, times: int) -> dict:
             "who_was_last": [text.count("left to other workers") == 0 for text in told]}
 
 
+PARTS = {"jpegs": lambda folder, args: jpegs(folder / "jpegs", args.jpegs),
+         "quickstart": lambda folder, args: quickstart(folder),
+         "memory": lambda folder, args: memory(folder, args.records),
+         "bytes": lambda folder, args: kills(folder, args.records // 40, args.kills)}
+
+
+def tell(part: str, result) -> None:
+    if part == "memory":
+        for line in result:
+            print(f"{line['records']:>10,} records: {line['seconds']:>7} s, peak {line['peak_mib']} MiB "
+                  f"({line['peak_mib_before']} before it began), store {line['store_mib']} MiB")
+    elif part == "jpegs":
+        for name in ("read", "prepared"):
+            ratio = result[f"bare_over_{name}"]
+            print(f"256 px JPEGs {name}: {ratio['wall']:.0%} of bare decoding's rate, {ratio['cpu']:.0%} by "
+                  "CPU")
+        print(f"  of its CPU: {result['prepared_cpu_split']}")
+    elif part == "quickstart":
+        print(f"the quickstart prepared: {result['prepare_over_parts']:.2f} times the CPU of its sources, "
+              "tokenizer and codec alone")
+    else:
+        print(f"killed {len(result['kills'])} times: same bytes {result['killed_equals_whole']}; "
+              f"two processes: {result['two_processes_equal_whole']}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--records", type=int, default=100_000)
+    parser.add_argument("--parts", default=",".join(PARTS), help="which to run")
+    parser.add_argument("--records", type=int, default=1_000_000)
     parser.add_argument("--jpegs", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
@@ -216,21 +336,13 @@ def main():
     if args.child:
         root, number, worker, per_shard = args.child
         return child(Path(root), int(number), worker, int(per_shard))
-    about = machine()
-    with tempfile.TemporaryDirectory() as folder:
-        result = {"jpegs": jpegs(Path(folder) / "jpegs", args.jpegs),
-                  "memory": memory(Path(folder), args.records),
-                  "bytes": kills(Path(folder), args.records // 4, args.kills)}
-    for line in result["memory"]:
-        print(f"{line['records']:>10,} records: {line['seconds']:>7} s, peak {line['peak_mib']} MiB "
-              f"({line['peak_mib_before']} before it began), store {line['store_mib']} MiB")
-    for name, what in (("read", "read with captions"), ("prepared", "read, tokenised, encoded and written")):
-        ratio = result["jpegs"][f"bare_over_{name}"]
-        print(f"256 px JPEGs {what}: {ratio['wall']:.0%} of bare decoding's rate, {ratio['cpu']:.0%} by CPU")
-    same = result["bytes"]
-    print(f"killed {len(same['kills'])} times: same bytes {same['killed_equals_whole']}; two processes: "
-          f"{same['two_processes_equal_whole']}")
-    save(args.out, about, result)
+    about, there = machine(), args.out and args.out.exists()
+    result = json.loads(args.out.read_text())["result"] if there else {}
+    for part in args.parts.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            result[part] = PARTS[part](Path(folder), args)
+        tell(part, result[part])
+        save(args.out, about, result)
 
 
 if __name__ == "__main__":

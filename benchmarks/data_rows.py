@@ -5,16 +5,15 @@
 
 The rows of experiments/transfusion.py (T = 4096, 512 rows a window) of a store of two sources, equally shared:
 pictures as (32, 32, 8) bfloat16 latents, 256 patches each, with captions of 30 tokens; and texts of 900 tokens,
-lognormal. Their documents are read a batch at a time, one call a shard, and, by turns, record by record. Tokens
-are positions of full rows; per core is per second of processor time, all threads counted. The store is in
-memory or not as the system pleases. The same for pictures of a source of 8 records; memory over many rows; the
-first batch of 10,000 shards; a restart at step 10^6. Takes two minutes on two cores.
+lognormal. Their documents are read record by record, as training reads them, and, by turns and of the same
+rows, by one call a shard. Tokens are positions of full rows; per core is per second of processor time, all
+threads counted. The store is in memory or not as the system pleases. The same for pictures of a source of 8
+records; memory over many rows; the first batch of 10,000 shards, each written by a `store.Writer`, and what
+listing and reading their ledger costs; a restart at step 10^6. Takes four minutes on two cores.
 """
 
 import argparse
 import dataclasses
-import itertools
-import json
 import os
 import statistics
 import sys
@@ -31,11 +30,11 @@ from benchmarks.report import machine, save
 from experiments import transfusion
 from tfusion import config, objectives  # noqa: F401 (registers)
 from tfusion.data import layout, packing, pipeline, store
-from tfusion.data.documents import SAMPLE
+from tfusion.data.documents import Documents
 from tfusion.data.rows import PackedRows
 from tfusion.data.tokenizers import ByteTokenizer
 
-VOCABULARY, BATCH, ROUNDS, WINDOWS = 32_000, 32, 4, 4
+VOCABULARY, BATCH, ROUNDS, WINDOWS = 32_000, 32, 8, 4
 MANY = 10_000  # shards
 PAIRS, TEXTS, PER_SHARD = 4096, 16_384, 512
 
@@ -66,27 +65,10 @@ def write(root: Path) -> None:
             with store.Writer(root, name, "train", shard) as writer:
                 for parts in some:
                     writer.add(parts)
-    folder = root / "many" / "train"
-    with store.Writer(root, "many", "train", 0) as writer:
-        for _ in range(8):
-            writer.add([ids(900, 1.0)])
-    (line,) = store.ledger(folder).values()
-    (folder / "ledger.00000.jsonl").unlink()
-    (folder / "ledger.jsonl").write_text("".join(
-        json.dumps(line | {"shard": f"{shard:05d}"}) + "\n" for shard in range(MANY)))
-    store.write_meta(root, Tokenizer(), "none", (32, 32, 8))
-    link(folder, np.unique(np.linspace(0, MANY - 1, SAMPLE).round().astype(int)))
-    rows = open_rows(root, many=1.0)
-    for first in (0, 10**6 * BATCH // 512 - 1):  # windows
-        (order,), (count,) = rows.order, rows.mixture.records[0]
-        link(folder, np.unique(order.between(first * count, (first + 2) * count).shards))
-
-
-def link(folder: Path, shards) -> None:
-    """All shards are in the ledger; those that will be read are there: all would take minutes to make."""
-    for shard, end in itertools.product(shards, ("array_record", "sizes.npy")):
-        if not (path := folder / f"{shard:05d}.{end}").exists():
-            os.link(folder / f"00000.{end}", path)
+    for shard in range(MANY):
+        with store.Writer(root, "many", "train", shard) as writer:
+            for _ in range(8):
+                writer.add([ids(900, 1.0)])
 
 
 def open_rows(root: Path, **shares) -> PackedRows:
@@ -98,9 +80,10 @@ def open_rows(root: Path, **shares) -> PackedRows:
     return PackedRows(dataclasses.replace(cfg, data=data).rows, cfg.seed)
 
 
-def one_by_one(split: store.Split):
-    real = split.read
-    return lambda shard, records: [parts for record in records for parts in real(shard, [record])]
+def read_one_by_one(source: Documents) -> None:
+    """Makes a source read each record of a batch by a call of its own."""
+    read = source.source.read
+    source.source.read = lambda shard, records: [read(shard, [record])[0] for record in records]
 
 
 def rate(rows: PackedRows, first: int, number: int) -> dict:
@@ -115,18 +98,21 @@ def rate(rows: PackedRows, first: int, number: int) -> dict:
 
 
 def reading(root: Path) -> dict:
-    """Batched and single reads, by turns, each over one window; and 8 records."""
-    out = {"batched": [], "single": [], "few": []}
+    """Single and batched reads, by turns, each over the same window, and who is first changes; 8 records."""
+    out = {"single": [], "batched": [], "few": []}
     for turn in range(ROUNDS):
-        for name in out:
+        for name in list(out)[:: (-1) ** turn]:
             rows = open_rows(root, **({"few": 1.0} if name == "few" else {"images": 0.5, "text": 0.5}))
             if name == "single":
                 for source in rows.sources:
-                    source.source.read = one_by_one(source.source)
+                    read_one_by_one(source)
             out[name].append(rate(rows, turn * 512, 512))
     middle = {name: {key: statistics.median(one[key] for one in all_of_them) for key in all_of_them[0]}
               for name, all_of_them in out.items()}
-    return {"rounds": out, "median": middle}
+    pairs = {key: [round(a[key] / b[key], 3) for a, b in zip(out["single"], out["batched"])]
+             for key in middle["single"]}
+    return {"rounds": out, "median": middle, "single_over_batched": pairs, "single_over_batched_median": {
+        key: statistics.median(some) for key, some in pairs.items()}}
 
 
 def filling(root: Path) -> dict:
@@ -157,17 +143,36 @@ def memory(root: Path, number: int) -> dict:
     return after
 
 
+def seconds(fn) -> dict:
+    wall, cpu = time.perf_counter(), time.process_time()
+    fn()
+    return {"seconds": round(time.perf_counter() - wall, 3), "cpu_seconds": round(time.process_time() - cpu, 3)}
+
+
+def completing(root: Path) -> dict:
+    """What 10,000 shards cost who goes on with writing them, who completes the folder, and who opens it."""
+    folder = root / "many" / "train"
+    return {"files while written": len(list(folder.iterdir())),
+            "shards listed while written": seconds(lambda: store.finished(root, "many", "train")),
+            "folder completed": seconds(lambda: store.write_meta(root, Tokenizer(), "none", (32, 32, 8))),
+            **listing(root)}
+
+
+def listing(root: Path) -> dict:
+    return {"ledger read": seconds(lambda: store.ledger(root / "many" / "train")),
+            "splits found": seconds(lambda: store.split_folders(root))}
+
+
 def opening(root: Path) -> dict:
+    """Rows opened, and the first batch of them."""
     out = {}
     for name, shares, row in (("first batch of 10,000 shards", {"many": 1.0}, 0),
                               ("restart at step 10^6 of 10,000 shards", {"many": 1.0}, 10**6 * BATCH),
                               ("restart at step 10^6", {"images": 0.5, "text": 0.5}, 10**6 * BATCH)):
-        began = time.perf_counter()
-        rows = open_rows(root, **shares)
-        opened = time.perf_counter()
-        packing.stack_rows(rows.read(range(row, row + BATCH)))
-        out[name] = {"open_seconds": round(opened - began, 3), "batch_seconds": round(
-            time.perf_counter() - opened, 3)}
+        rows = []
+        opened = seconds(lambda: rows.append(open_rows(root, **shares)))  # noqa: B023 (called here)
+        batch = seconds(lambda: packing.stack_rows(rows[0].read(range(row, row + BATCH))))  # noqa: B023
+        out[name] = {"open": opened, "batch": batch}
     return out
 
 
@@ -180,10 +185,12 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write(root)
-        result = {"opening": opening(root), "filling": filling(root), "reading": reading(root),
-                  "resident_mib_after_rows": memory(root, args.rows)}
+        result = {"folder": completing(root), "opening": opening(root), "filling": filling(root),
+                  "reading": reading(root), "resident_mib_after_rows": memory(root, args.rows)}
     for name, values in (*result["opening"].items(), *result["reading"]["median"].items()):
         print(f"{name:>40}: {values}")
+    print(f"{'single / batched':>40}: {result['reading']['single_over_batched_median']}")
+    print(f"{'folder':>40}: {result['folder']}")
     print(f"{'filling':>40}: {result['filling']}\n{'MiB after rows':>40}: {result['resident_mib_after_rows']}")
     save(args.out, about, result)
 

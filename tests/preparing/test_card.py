@@ -69,3 +69,10 @@ def test_a_source_of_which_nothing_can_be_used(tmp_path):
         card.check(made)
     card.check({"photos/heldout": made["photos/heldout"]})  # of ten pictures one is held out
     assert "0 records" in card.lines(made)[0]
+
+
+def test_held_out_records_are_looked_for_in_every_training_split(tmp_path):
+    fill(tmp_path)
+    with Writer(tmp_path, "texts", "train", 0) as writer:
+        writer.add([text([7])])
+    assert card.make(tmp_path)["pairs/heldout"]["also_in_train"] == 1

@@ -30,11 +30,14 @@ def read_picture(path: str | Path, size: int | None, content: bytes | None = Non
             if size:  # a JPEG can be decoded at 1/2, 1/4 or 1/8, which is several times faster
                 image.draft(None, (2 * size, 2 * size))
             image.load()
-            image = _eight_bits(ImageOps.exif_transpose(image), path)
+            ImageOps.exif_transpose(image, in_place=True)
+            image = _eight_bits(image, path)
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
-            image = image.convert("RGB")
+            if image.mode != "RGB":  # Pillow copies where there is nothing to do, here and below
+                image = image.convert("RGB")
+            return _square(image, size) if size else np.asarray(image)
     except UserError:
         raise
     except Exception as e:  # Pillow's decoders raise whatever they stumble over, of a dozen kinds
@@ -42,12 +45,14 @@ def read_picture(path: str | Path, size: int | None, content: bytes | None = Non
             raise UserError(f"{path} cannot be read: {e.strerror}") from e
         raise UserError(f"{path} cannot be read as a picture ({type(e).__name__}: {e}): it is damaged, too "
                         "large, or of a format that Pillow does not read; save it anew, as PNG or JPEG") from e
-    if not size:
-        return np.asarray(image)
+
+
+def _square(image: Image.Image, size: int) -> np.ndarray:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
-    return np.asarray(square.resize((size, size), Image.Resampling.BOX))
+    if image.size != (side, side):
+        image = image.crop((left, top, left + side, top + side))
+    return np.asarray(image if side == size else image.resize((size, size), Image.Resampling.BOX))
 
 
 def _eight_bits(image: Image.Image, path) -> Image.Image:

@@ -19,8 +19,9 @@ class Readers:
         self.kept: collections.OrderedDict = collections.OrderedDict()  # name -> (reader, its lock)
 
     def read(self, name: Hashable, records: list[int]) -> list[bytes]:
-        """Some records of a file, in the order asked for, in one read. Raises RuntimeError or ValueError where
-        one is damaged."""
+        """Some records of a file, in the order asked for, in one read: on a disk that is far it waits once
+        where one by one it would wait for each (docs/LOG.md). Raises RuntimeError or ValueError where one is
+        damaged."""
         reader, lock = self._reader(name)
         with lock:
             return reader.read(records) if records else []

@@ -19,6 +19,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import struct
 import sys
 from typing import NamedTuple
@@ -82,6 +83,7 @@ def _is_float(x) -> bool:
     return x.dtype.kind == "f" or x.dtype == BFLOAT16  # numpy calls the latter's kind V
 
 
+@functools.cache  # asked of every image
 def stored_dtype(dtype) -> str:
     """The name of the type that images of a type are stored in."""
     return str(BFLOAT16 if _is_float(np.zeros(0, dtype)) else np.dtype(dtype))
@@ -184,14 +186,20 @@ class Writer:
         return self
 
     def add(self, parts: list[Part]) -> None:
-        for part in parts:
-            self._check(part)
+        text, images = 0, 0
+        for kind, values, _ in parts:
+            x = np.asarray(values)
+            if kind == "text":
+                self._check_text(x)
+                text += len(x)
+            else:
+                self._check_image(x)
+                images += 1
         if self._file is None:
             self._file = ArrayRecordWriter(str(self._beside("array_record")), OPTIONS)
         data = encode(parts)
         self._file.write(data)
-        text = sum(len(part.values) for part in parts if part.kind == "text")
-        self._sizes.append((text, sum(part.kind == "image" for part in parts)))
+        self._sizes.append((text, images))
         self._hashes.append(int.from_bytes(hashlib.sha256(data).digest()[:8], "little"))
 
     def skip(self, reason: str, key: str) -> None:
@@ -199,13 +207,15 @@ class Writer:
         count, keys = self._skipped.get(reason, (0, []))
         self._skipped[reason] = (count + 1, [*keys, key][:KEYS])
 
-    def _check(self, part: Part) -> None:
-        x = np.asarray(part.values)
-        if part.kind == "text":
-            if x.ndim != 1 or (x.size and (x.dtype.kind not in "iu" or x.min() < 0 or x.max() >= 2**31)):
-                raise self._bad(f"a text is {x.ravel()[:4]}: ids are whole numbers from 0")
-            self._max_token_id = max(self._max_token_id, int(x.max(initial=0)))
+    def _check_text(self, x: np.ndarray) -> None:
+        if x.ndim == 1 and not x.size:
             return
+        if x.ndim != 1 or x.dtype.kind not in "iu" or x.min() < 0 or (top := int(x.max())) >= 2**31:
+            raise self._bad(f"a text is {x.ravel()[:4]}: ids are whole numbers from 0")
+        self._max_token_id = max(self._max_token_id, top)
+
+    def _check_image(self, x: np.ndarray) -> None:
+        """And adds up what the latents' mean and deviation follow from."""
         if not _is_float(x) and x.dtype not in DTYPES:
             raise self._bad(f"an image is {x.dtype}: floats are wanted, or codes as "
                             f"{', '.join(str(dtype) for dtype in DTYPES if dtype != BFLOAT16)}")
@@ -214,13 +224,17 @@ class Writer:
             raise self._bad(f"an image is {image[1]} {image[0]}, those before it {self._image[1]} "
                             f"{self._image[0]}: bring all to one form")
         self._image = image
-        if _is_float(x):
-            rows = x.reshape(-1, x.shape[-1]).astype(np.float64)
-            sums = np.stack([np.full(rows.shape[1], len(rows)), np.einsum("nc->c", rows),
-                             np.einsum("nc,nc->c", rows, rows)])
-            if not np.isfinite(sums).all():
-                raise self._bad("its image holds NaN or infinity: mend it, or leave the record out")
-            self._sums = sums if self._sums is None else self._sums + sums
+        if not _is_float(x):
+            return
+        rows = x.reshape(-1, x.shape[-1]).astype(np.float64)
+        squares = np.einsum("nc,nc->c", rows, rows)
+        if not math.isfinite(squares.sum()):
+            raise self._bad("its image holds NaN or infinity: mend it, or leave the record out")
+        if self._sums is None:
+            self._sums = np.zeros((3, len(squares)))
+        self._sums[0] += len(rows)
+        self._sums[1] += np.einsum("nc->c", rows)
+        self._sums[2] += squares
 
     def _bad(self, what: str) -> UserError:
         return UserError(f"{self.folder}: shard {self.name}, record {len(self._sizes)}: {what}")
@@ -316,8 +330,7 @@ class Split:
         """Some records of a shard, in the order asked for, in one read. Raises UserError where the shard is
         missing or broken."""
         try:
-            data = self._readers.read(shard, [int(record) for record in records])
-            return [decode(x) for x in data]
+            return [decode(x) for x in self._readers.read(shard, [int(record) for record in records])]
         except UserError:  # said by _open
             raise
         except (RuntimeError, ValueError, struct.error) as e:  # as array_record says it; as decode does

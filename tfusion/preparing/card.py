@@ -2,7 +2,7 @@
 
 import collections
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from etils import epath
@@ -91,17 +91,26 @@ def _copies(folders: list) -> dict:
     found = {folder: {"copies": 0} | ({} if folder.name == "train" else {"also_in_train": 0})
              for folder in folders}
     for part in range(parts):
-        unique, train = {}, []
+        unique = {}
         for folder in folders:
             some = [x[x % np.uint64(parts) == part] for x in _arrays(folder, ledgers[folder], "hashes")]
             hashes = np.concatenate(some or [np.zeros(0, np.uint64)])
-            unique[folder], counts = np.unique(hashes, return_counts=True)
-            found[folder]["copies"] += int((counts - 1).sum())
-            if folder.name == "train":
-                train.append(unique[folder])
+            hashes.sort()  # in place: np.unique and np.isin take several times the memory
+            unique[folder] = hashes[np.concatenate([[True], hashes[1:] != hashes[:-1]])[: len(hashes)]]
+            found[folder]["copies"] += len(hashes) - len(unique[folder])
         for folder in folders:
-            if folder.name != "train" and train:
-                found[folder]["also_in_train"] += int(np.isin(unique[folder], np.concatenate(train)).sum())
+            if folder.name != "train":
+                train = (unique[other] for other in folders if other.name == "train")
+                found[folder]["also_in_train"] += int(_stand_in(unique[folder], train).sum())
+    return found
+
+
+def _stand_in(hashes: np.ndarray, others: Iterable[np.ndarray]) -> np.ndarray:
+    """bool, which of the hashes stand in any of the others, which are sorted."""
+    found = np.zeros(len(hashes), bool)
+    for some in others:
+        if len(some):
+            found |= some[np.minimum(np.searchsorted(some, hashes), len(some) - 1)] == hashes
     return found
 
 
