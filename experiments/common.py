@@ -25,7 +25,8 @@ def run() -> dict:
         train=dict(
             num_steps=250_000, batch_size=512, num_microbatches=1, log_every=50, eval_every=5000,
             eval_documents=8192, diagnostics_every=1000, checkpoint_every=5000,
-            checkpoint_minutes=0.0, nonfinite="stop", watchdog_minutes=30.0),
+            checkpoint_minutes=0.0, keep_last=2, keep_every=0, keep_best="none", nonfinite="stop",
+            watchdog_minutes=30.0, branch_from="none", init_from="none"),
         mesh=dict(data=1, fsdp=-1, sequence=1, tensor=1))
 
 

@@ -1,8 +1,11 @@
 """What is compared at resume, key by key; what a checkpoint holds, and what is done with one that is broken."""
 
 import dataclasses
+import itertools
 import json
 import os
+import re
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tests import toy
 from tests.conftest import replace, tiny_autoencoder_config, tiny_config, with_shares
 from tfusion import checkpoint, config
-from tfusion.checkpoint import Checkpoints, changes, check_identity, check_same
+from tfusion.checkpoint import Checkpoints, Damaged, Keep, changes, check_identity, check_same
 from tfusion.diffusion.sampler import SamplingConfig
 from tfusion.errors import UserError
 
@@ -105,6 +108,10 @@ def shapes(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jnp.zeros(()).sharding), tree)
 
 
+def saved_steps(workdir) -> list[int]:
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal())
+
+
 @pytest.fixture
 def saved(tmp_path):
     checkpoints = Checkpoints(tmp_path, writing=True)
@@ -127,24 +134,87 @@ def test_an_item_alone_is_read_without_the_others(saved):
 
 
 @pytest.mark.parametrize("version, by", [(1, "revision feb2e22 of tfusion reads it"),
-                                         (2, "revision 4cbf5a4 of tfusion reads it"),
+                                         (3, "revision 722f903 of tfusion reads it"),
                                          (99, "use the code that wrote it")])
 def test_another_format_is_one_line_that_names_what_reads_it(saved, version, by):
     path = saved / "checkpoints" / "4" / "meta" / "metadata"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": version}))
-    with pytest.raises(UserError, match=f"has format version {version}, this code reads .*: {by}"):
+    meta = json.loads(path.read_text()) | {"format_version": version}
+    path.write_text(json.dumps(meta | {"sum": checkpoint._sum(meta)} if version > 3 else meta))
+    with pytest.raises(UserError, match=f"has format version {version}, this code reads .*: {by}") as e:
+        Checkpoints(saved).meta(4)
+    assert e.type is UserError  # no older one is taken in its place
+
+
+def flip(path, byte: int, bit: int = 0):
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def uncompressed(folder, value: bytes):
+    """The file of an item that holds these bytes, and where."""
+    return next((path, at) for path in sorted(folder.rglob("*")) if path.is_file()
+                and (at := path.read_bytes().find(value)) >= 0)
+
+
+def test_a_flipped_bit_in_an_array_is_named(tmp_path):
+    """Random numbers, which are stored as they are: Orbax loads another one without a word."""
+    w = np.random.default_rng(0).integers(0, 2**32, (64, 64), np.uint32)
+    items = {"params": {"block": {"good": np.ones(3, np.float32), "w": w}}}
+    write(tmp_path, [3, 5], items)
+    path, at = uncompressed(tmp_path / "checkpoints" / "5" / "params", w[7].tobytes())
+    flip(path, at + 5, bit=3)
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(Damaged, match=r"5 is damaged, not as it was saved: params/block/w; train with "
+                                      "--resume=latest_good to go on from step 3, or move that folder away$"):
+        checkpoints.restore(5, shapes(items))
+    np.testing.assert_array_equal(checkpoints.restore(3, shapes(items))["params"]["block"]["w"], w)
+    with pytest.raises(Damaged, match="move that folder away to start again"):
+        flip(*uncompressed(tmp_path / "checkpoints" / "3" / "params", w[7].tobytes()))
+        checkpoints.restore(3, shapes(items))
+
+
+@pytest.mark.parametrize("key", ["next_row", "leaves", "sum"])
+def test_a_meta_that_is_not_as_it_was_saved_is_named(saved, key):
+    """JSON that still parses, with one digit changed or one letter of a key."""
+    path = saved / "checkpoints" / "4" / "meta" / "metadata"
+    text = path.read_text()
+    path.write_text(text.replace('"next_row": 4', '"next_row": 5') if key == "next_row" else
+                    text.replace(f'"{key}"', f'"{key}x"'))
+    assert path.read_text() != text
+    with pytest.raises(Damaged, match="4/meta is damaged: it is not as it was saved; train with"):
         Checkpoints(saved).meta(4)
 
 
-def test_numbers_that_training_never_makes_are_found(tmp_path):
-    """What bytes changed on disk turn into: 3e38 is finite, and garbage."""
-    for step, value in enumerate((np.nan, np.inf, 3e38)):
-        checkpoints = Checkpoints(tmp_path, writing=True)
-        bad = {"params": {"good": jnp.ones(3), "w": jnp.asarray([1.0, value], jnp.float32)}}
-        checkpoints.save(step, bad, {})
-        with pytest.raises(UserError, match=rf"{step}/params is damaged: \['w'\] holds numbers beyond"):
-            checkpoints.restore(step, shapes(bad))
-        checkpoints.close()
+@pytest.mark.parametrize("marker", [None, "", "{}", '{"commit_timestamp_nsecs": null}'])
+def test_a_checkpoint_without_its_commit_marker_is_named(saved, marker):
+    """On local disks too: Orbax takes the folder's name for it."""
+    path = saved / "checkpoints" / "4" / checkpoint.MARKER
+    path.unlink() if marker is None else path.write_text(marker)
+    with pytest.raises(Damaged, match=f"4 has no commit marker .*{checkpoint.MARKER}.*go on from step 2"):
+        Checkpoints(saved).restore(4, shapes(ITEMS))
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"w": np.zeros((2, 4), np.float32)}, r"params/w is float32\[2,3\], not float32\[2,4\]"),
+    ({"w": np.zeros((2, 3), np.int32)}, r"params/w is float32\[2,3\], not int32\[2,3\]"),
+    ({"v": np.zeros(3, np.float32)}, "it lacks params/v; it has params/w besides"),
+    ({f"v{i}": np.zeros(3) for i in range(6)},
+     "it lacks params/v0, params/v1, params/v2, params/v3 and 2 more; it has params/w besides")])
+def test_another_model_is_refused_and_its_leaves_are_named(saved, change, said):
+    with pytest.raises(UserError, match=f"4 is of another model: {said}: use the code") as e:
+        Checkpoints(saved).restore(4, {"params": shapes(change)})
+    assert e.type is UserError
+
+
+def test_part_of_an_item_is_read_where_that_is_asked_for(tmp_path):
+    items = {"params": {"a": {"x": np.ones(2, np.float32), "y": np.zeros(3, np.float32)}}}
+    write(tmp_path, [1], items)
+    want = {"params": {"a": {"y": shapes(items["params"]["a"]["y"])}}}
+    got = Checkpoints(tmp_path).restore(1, want, partly=True)
+    assert jax.tree.map(np.shape, got) == {"params": {"a": {"y": (3,)}}}
+    with pytest.raises(UserError, match="it has params/a/x besides"):
+        Checkpoints(tmp_path).restore(1, want)
 
 
 def test_what_a_killed_save_left_is_cleared_by_the_next_writer_alone(saved):
@@ -157,26 +227,102 @@ def test_what_a_killed_save_left_is_cleared_by_the_next_writer_alone(saved):
     assert not left.exists() and (saved / "checkpoints" / "notes").exists()
 
 
-def test_a_save_that_fails_is_one_line(saved, monkeypatch):
+def test_what_a_killed_deletion_left_is_cleared_likewise(saved):
+    left = saved / "checkpoints" / checkpoint.DELETING / "2"
+    left.mkdir(parents=True)
+    assert Checkpoints(saved).steps() == [2, 4] and left.exists()
+    Checkpoints(saved, writing=True).close()
+    assert not left.exists()
+
+
+def failing(*_, **__):
+    raise ValueError(f"RESOURCE_EXHAUSTED: {os.strerror(28)}\nand a hundred lines more")
+
+
+@pytest.mark.parametrize("where", ["save", "wait_until_finished"], ids=["at once", "later"])
+def test_a_save_that_fails_is_said_and_the_next_is_tried(saved, monkeypatch, capsys, where):
+    """What is whole stays; that the last one failed is an error at the end, that another did is none."""
+    checkpoints, items = Checkpoints(saved, writing=True), jax.tree.map(jnp.asarray, ITEMS)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint._Manager, where, failing)
+        checkpoints.save(6, items, {})
+        checkpoints._settle()
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"warning: the checkpoint of step 6 cannot be written to .*/checkpoints \(ValueError: "
+                        r"RESOURCE_EXHAUSTED: No space left on device\); training goes on, the last one is of "
+                        r"step \d: make room before the next is due\n", said)
+    checkpoints.save(8, items, {})
+    checkpoints.close()
+    assert Checkpoints(saved).steps()[-1] == 8 and not capsys.readouterr().err
     checkpoints = Checkpoints(saved, writing=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint._Manager, where, failing)
+        checkpoints.save(9, items, {})
+        with pytest.raises(UserError, match=r"of step 9, cannot be written .*\(ValueError: RESOURCE_EXHAUSTED: "
+                                            r"No space.*\); those listed there are whole"):
+            checkpoints.close()
 
-    def fail(*_, **__):
-        raise ValueError(f"RESOURCE_EXHAUSTED: {os.strerror(28)}\nand a hundred lines more")
 
-    monkeypatch.setattr(checkpoints._manager, "save", fail)
-    text = r"cannot be written to .*\(ValueError: RESOURCE_EXHAUSTED: No space left on device\); those listed"
-    with pytest.raises(UserError, match=text) as e:
-        checkpoints.save(6, ITEMS, {})
-    assert "\n" not in str(e.value)
-    monkeypatch.undo()
-    monkeypatch.setattr(checkpoints._manager, "wait_until_finished", fail)
-    with pytest.raises(UserError, match="cannot be written"):
+def test_a_disk_that_takes_no_more_costs_only_that_save(tmp_path, capsys):
+    """For real: while the system refuses more than 16 KiB a file, as a full disk would."""
+    items = {"params": {"w": jax.random.normal(jax.random.key(0), (64, 1024))}}
+    checkpoints, before = Checkpoints(tmp_path, writing=True), resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints.save(2, items, {})
+    checkpoints._settle()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16 * 1024, before[1]))
+        checkpoints.save(4, items, {})
+        checkpoints._settle()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    checkpoints.save(6, items, {})
+    checkpoints.close()
+    said = capsys.readouterr().err
+    assert "the checkpoint of step 4 cannot be written" in said and "the last one is of step 2" in said
+    assert "File too large" in said and len(said.splitlines()) == 1
+    assert Checkpoints(tmp_path).steps() == [2, 6]
+    assert not list((tmp_path / "checkpoints").glob(checkpoint.UNFINISHED))  # its half, which fills the disk
+
+
+def write(folder, steps, items=ITEMS, keep=checkpoint.KEEP, measured=()):
+    checkpoints = Checkpoints(folder, writing=True, keep=keep)
+    for step, seen in itertools.zip_longest(steps, measured):
+        checkpoints.save(step, jax.tree.map(jnp.asarray, items), {"next_row": step}, measured=seen)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(("keep", "left"), [
+    (checkpoint.KEEP, [5, 6]), (Keep(last=1), [6]), (Keep(last=3), [4, 5, 6]), (Keep(1, every=2), [2, 4, 6]),
+    (Keep(1, best="eval/loss"), [3, 6]), (Keep(2, 4, "eval/loss"), [3, 4, 5, 6])])
+def test_which_checkpoints_stay(tmp_path, keep, left):
+    """The best is known to who opens them again; a figure that is missing or no number is none."""
+    losses = [{"eval/loss": x} for x in (5.0, np.nan, 2.0, 3.0, None)]
+    write(tmp_path, [1, 2, 3], ITEMS, keep, losses[:3])
+    write(tmp_path, [4, 5, 6], ITEMS, keep, losses[3:])
+    assert Checkpoints(tmp_path).steps() == left == saved_steps(tmp_path)
+    assert not list((tmp_path / "checkpoints" / checkpoint.DELETING).iterdir())
+
+
+def test_what_was_restored_stays_until_a_newer_one_is_whole(saved, monkeypatch):
+    """Of two, one is kept: when the next save fails, and while it is under way, both are there."""
+    checkpoints = Checkpoints(saved, writing=True, keep=Keep(last=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint._Manager, "_wait_for_checkpointers", failing)
+        checkpoints.save(6, jax.tree.map(jnp.asarray, ITEMS), {})
+        checkpoints._settle()
+    assert saved_steps(saved)[:2] == [2, 4]
+    checkpoints.save(8, jax.tree.map(jnp.asarray, ITEMS), {})
+    checkpoints.close()
+    assert saved_steps(saved) == [8]
+
+
+def test_what_is_set_aside_is_kept_and_its_step_can_be_saved(saved, capsys):
+    folder = saved / "checkpoints"
+    for name in ("4.damaged", "4.damaged.2"):
+        checkpoints = Checkpoints(saved, writing=True)
+        checkpoints.set_aside([4])
+        assert checkpoints.steps() == [2] and (folder / name / "params").is_dir()
+        assert f"{folder / '4'} is now {name}" in capsys.readouterr().err
+        checkpoints.save(4, jax.tree.map(jnp.asarray, ITEMS), {})
         checkpoints.close()
     assert Checkpoints(saved).steps() == [2, 4]
-
-
-def test_two_are_kept(saved):
-    checkpoints = Checkpoints(saved, writing=True)
-    checkpoints.save(6, jax.tree.map(jnp.asarray, ITEMS), {})
-    checkpoints.close()
-    assert Checkpoints(saved).steps() == [4, 6] and checkpoint.KEPT == 2

@@ -154,6 +154,18 @@ def test_divisibility(small, value, large, of):
     assert message(**{small.replace(".", "__"): value}) == f"{small} = {value} must divide {large} = {of}"
 
 
+def test_where_a_run_begins_is_said_once():
+    assert message(train__branch_from="/a", train__init_from="/b") == (
+        "train.branch_from and train.init_from are both given: a run begins once")
+
+
+@pytest.mark.parametrize("every", [0, 700])
+def test_the_best_checkpoint_is_one_that_was_evaluated(every):
+    assert message(train__keep_best="eval/lm_loss", train__eval_every=every).startswith(
+        "train.keep_best = 'eval/lm_loss' needs an evaluation at every checkpoint: train.eval_every = "
+        f"{every} must divide")
+
+
 def test_head_dim_is_even():
     assert message(model__d_model=12, model__num_heads=4) == (
         "model.d_model / model.num_heads = 3 must be even for RoPE")
@@ -170,7 +182,7 @@ def test_negative_numbers_are_rejected(name):
         assert message(**{name.replace(".", "__"): value}) == f"{name} = {value} must be positive and finite"
 
 
-ZERO = ("seed", "optimizer.warmup_steps", "train.eval_every", "train.diagnostics_every",
+ZERO = ("seed", "optimizer.warmup_steps", "train.eval_every", "train.diagnostics_every", "train.keep_every",
         "data.caption_dropout", "loss_weight", "sampling.guidance_scale", "data.sources.scenes.share")
 
 
@@ -181,7 +193,8 @@ def test_zero_where_it_means_off(name):
 
 
 @pytest.mark.parametrize("name", ["model.num_layers", "train.num_steps", "train.batch_size", "train.log_every",
-                                  "train.checkpoint_every", "data.seq_len", "mesh.data", "mesh.fsdp"])
+                                  "train.checkpoint_every", "train.keep_last", "data.seq_len", "mesh.data",
+                                  "mesh.fsdp"])
 def test_zero_where_it_means_nothing(name):
     assert message(**{name.replace(".", "__"): 0}) == f"{name} = 0 must be positive and finite"
 

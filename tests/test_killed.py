@@ -96,3 +96,12 @@ def test_killed_then_interrupted_equals_uninterrupted(prepared_root, tmp_path):
     assert lines(broken) == lines(whole)
     cfg = config.from_dict(tree)
     assert_same_bits(last_state(cfg, broken), last_state(cfg, whole))
+
+
+@pytest.mark.slow
+def test_twenty_kills_in_saves_commits_and_deletions_change_no_bit(tmp_path):
+    """At random moments, and as soon as a phase is seen on the disk."""
+    from benchmarks import checkpoints  # not in the copies that tests.mutants makes
+
+    found = checkpoints.kill_many(tmp_path, 20)
+    assert sum(found.values()) >= 15 and found.keys() & {"commit", "deletion"}, found

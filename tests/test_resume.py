@@ -23,7 +23,9 @@ from tfusion.errors import UserError
 from tfusion.inference import trained
 from tfusion.objectives import make_objective
 from tfusion.objectives.base import KINDS
-from tfusion.training import loop, metrics
+from tfusion.training import loop, metrics, resume
+from tfusion.training import state as states
+from tfusion.training.optimizer import make_optimizer
 
 ROOT = Path(__file__).parents[1]
 STEPS, EVERY = 6, 3
@@ -205,9 +207,140 @@ def test_truncated_checkpoint_is_one_line(whole, copied, victim):
         train(cfg, copied)
     message = str(e.value)
     assert f"{folder / str(STEPS)} cannot be read" in message and "\n" not in message
-    assert f"move that folder away to go on from step {EVERY}" in message
+    assert message.endswith(f"train with --resume=latest_good to go on from step {EVERY}, or move that folder "
+                            "away")
     assert digest(folder / str(EVERY)) == before
     assert (copied / "metrics.jsonl").read_text() == metrics_before
+
+
+def test_latest_good_passes_over_what_is_damaged(whole, copied, monkeypatch, capsys):
+    """It is named, moved aside and kept, and its step saved again; the curve is the uninterrupted one."""
+    cfg, workdir, state = whole
+    folder = copied / "checkpoints"
+    path = victims(folder / str(STEPS))["data"]
+    os.truncate(path, path.stat().st_size // 2)
+    resumed = train(cfg, copied, resume_from="latest_good")
+    out, err = capsys.readouterr()
+    assert f"resumed from step {EVERY} of {STEPS}" in out
+    assert f"warning: checkpoint {folder / str(STEPS)} cannot be read" in err
+    assert f"warning: {folder / str(STEPS)} is now {STEPS}.damaged" in err
+    assert_same_bits(resumed, state)
+    assert lines(copied) == lines(workdir) and saved_steps(copied) == [EVERY, STEPS]
+    assert (folder / f"{STEPS}.damaged").is_dir()
+    for step in (EVERY, STEPS):
+        (folder / str(step) / "meta" / "metadata").write_text("{}")
+    with pytest.raises(UserError, match=rf"none of the checkpoints in {folder} is good \(steps 3, 6\): move"):
+        train(cfg, copied, resume_from="latest_good")
+    assert saved_steps(copied) == [EVERY, STEPS]
+
+
+def test_latest_good_does_not_pass_over_another_model(whole, copied):
+    other = replace(whole[0], "model", num_layers=3)
+    with pytest.raises(UserError, match=r"was saved with model\.num_layers"):
+        train(other, copied, resume_from="latest_good")
+    assert saved_steps(copied) == [EVERY, STEPS]
+
+
+# ---------------------------------------------------------------- another run's checkpoints
+
+@pytest.mark.parametrize("step", [None, EVERY])
+def test_a_branch_goes_on_from_another_runs_state_and_stands_alone(whole, copied, tmp_path, capsys, step):
+    """On the same schedule it is the run itself, line by line; then the other one may go."""
+    cfg, workdir, state = whole
+    if step is None:
+        shutil.rmtree(copied / "checkpoints" / str(STEPS))
+    path = copied if step is None else copied / "checkpoints" / str(step)
+    branch = with_train(cfg, branch_from=str(path))
+    assert_same_bits(train(branch, tmp_path / "branch"), state)
+    said = capsys.readouterr().out
+    assert f"branched from {copied} at step {EVERY} of {STEPS}" in said and "learning rate" not in said
+    assert lines(tmp_path / "branch") == [line for line in lines(workdir) if line["step"] > EVERY]
+    summaries = [(x / "summary.json").read_text() for x in (tmp_path / "branch", workdir)]
+    assert summaries[0] == summaries[1]  # totals too
+    shutil.rmtree(copied)
+    train(branch, tmp_path / "branch")
+    assert f"step {STEPS} of {STEPS} is done" in capsys.readouterr().out
+    assert_same_bits(trained.load(tmp_path / "branch").params, state.ema_params)
+
+
+def test_a_branch_has_a_schedule_of_its_own_and_no_other_data(whole, tmp_path, capsys):
+    cfg, workdir, _ = whole
+    path = str(workdir / "checkpoints" / str(EVERY))
+    longer = with_train(cfg, branch_from=path, num_steps=STEPS + 2)
+    train(longer, tmp_path / "branch")
+    said = capsys.readouterr().out
+    assert f"branched from {workdir} at step {EVERY} of {STEPS + 2}" in said
+    assert "learning rate goes on at" in said
+    changed = json.loads((tmp_path / "branch" / "config_changes.jsonl").read_text())["changed"]
+    assert changed["train.branch_from"] == ["none", path]
+    with pytest.raises(UserError, match=r"was saved with data\.caption_dropout"):
+        train(replace(longer, "data", caption_dropout=0.05), tmp_path / "other")
+    for wrong, what in ((tmp_path / "nowhere", "it is no run's --workdir"), (f"{workdir}/checkpoints/5", "3")):
+        with pytest.raises(UserError, match=f"no checkpoint to begin from in {wrong}: .*{what}"):
+            train(with_train(cfg, branch_from=str(wrong)), tmp_path / "other")
+    assert not (tmp_path / "other" / "config.json").exists()
+
+
+def begin(cfg, workdir) -> resume.Start:
+    """Where a run would begin."""
+    tx = make_optimizer(cfg.optimizer, cfg.train.num_steps)
+    rows = KINDS[cfg.objective].open_rows(cfg)
+    with jax.set_mesh(mesh()):
+        return resume.start(cfg, make_objective(cfg), tx, mesh(), Checkpoints(workdir), rows, workdir)
+
+
+def test_a_run_that_takes_parameters_is_fresh_but_for_them(whole, tmp_path, capsys):
+    """The average of the other's weights becomes both weights and average; the rest is as at the beginning."""
+    cfg, workdir, state = whole
+    got = begin(with_train(cfg, init_from=str(workdir)), made(tmp_path / "run"))
+    assert (int(got.state.step), got.next_row, got.totals) == (0, 0, None)
+    assert_same_bits(jax.device_get(got.state.params), state.ema_params)
+    assert_same_bits(got.state.params, got.state.ema_params)
+    out = capsys.readouterr().out
+    number = len(jax.tree.leaves(state.params))
+    assert f"begins with the parameters of {workdir}, step {STEPS}, moving average\n  loaded: {number} (" in out
+    assert "  new: 0\n  left over: 0\n" in out
+    fresh = begin(cfg, made(tmp_path / "fresh"))
+    assert "begins afresh, step 0 of 6" in capsys.readouterr().out
+    assert_same_bits(got.state.opt_state, fresh.state.opt_state)
+
+
+def made(folder):
+    folder.mkdir()
+    return folder
+
+
+def test_parameters_are_taken_as_far_as_they_go(whole, capsys):
+    """What one has and the other has not is named; what both have in different shapes is refused."""
+    cfg, workdir, _ = whole
+    source = resume.read_params(workdir)
+    tx = make_optimizer(cfg.optimizer, 6)
+    state = states.init_state(make_objective(cfg), tx, True, 0, mesh())
+    params = dict(state.params)
+    name = next(iter(params))
+    params["another"] = params.pop(name)
+    got = resume.initialise(state._replace(params=params), source, {"tokenizer": "another"})
+    out, err = capsys.readouterr()
+    assert re.search(r"  new: \d+ \(params/another", out)
+    assert re.search(rf"  left over: \d+ \(params/{name}", out)
+    assert "was trained with another tokenizer" in err
+    assert_same_bits(got.params["another"], params["another"])
+    wrong = dict(state.params)
+    wrong[name] = jax.tree.map(lambda x: x[..., :1], wrong[name])
+    with pytest.raises(UserError, match=rf"params/{name}\S* is float32\[.*\], not float32\[.*: begin with"):
+        resume.initialise(state._replace(params=wrong), resume.read_params(workdir), {})
+    with pytest.raises(UserError, match=r"has no parameter of this model, but params/.* model has params/x"):
+        resume.initialise(state._replace(params={"x": jnp.ones(1)}), resume.read_params(workdir), {})
+
+
+@pytest.mark.parametrize("name", ["eval/lm_loss", "eval/scenes/diffusion_loss"])
+def test_the_best_checkpoint_by_a_figure_of_the_evaluation(whole, tmp_path, name):
+    cfg = with_train(whole[0], keep_last=1, keep_best=name, checkpoint_every=2)
+    train(cfg, tmp_path)
+    figures = {line["step"]: line[name] for line in lines(tmp_path)}
+    assert saved_steps(tmp_path) == sorted({min(figures, key=figures.get), STEPS})
+    with pytest.raises(UserError, match=r"train\.keep_best = 'eval/x'; choices: none, eval/lm_loss, "):
+        train(with_train(cfg, keep_best="eval/x"), tmp_path)
 
 
 def test_deleting_the_broken_checkpoint_goes_on_from_the_older(whole, copied):

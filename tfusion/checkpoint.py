@@ -2,27 +2,65 @@
 
 `<workdir>/checkpoints/<step>/{params,ema,optimizer,buffers,meta}`: each an Orbax item of its own, so that who
 needs the parameters reads nothing else; `<workdir>/frozen`: trees that never change, saved once. `meta` is JSON
-(the position in the data, totals, what the data were made with, the resolved config). Saving is asynchronous
-and atomic: a checkpoint is listed only when it is whole.
+(the position in the data, totals, what the data were made with, the resolved config, and the form and checksum
+of every array; a sum of itself). Saving is asynchronous and atomic: a checkpoint is listed only when it is
+whole, an old one is moved out of the list before it is deleted, and nothing is restored whose sums are others
+than those of the arrays that were saved.
 """
 
 import contextlib
+import json
 import shutil
+import sys
+import threading
+import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
+from tqdm import tqdm
 
-from tfusion import config, distributed
+from tfusion import checksum, config, distributed
 from tfusion.errors import UserError
 from tfusion.types import FORMAT_VERSION
 
-KEPT = 2
 UNFINISHED = "[0-9]*.orbax-checkpoint-tmp*"  # Orbax's name for a folder until it is whole
-READ_BY = {1: "feb2e22", 2: "4cbf5a4"}  # older format version -> the last revision that reads it
+DELETING = "deleting"  # folder that old checkpoints are moved into, then deleted from
+MARKER = "_CHECKPOINT_METADATA"  # Orbax's, of a step: the time at which it was whole is written into it last
+READ_BY = {1: "feb2e22", 2: "4cbf5a4", 3: "722f903"}  # older format version -> the last revision that reads it
 FROZEN = "frozen"  # folder of the trees that training reads and never changes
+NAMED = 4  # leaves that a message names before it counts
+
+
+class Damaged(UserError):
+    """A checkpoint that is not as it was saved: an older one may be."""
+
+
+class Keep(NamedTuple):
+    """Which checkpoints stay when a newer one is whole."""
+
+    last: int = 2
+    every: int = 0  # and those of steps that this divides; 0: none
+    best: str = "none"  # and the one where this figure, of the `measured`, is least
+
+
+KEEP = Keep()
+
+
+class _Best(NamedTuple):
+    """An Orbax preservation policy. Their BestN reads figures from a file of each checkpoint, and would not
+    open any where one of those is broken."""
+
+    values: dict[int, float]  # of steps
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        best = min((c.step for c in checkpoints if c.step in self.values), key=self.values.get, default=None)
+        return [c.step == best for c in checkpoints]
 
 
 class _Manager(ocp.CheckpointManager):
@@ -31,90 +69,207 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpoints:
-    def __init__(self, workdir, *, writing: bool = False):
-        """Opens those of a run. Only a writer, who holds the workdir, clears away what a killed save left."""
+    def __init__(self, workdir, *, writing: bool = False, keep: Keep = KEEP):
+        """Opens those of a run. Only a writer, who holds the workdir, clears away what killed saves and
+        deletions left; of several processes the first does."""
         self.folder = Path(workdir).absolute() / "checkpoints"
-        if writing and distributed.is_writer():
-            for left in self.folder.glob(UNFINISHED):
-                shutil.rmtree(left)
+        self._writing, self._keep, self._best = writing, keep, {}
+        self._saving = self._failed = None  # the step under way; the error of the last save
+        self._sweeper = None
+        self._sweep(UNFINISHED)  # DELETING is swept beside every save
         distributed.wait_for_all()
-        self._manager = _Manager(self.folder, options=ocp.CheckpointManagerOptions(
-            max_to_keep=KEPT if writing else None, create=writing))
+        self._manager = self._open()
+        if writing and keep.best != "none":
+            for step in self.steps():
+                with contextlib.suppress(UserError):
+                    self._note(step, self.meta(step)["measured"])
+
+    def _open(self) -> _Manager:
+        keep = [policies.LatestN(self._keep.last), _Best(self._best)]
+        if self._keep.every:
+            keep.append(policies.EveryNSteps(self._keep.every))
+        return _Manager(self.folder, options=ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(keep), todelete_subdir=DELETING,
+            create=self._writing, lightweight_initialize=True))
+
+    def _reopen(self) -> None:
+        """After a failure, or a folder was moved: what the manager remembers is no longer so."""
+        with contextlib.suppress(Exception):  # of what failed: it has been told
+            self._manager.close()
+        self._sweep(UNFINISHED)
+        self._manager = self._open()
+
+    def _sweep(self, *patterns: str) -> None:
+        if self._writing and distributed.is_writer():
+            for pattern in patterns:
+                for left in self.folder.glob(pattern):
+                    shutil.rmtree(left, ignore_errors=True)
+
+    def _note(self, step: int, measured: dict) -> None:
+        if np.isfinite(value := measured.get(self._keep.best) or np.nan):
+            self._best[step] = value
 
     def steps(self) -> list[int]:
         """Those that are whole, in order, as process 0 sees them."""
         return distributed.broadcast(sorted(self._manager.all_steps()))
 
-    def save(self, step: int, items: dict, meta: dict) -> None:
+    # ------------------------------------------------------------ saving
+
+    def save(self, step: int, items: dict, meta: dict, *, frozen=None, measured: dict | None = None) -> None:
         """Starts saving; returns as soon as the items are copied off the device.
 
-        items: {name: tree of arrays}. meta: JSON values. Raises UserError where this save, or the one before
-        it, cannot be written.
+        items: {name: tree of arrays}. meta: JSON values. frozen: the run's frozen trees, saved before: their
+        sums go with it. measured: {name: figure} of this state. A save that cannot be written, this one or the
+        one before it, is said on stderr, and the next is tried anew: only `close` raises.
         """
+        self._settle()
+        leaves = {}
+        for name, tree in {**items, FROZEN: frozen}.items():
+            leaves |= checksum.leaves(name, tree)
+        meta = {"format_version": FORMAT_VERSION, "leaves": leaves, "measured": measured or {}, **meta}
         trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        meta = {"format_version": FORMAT_VERSION, **meta}
-        with _one_line(self.folder):
-            self._manager.save(step, args=ocp.args.Composite(**trees, meta=ocp.args.JsonSave(meta)))
+        trees["meta"] = ocp.args.JsonSave({"sum": _sum(meta), **meta})
+        self._note(step, meta["measured"])
+        self._saving = step
+        with self._attempt():
+            self._manager.save(step, args=ocp.args.Composite(**trees), force=True)
+
+    def _settle(self) -> None:
+        """Waits for the save under way, and starts to delete what it made superfluous."""
+        if self._saving is not None:
+            with self._attempt():
+                self._manager.wait_until_finished()
+            self._saving = None
+        if self._sweeper:
+            self._sweeper.join()
+        self._sweeper = threading.Thread(target=self._sweep, args=(f"{DELETING}/*",))
+        self._sweeper.start()
+
+    @contextlib.contextmanager
+    def _attempt(self):
+        """A part of a save. What orbax and tensorstore raise where they cannot write, in any process, is one
+        line; the checkpoints that are whole stay."""
+        error = None
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as e:
+            error = e
+        if not _anywhere(error is not None):
+            self._failed = None
+            return
+        step, self._saving = self._saving, None
+        self._best.pop(step, None)
+        why = _first_line(error) if error else "another process could not write its part"
+        self._failed = UserError(f"a checkpoint, of step {step}, cannot be written to {self.folder} ({why}); "
+                                 "those listed there are whole: make room, and the same command goes on")
+        self._failed.__cause__ = error
+        self._reopen()
+        steps = self.steps()
+        last = f"the last one is of step {max(steps)}" if steps else "there is none yet"
+        warn(f"the checkpoint of step {step} cannot be written to {self.folder} ({why}); training goes on, "
+             f"{last}: make room before the next is due")
+
+    def wait(self) -> None:
+        """Returns when everything is on disk. Raises UserError where the last save could not be written."""
+        self._settle()
+        if self._failed:
+            raise self._failed
+
+    def close(self) -> None:
+        """As `wait`, and lets go of the folder."""
+        try:
+            self.wait()
+        finally:
+            self._sweeper.join()
+            with contextlib.suppress(Exception):
+                self._manager.close()
+
+    def set_aside(self, steps: list[int]) -> None:
+        """Renames damaged ones, `<step>.damaged`: they are listed no longer, and their steps can be saved."""
+        for step in steps if distributed.is_writer() else ():
+            names = (f"{step}.damaged{n}" for n in ("", *(f".{i}" for i in range(2, 1000))))
+            target = next(self.folder / name for name in names if not (self.folder / name).exists())
+            (self.folder / str(step)).rename(target)
+            warn(f"{self.folder / str(step)} is now {target.name}")
+        distributed.wait_for_all()
+        if steps:
+            self._reopen()
+
+    # ------------------------------------------------------------ reading
 
     def meta(self, step: int) -> dict:
-        """What was saved beside the arrays. Raises UserError where it is of another format or broken."""
+        """What was saved beside the arrays. Raises UserError where it is of another format, Damaged where it is
+        not as it was saved, or the checkpoint was never whole."""
+        folder = self.folder / str(step)
+        if not _is_committed(folder):
+            raise Damaged(f"checkpoint {folder} has no commit marker ({MARKER}): it was never whole, or lost "
+                          f"it; {self._instead(step)}")
         meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
-        version = meta.get("format_version")
+        meta = meta if isinstance(meta, dict) else {}
+        version, intact = meta.get("format_version"), _sum(meta) == meta.get("sum")
+        if not intact and version not in READ_BY:  # those had no sum
+            raise Damaged(f"checkpoint {folder / 'meta'} is damaged: it is not as it was saved; "
+                          f"{self._instead(step)}")
         if version != FORMAT_VERSION:
             by = f"revision {READ_BY[version]} of tfusion reads it" if version in READ_BY else (
                 "use the code that wrote it")
-            raise UserError(f"{self.folder / str(step)} has format version {version}, this code reads "
-                            f"{FORMAT_VERSION}: {by}")
+            raise UserError(f"{folder} has format version {version}, this code reads {FORMAT_VERSION}: {by}")
         return meta
 
-    def restore(self, step: int, targets: dict) -> dict:
+    def restore(self, step: int, targets: dict, partly: bool = False) -> dict:
         """{name: tree} as in `save`, for the names asked for; the others' files are not opened.
 
-        targets: {name: tree of jax.ShapeDtypeStruct with shardings}: where the arrays go, on any mesh.
-        Raises UserError where an item does not fit, cannot be read, or holds numbers that training never
-        makes.
+        targets: {name: tree of jax.ShapeDtypeStruct with shardings}: where the arrays go, on any mesh. partly:
+        they may lack leaves that were saved. Raises UserError that names the leaves where an item is of another
+        model, Damaged where one cannot be read or is not as it was saved.
         """
-        trees = self._read(step, **{name: ocp.args.StandardRestore(t) for name, t in targets.items()})
+        saved = self.meta(step)["leaves"]
+        for name, target in targets.items():
+            forms = {leaf: form for leaf, (form, *_) in _of(name, saved).items()}
+            check_forms(forms, checksum.forms(name, target), self.folder / str(step), partly)
+        trees = self._read(step, **{name: (
+            ocp.args.PyTreeRestore(target, ocp.checkpoint_utils.construct_restore_args(target),
+                                   partial_restore=True) if partly else ocp.args.StandardRestore(target))
+            for name, target in targets.items()})
         for name in targets:
-            for where in _insane(trees[name]):
-                raise UserError(f"checkpoint {self.folder / str(step) / name} is damaged: {where} holds "
-                                f"numbers beyond all bounds; {self._instead(step)}")
+            if wrong := _differing(saved, checksum.leaves(name, trees[name])):
+                raise Damaged(f"checkpoint {self.folder / str(step)} is damaged, not as it was saved: "
+                              f"{some(wrong)}; {self._instead(step)}")
         return {name: trees[name] for name in targets}
 
     def _read(self, step: int, **items):
+        error = out = None
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            out = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as e:  # orbax and tensorstore raise many kinds, all meaning: cannot be read
-            if "RESOURCE_EXHAUSTED" in str(e):
-                raise UserError(f"checkpoint {self.folder / str(step)} does not fit the memory of these "
-                                "devices; to sample or evaluate, --mesh=fsdp=N spreads it over N") from e
-            raise UserError(f"checkpoint {self.folder / str(step)} cannot be read "
-                            f"({_first_line(e)}); if it is damaged, {self._instead(step)}") from e
+            error = e
+        if not _anywhere(error is not None):
+            return out
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise UserError(f"checkpoint {self.folder / str(step)} does not fit the memory of these devices; "
+                            "to sample or evaluate, --mesh=fsdp=N spreads it over N") from error
+        why = _first_line(error) if error else "another process cannot read its part"
+        raise Damaged(f"checkpoint {self.folder / str(step)} cannot be read ({why}); if it is damaged, "
+                      f"{self._instead(step)}") from error
 
     def _instead(self, step: int) -> str:
         older = [s for s in self._manager.all_steps() if s < step]  # of one process, perhaps
-        then = f"go on from step {max(older)}" if older else "start again"
-        return f"move that folder away to {then}"
-
-    def wait(self) -> None:
-        """Returns when everything is on disk. Raises UserError where it cannot be written."""
-        with _one_line(self.folder):
-            self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Waits until everything is on disk. Raises UserError where it cannot be written."""
-        with _one_line(self.folder), contextlib.closing(self._manager):
-            self._manager.wait_until_finished()
+        if not older:
+            return "move that folder away to start again"
+        return f"train with --resume=latest_good to go on from step {max(older)}, or move that folder away"
 
 
-@contextlib.contextmanager
-def _one_line(folder: Path):
-    """A failed save, whatever orbax and tensorstore raise for it, becomes a UserError."""
-    try:
-        yield
-    except Exception as e:
-        raise UserError(f"a checkpoint cannot be written to {folder} ({_first_line(e)}); those listed there "
-                        "are whole: make room, and the same command goes on") from e
+def warn(text: str) -> None:
+    """One line on stderr, from one process, that a progress bar leaves whole."""
+    if distributed.is_writer():
+        tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+def _anywhere(failed: bool) -> bool:
+    """Whether it failed on any process: all of them must take the same way on."""
+    if jax.process_count() == 1:
+        return failed
+    return bool(multihost_utils.process_allgather(np.asarray(failed)).any())
 
 
 def _first_line(error: Exception) -> str:
@@ -123,19 +278,50 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {line if len(line) <= 160 else line[:60] + ' ... ' + line[-100:]}"
 
 
-@jax.jit
-def _norms(leaves):
-    return [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in leaves]
+def _sum(meta: dict) -> int:
+    """Of the values, however they are spaced and ordered."""
+    rest = {key: value for key, value in meta.items() if key != "sum"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
-def _insane(tree) -> list[str]:
-    """Names of the float arrays that hold NaN, infinity or numbers so large that their squares do not add up
-    in float32: bytes that were changed on disk look so, for want of a checksum.
+def _is_committed(folder: Path) -> bool:
+    """Whether the marker is there. On a local disk a folder is renamed when it is whole, and Orbax asks no
+    more; but a copy that broke off has the name too."""
+    try:
+        return bool(json.loads((folder / MARKER).read_text())["commit_timestamp_nsecs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def some(names: list[str]) -> str:
+    """The first few of them, and how many more."""
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _of(name: str, saved: dict) -> dict:
+    """The leaves of an item."""
+    return {leaf: form for leaf, form in saved.items() if leaf.startswith(f"{name}/")}
+
+
+def _differing(saved: dict, read: dict) -> list[str]:
+    """The leaves that were read and are not as they were saved."""
+    return [leaf for leaf in read if saved.get(leaf) != read[leaf]]
+
+
+def check_forms(saved: dict, wanted: dict, where, partly: bool = False) -> None:
+    """Raises UserError where a model has other leaves than were saved.
+
+    saved, wanted: {leaf: 'float32[2,3]'}. partly: what was saved may have more.
     """
-    named = [(path, x) for path, x in jax.tree_util.tree_leaves_with_path(tree)
-             if jnp.issubdtype(x.dtype, jnp.floating)]
-    norms = jax.device_get(_norms([x for _, x in named]))
-    return [jax.tree_util.keystr(path) for (path, _), norm in zip(named, norms) if not jnp.isfinite(norm)]
+    other = [f"{leaf} is {saved[leaf]}, not {form}" for leaf, form in wanted.items()
+             if saved.get(leaf, form) != form]
+    absent = [leaf for leaf in wanted if leaf not in saved]
+    extra = [leaf for leaf in saved if leaf not in wanted and not partly]
+    parts = [some(other), absent and f"it lacks {some(absent)}", extra and f"it has {some(extra)} besides"]
+    if any(parts):
+        raise UserError(f"checkpoint {where} is of another model: {'; '.join(filter(None, parts))}: use the "
+                        "code and the config that it was saved with")
 
 
 def save_frozen(workdir, tree) -> None:
@@ -147,8 +333,12 @@ def save_frozen(workdir, tree) -> None:
         if not (isinstance(tree, dict) and _is_read_back(tree)):
             raise UserError("Objective.frozen must give a dict, of arrays and further dicts and lists")
         folder = Path(workdir).absolute() / FROZEN
-        with _one_line(folder), ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder, tree, force=True)
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(folder, tree, force=True)
+        except Exception as e:  # as in Checkpoints._attempt, but nothing can go on without them
+            raise UserError(f"{folder} cannot be written ({_first_line(e)}): make room, and the same command "
+                            "goes on") from e
 
 
 def _is_read_back(tree) -> bool:
@@ -159,20 +349,25 @@ def _is_read_back(tree) -> bool:
 
 def load_frozen(workdir, meta: dict, place):
     """The frozen trees of a run, each array with the sharding `place`; {} where, by its checkpoint's meta, it
-    has none. Raises UserError where they cannot be read."""
+    has none. Raises UserError where they cannot be read, or are not those that it was trained with."""
     folder = Path(workdir).absolute() / FROZEN
-    if not meta.get(FROZEN):
+    sums = _of(FROZEN, meta["leaves"])
+    if not sums:
         return {}
     try:
         if not folder.is_dir():  # else Orbax warns first
             raise FileNotFoundError("it is not there")
         with ocp.StandardCheckpointer() as checkpointer:
             saved = checkpointer.metadata(folder).item_metadata.tree
-            return checkpointer.restore(folder, jax.tree.map(
+            tree = checkpointer.restore(folder, jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), saved))
+        read = checksum.leaves(FROZEN, tree)
+        if wrong := _differing(sums, read) + _differing(read, sums):
+            raise ValueError(f"not as it was saved: {some(sorted(set(wrong)))}")
     except Exception as e:  # as in Checkpoints._read
         raise UserError(f"{folder} cannot be read ({_first_line(e)}): bring it back from where the run was "
                         "copied, or start again") from e
+    return tree
 
 
 def changes(saved: dict, cfg: config.RunConfig) -> dict:

@@ -120,8 +120,19 @@ class TrainConfig:
     checkpoint_minutes: float = number(zero=True)  # a save at the log step after as long; 0: never so
     nonfinite: str = choice("stop", "skip")  # a step whose losses or gradient are not: an error, or left out
     watchdog_minutes: float = number(zero=True)  # the process ends where none ends for as long; 0: never
+    keep_last: int  # checkpoints
+    keep_every: int = number(zero=True)  # and those of steps that this divides
+    keep_best: str  # "none", or a figure of the evaluation: and the one where it is least
+    branch_from: str = path("none")  # a run or its checkpoints/<step>: a new run goes on from that
+    init_from: str = path("none")  # the same: a new run begins with its parameters
 
     def check(self, name: str) -> None:
+        if self.keep_best != "none" and (not self.eval_every or self.checkpoint_every % self.eval_every):
+            raise UserError(f"{name}.keep_best = {self.keep_best!r} needs an evaluation at every checkpoint: "
+                            f"{name}.eval_every = {self.eval_every} must divide {name}.checkpoint_every = "
+                            f"{self.checkpoint_every}")
+        if "none" not in (self.branch_from, self.init_from):
+            raise UserError(f"{name}.branch_from and {name}.init_from are both given: a run begins once")
         if self.num_steps * self.batch_size > INT32:  # rows are numbered in int32
             raise UserError(f"{name}.num_steps = {self.num_steps} x {name}.batch_size = {self.batch_size} "
                             f"must be at most {INT32} rows")

@@ -4,6 +4,9 @@
   python -m tfusion.train --config=experiments/transfusion.py:0.16b --workdir=/tmp/x --dry_run
   ... --config.train.num_steps=100 overrides one value
   ... --profile=100:5 writes a trace of five steps, which TensorBoard and xprof open
+  ... --resume=latest_good passes over a checkpoint that is damaged
+  ... --config.train.branch_from=runs/a/checkpoints/1000 goes on from another run's state, under a new schedule
+  ... --config.train.init_from=runs/a begins with another run's parameters
   ... --wandb=PROJECT logs to Weights & Biases too (pip install '.[wandb]'; WANDB_MODE=offline for no network)
 """
 
@@ -20,6 +23,9 @@ from tfusion.errors import UserError, run
 CONFIG = experiment.define()
 WORKDIR = paths.define("workdir", None, "where checkpoints, metrics and the config go")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "build and compile, print parameters and one batch, exit")
+RESUME = flags.DEFINE_enum("resume", "latest", ["latest", "latest_good"],
+                           "where the newest checkpoint is damaged: refuse, or move it aside and go on from an "
+                           "older one")
 WANDB = flags.DEFINE_string("wandb", None, "project of Weights & Biases to log to as well")
 PROFILE = flags.DEFINE_string("profile", None, "START:N traces N steps from step START into WORKDIR/profile")
 
@@ -74,7 +80,7 @@ def main() -> None:
         from tfusion.training.loop import train
         with workdirs.hold(workdir / workdirs.LOCK) if distributed.is_writer() else contextlib.nullcontext():
             train(cfg, workdir, mesh, profiled_steps(PROFILE.value, cfg.train.num_steps), WANDB.value,
-                  process_began())
+                  RESUME.value, process_began())
 
 
 if __name__ == "__main__":

@@ -67,19 +67,16 @@ def test_what_ends_while_it_is_looked_at_is_not_missed(tmp_path):
     assert training.evaluated == [10, 20]
 
 
-def test_one_that_is_being_deleted_is_passed_over(tmp_path, capsys):
-    """It is listed still, and its files are gone: older than those that a run keeps."""
+def test_one_that_cannot_be_read_is_said_as_long_as_it_is_listed(tmp_path):
+    """Old ones too: what is deleted leaves the list first, in one move."""
     training = Training(tmp_path, [10, 20, 30], [10, 20, 30])
-    evaluate = training.evaluate
 
-    def half_deleted(step, place):
-        if step == 10:
-            raise UserError("a file is not there")
-        evaluate(step, place)
+    def damaged(step, place):
+        raise UserError("a file is not there")
 
-    training.evaluate = half_deleted
-    training.follow()
-    assert training.evaluated == [20, 30] and "step 10: the checkpoint is gone" in capsys.readouterr().out
+    training.evaluate = damaged
+    with pytest.raises(UserError, match="a file is not there"):
+        training.follow()
 
 
 def test_what_was_begun_and_not_done_is_done_again(tmp_path):

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from tfusion.checkpoint import KEPT, Checkpoints
+from tfusion.checkpoint import Checkpoints
 from tfusion.config import replace_text
 from tfusion.errors import UserError
 
@@ -44,7 +44,7 @@ def follow(workdir: Path, evaluate: Callable[[int, Path], object], wait: Callabl
             try:
                 evaluate(step, place)
             except (UserError, OSError):
-                if step in list_steps(workdir)[-KEPT:]:  # older: being deleted
+                if step in list_steps(workdir):  # else deleted meanwhile
                     raise
                 print(f"step {step}: the checkpoint is gone, it is not evaluated")
                 gone.add(step)

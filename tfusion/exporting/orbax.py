@@ -28,7 +28,7 @@ def write(export: Export, folder: Path) -> list[str]:
     buffers = {"buffers": aux.buffers} if jax.tree.leaves(aux.buffers) else {}
     checkpoints = Checkpoints(folder, writing=True)
     checkpoints.save(run.step, {"params": run.params, **buffers}, {
-        "identity": run.identity, "frozen": bool(jax.tree.leaves(aux.frozen)), "config": run.cfg.to_dict()})
+        "identity": run.identity, "config": run.cfg.to_dict()}, frozen=aux.frozen)
     checkpoints.close()
     distributed.wait_for_all()
     mesh = jax.sharding.get_mesh()

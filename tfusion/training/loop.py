@@ -10,7 +10,7 @@ import jax
 from tqdm import tqdm
 
 from tfusion import config, distributed, sharding
-from tfusion.checkpoint import Checkpoints
+from tfusion.checkpoint import Checkpoints, Keep
 from tfusion.data import pipeline
 from tfusion.errors import Stopped, UserError
 from tfusion.objectives import kind_of
@@ -34,6 +34,7 @@ class Held:
         self.sources = kind_of(cfg).open_heldout(cfg, cfg.train.eval_documents)
         self.eval_step = jax.jit(steps.make_eval_step(objective))
         self.diagnostics_step = jax.jit(steps.make_diagnostics(objective))
+        self._check(cfg.train.keep_best)
 
     def compile(self, state, frozen, evaluating: bool, diagnosing: bool) -> None:
         """Compiles what `evaluate` and `diagnose` will call, by calling it: once steps are under way a compiler
@@ -63,6 +64,13 @@ class Held:
                     return None
             values |= {k: v for k, v in alone.means(f"eval/{source}/").items() if v is not None}
         return total.means("eval/") | values
+
+    def _check(self, name: str) -> None:
+        """Raises UserError where an evaluation will have no such loss ("none" is none)."""
+        losses = [f"eval/{where}{loss}" for where in ("", *(f"{source}/" for source in self.sources))
+                  for loss in self.objective.weights]
+        if name not in ("none", *losses):
+            raise UserError(f"train.keep_best = {name!r}; choices: none, {', '.join(losses)}")
 
     def diagnose(self, state, frozen) -> dict:
         batch = next(pipeline.batches(self.rows, 0, 1, self.size, self.local_rows))
@@ -224,15 +232,15 @@ class Saver:
     def __init__(self, cfg: config.RunConfig, checkpoints: Checkpoints, rows, frozen, log: Log):
         self.checkpoints, self.log = checkpoints, log
         self.timer = Timer(cfg.train.checkpoint_minutes)
-        self.same = {"identity": rows.identity, "frozen": bool(jax.tree.leaves(frozen)),
-                     "config": cfg.to_dict()}
+        self.frozen, self.same = frozen, {"identity": rows.identity, "config": cfg.to_dict()}
 
-    def save(self, state, done: int, next_row: int, unwritten: dict | None) -> None:
-        """unwritten: the step's line where its evaluation was abandoned; the next attempt has to write it."""
+    def save(self, state, done: int, next_row: int, unwritten: dict | None, measured: dict) -> None:
+        """unwritten: the step's line where its evaluation was abandoned; the next attempt has to write it.
+        measured: figures of this state."""
         with self.log.pause("time/save_s", "save"):
             self.checkpoints.save(done, states.items(state), {
                 **self.same, "next_row": next_row, "totals": dict(self.log.speed.total), "unwritten": unwritten,
-                "goodput": self.log.goodput.seconds()})
+                "goodput": self.log.goodput.seconds()}, frozen=self.frozen, measured=measured)
         self.timer.restart()
 
 
@@ -257,16 +265,18 @@ class Run(NamedTuple):
 
 
 def open_run(closing: contextlib.ExitStack, cfg: config.RunConfig, workdir: Path, mesh, profile, wandb,
-             process_began) -> tuple[Run, resume.Start]:
+             resume_from, process_began) -> tuple[Run, resume.Start]:
     """As `train`; and where it begins."""
     goodput = closing.enter_context(contextlib.closing(Goodput(workdir, process_began)))
-    objective, tx = kind_of(cfg).make(cfg), make_optimizer(cfg.optimizer, cfg.train.num_steps)
+    t = cfg.train
+    objective, tx = kind_of(cfg).make(cfg), make_optimizer(cfg.optimizer, t.num_steps)
     rows = kind_of(cfg).open_rows(cfg)
-    held, checkpoints = Held(cfg, objective, mesh, rows), Checkpoints(workdir, writing=True)
-    begun = resume.start(cfg, objective, tx, mesh, checkpoints, rows, workdir)
+    held = Held(cfg, objective, mesh, rows)
+    checkpoints = Checkpoints(workdir, writing=True, keep=Keep(t.keep_last, t.keep_every, t.keep_best))
+    begun = resume.start(cfg, objective, tx, mesh, checkpoints, rows, workdir, resume_from)
     first = int(begun.state.step)
     goodput.resume(begun.goodput, writing=distributed.is_writer())
-    watchdog, preemption = Watchdog(cfg.train.watchdog_minutes), distributed.Preemption()
+    watchdog, preemption = Watchdog(t.watchdog_minutes), distributed.Preemption()
     log = Log(cfg, objective, rows, workdir, first, begun.totals, goodput, wandb)
     for each in (watchdog, preemption, log, checkpoints):
         closing.enter_context(contextlib.closing(each))
@@ -275,17 +285,18 @@ def open_run(closing: contextlib.ExitStack, cfg: config.RunConfig, workdir: Path
 
 
 def train(cfg: config.RunConfig, workdir: Path, mesh, profile=None, wandb: str | None = None,
-          process_began: float | None = None) -> states.TrainState:
-    """Trains to cfg.train.num_steps, from the workdir's latest checkpoint where there is one.
+          resume_from: str = resume.LATEST, process_began: float | None = None) -> states.TrainState:
+    """Trains to cfg.train.num_steps, from where training/resume.py says.
 
     profile: (step, n) writes a trace of n steps to `<workdir>/profile`, for TensorBoard or xprof. wandb: a
-    project of Weights & Biases to log to as well. process_began: Unix time; the run's time counts from there.
+    project of Weights & Biases to log to as well. resume_from: what is done about a damaged checkpoint.
+    process_began: Unix time; the run's time counts from there.
     """
     if wandb:
         writers.import_wandb()  # raises where it is missing, before any work
     began, t, kind = time.perf_counter(), cfg.train, kind_of(cfg)
     with contextlib.ExitStack() as closing:
-        run, begun = open_run(closing, cfg, workdir, mesh, profile, wandb, process_began)
+        run, begun = open_run(closing, cfg, workdir, mesh, profile, wandb, resume_from, process_began)
         log, (state, frozen, next_row) = run.log, begun[:3]
         first = int(state.step)
         if begun.unwritten is not None:
@@ -315,7 +326,7 @@ def train(cfg: config.RunConfig, workdir: Path, mesh, profile=None, wandb: str |
                 if looked is not None:
                     log.write(done, values | looked)
                 if saving or run.preemption.came:
-                    run.saver.save(state, done, next_row, values if looked is None else None)
+                    run.saver.save(state, done, next_row, values if looked is None else None, looked or {})
                     run.watchdog.beat()
                 if run.preemption.came and (done < t.num_steps or looked is None):
                     raise stopped(done, run.saver.checkpoints)
