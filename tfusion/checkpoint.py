@@ -7,7 +7,6 @@ and atomic: a checkpoint is listed only when it is whole.
 """
 
 import contextlib
-import shutil
 from pathlib import Path
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
-from tfusion import config
+from tfusion import config, paths
 from tfusion.errors import UserError
 from tfusion.types import FORMAT_VERSION
 
@@ -28,9 +27,9 @@ FROZEN = "frozen"  # folder of the trees that training reads and never changes
 class Checkpoints:
     def __init__(self, workdir, *, writing: bool = False):
         """Opens those of a run. Only a writer, who holds the workdir, clears away what a killed save left."""
-        self.folder = Path(workdir).absolute() / "checkpoints"
+        self.folder = paths.path(paths.absolute(workdir)) / "checkpoints"
         for left in self.folder.glob(UNFINISHED) if writing else ():
-            shutil.rmtree(left)
+            left.rmtree()
         self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
             max_to_keep=KEPT if writing else None, create=writing))
 
@@ -134,7 +133,7 @@ def save_frozen(workdir, tree) -> None:
     if jax.tree.leaves(tree):
         if not (isinstance(tree, dict) and _is_read_back(tree)):
             raise UserError("Objective.frozen must give a dict, of arrays and further dicts and lists")
-        folder = Path(workdir).absolute() / FROZEN
+        folder = paths.path(paths.absolute(workdir)) / FROZEN
         with _one_line(folder), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder, tree, force=True)
 
@@ -148,7 +147,7 @@ def _is_read_back(tree) -> bool:
 def load_frozen(workdir, meta: dict, place):
     """The frozen trees of a run, each array with the sharding `place`; {} where, by its checkpoint's meta, it
     has none. Raises UserError where they cannot be read."""
-    folder = Path(workdir).absolute() / FROZEN
+    folder = paths.path(paths.absolute(workdir)) / FROZEN
     if not meta.get(FROZEN):
         return {}
     try:

@@ -20,15 +20,13 @@ import difflib
 import functools
 import json
 import math
-import os
-import secrets
 import typing
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from tfusion import paths
 from tfusion.errors import UserError
+from tfusion.paths import replace_text
 
 INT32, UINT32, FLOAT32 = 2**31 - 1, 2**32 - 1, (2.0**-126, 2.0**128)  # what the devices count and compute in
 REGISTRY: dict[str, dict[str, type]] = {}  # group -> kind -> dataclass
@@ -76,9 +74,11 @@ def fraction(zero: bool = True, may_change: bool = False):
     return dataclasses.field(metadata={"zero": zero, "fraction": True, "may_change": may_change})
 
 
-def path(*names: str):
-    """A file or folder, or one of `names`, which are not paths; where it lies may change."""
-    return dataclasses.field(metadata={"path": True, "names": names, "may_change": True})
+def path(*names: str, buckets: bool = False):
+    """A file or folder, in a bucket too where it says so, or one of `names`, which are not paths; where it lies
+    may change."""
+    return dataclasses.field(metadata={"path": paths.anywhere if buckets else paths.local, "names": names,
+                                       "may_change": True})
 
 
 def choices(cls: type, key: str) -> tuple[str, ...]:
@@ -154,7 +154,7 @@ def from_dict(tree) -> RunConfig:
 
 def load(workdir) -> RunConfig:
     """Reads the resolved configuration that `train` left in a workdir."""
-    path = Path(workdir) / "config.json"
+    path = paths.path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"{path} not found: {workdir} is not the workdir of a training run")
     try:
@@ -201,26 +201,12 @@ def may_change(cfg: RunConfig) -> set[str]:
 
 def absolute(cfg: RunConfig) -> RunConfig:
     """cfg with its paths made absolute: what a run keeps is read from other folders too."""
-    return changed(cfg, {name: str(Path(value).absolute()) for name, value, rule, _ in _leaves(cfg)
+    return changed(cfg, {name: paths.absolute(value) for name, value, rule, _ in _leaves(cfg)
                          if rule.get("path") and value not in rule["names"]})
 
 
 def save(cfg: RunConfig, workdir) -> None:
-    replace_text(Path(workdir) / "config.json", json.dumps(cfg.to_dict(), indent=2) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file in one move: whoever is killed meanwhile, and a full disk, leave the old one whole; two
-    writers at once, one of theirs."""
-    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.unfinished")
-    try:
-        with unfinished.open("x") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # else a crash of the machine can leave the new name empty
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    replace_text(paths.path(workdir) / "config.json", json.dumps(cfg.to_dict(), indent=2) + "\n")
 
 
 def _group(tree, prefix: str) -> None:
@@ -280,7 +266,7 @@ def _leaf(rule, value, name: str):
             raise UserError(f"{name} = {value} must be at most 1")
     if rule.get("path"):
         try:
-            return paths.local(value)
+            return rule["path"](value)
         except UserError as e:
             raise UserError(f"{name} = {value!r}: {e}") from e
     return value

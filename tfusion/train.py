@@ -17,7 +17,7 @@ from tfusion import workdir as workdirs
 from tfusion.errors import UserError, run
 
 CONFIG = experiment.define()
-WORKDIR = paths.define("workdir", None, "where checkpoints, metrics and the config go")
+WORKDIR = paths.define("workdir", None, "where checkpoints, metrics and the config go; gs:// too", buckets=True)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "build and compile, print parameters and one batch, exit")
 WANDB = flags.DEFINE_string("wandb", None, "project of Weights & Biases to log to as well")
 PROFILE = flags.DEFINE_string("profile", None, "START:N traces N steps from step START into WORKDIR/profile")
@@ -36,13 +36,13 @@ def profiled_steps(text: str | None, num_steps: int):
 
 def writable_folder(path: str) -> Path:
     """Makes the folder. Raises UserError where nothing can be written there."""
-    folder = Path(path)
+    folder = paths.path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
+        (folder / ".writable").write_bytes(b"")
         (folder / ".writable").unlink()
     except OSError as e:
-        raise UserError(f"--workdir={path} is not writable ({e.strerror}); choose another folder") from e
+        raise UserError(f"--workdir={path} is not writable ({e.strerror or e}); choose another folder") from e
     return folder
 
 
@@ -52,6 +52,8 @@ def main() -> None:
     distributed.start_process()
     cfg = config.absolute(experiment.read(CONFIG))
     workdir = writable_folder(WORKDIR.value)
+    if PROFILE.value and paths.in_bucket(workdir):
+        raise UserError("--profile writes to a local --workdir only")
     mesh = sharding.make_mesh(cfg.mesh)
     objectives.check_mesh(cfg, mesh)
     with jax.set_mesh(mesh):

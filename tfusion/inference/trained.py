@@ -1,13 +1,12 @@
 """A run, opened for use: everything needed stands in its folder, whatever became of its data."""
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tfusion import config, sharding
+from tfusion import config, paths, sharding
 from tfusion.checkpoint import Checkpoints, check_identity, load_frozen
 from tfusion.data import store
 from tfusion.data.tokenizers import Tokenizer, load_saved
@@ -34,7 +33,7 @@ def load(path, step: int | None = None, mesh: Mesh | None = None) -> Trained:
     Reads the parameters to sample with and nothing else of the checkpoint. Raises UserError where there is
     none, or where tokenizer or codec are not those that the run was trained with.
     """
-    workdir, mesh = Path(path), mesh or sharding.parse_mesh(None)
+    workdir, mesh = paths.path(path), mesh or sharding.parse_mesh(None)
     checkpoints = Checkpoints(workdir) if (workdir / "checkpoints").is_dir() else None
     found = checkpoints.steps() if checkpoints else []
     there = bool(found) and step in (None, *found)
