@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import config_flags
 
 from experiments import quickstart
-from tfusion import config, experiment
+from tfusion import config, experiment, paths
 from tfusion.errors import UserError
 from tfusion.models.transformer import TransformerConfig
 from tfusion.objectives import make_objective
@@ -303,12 +303,12 @@ NAMES = sorted({name for name, _ in EXPERIMENTS})
 
 def test_replace_text_is_whole_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
-    config.replace_text(path, "old")
-    config.replace_text(path, "new")
+    paths.replace_text(path, "old")
+    paths.replace_text(path, "new")
     assert path.read_text() == "new"
-    monkeypatch.setattr(config.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(paths.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space"):
-        config.replace_text(path, "newer")
+        paths.replace_text(path, "newer")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
@@ -320,14 +320,14 @@ def test_an_experiment_without_variants(tmp_path):
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path, monkeypatch):
     """The second begins and ends while the first is writing: one of theirs stands, neither fails."""
-    path, sync = tmp_path / "x.json", config.os.fsync
+    path, sync = tmp_path / "x.json", paths.os.fsync
 
     def meanwhile(fd):
-        monkeypatch.setattr(config.os, "fsync", sync)
-        config.replace_text(path, "second")
+        monkeypatch.setattr(paths.os, "fsync", sync)
+        paths.replace_text(path, "second")
 
-    monkeypatch.setattr(config.os, "fsync", meanwhile)
-    config.replace_text(path, "first")
+    monkeypatch.setattr(paths.os, "fsync", meanwhile)
+    paths.replace_text(path, "first")
     assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
 
 

@@ -106,7 +106,7 @@ CASES = {  # name: (verb, arguments, what the line says)
     "loose_argument": ("train", [*TRAIN, "workdir=x"], ["unexpected argument 'workdir=x'"]),
     "below_a_file": ("train", [TRAIN[0], "--workdir=TMP/file/run"], ["TMP/file/run is not writable"]),
     "in_the_home_folder": ("train", [TRAIN[0], "--workdir=~/file/run"], ["TMP/file/run is not writable"]),
-    **{f"url_{verb}_{flag}": (verb, [f"--{flag}=gs://bucket/x"], [f"--{flag}=gs://bucket/x: cloud paths"])
+    **{f"url_{verb}_{flag}": (verb, [f"--{flag}=http://host/x"], [f"--{flag}=http://host/x: a local path"])
        for verb, flag in (("train", "workdir"), ("sample", "workdir"), ("sample", "image"), ("sample", "out"),
                           ("evaluate", "workdir"), ("prepare", "codec"), ("prepare", "inspect"),
                           ("report", "workdir"), ("report", "out"))},
@@ -116,7 +116,7 @@ CASES = {  # name: (verb, arguments, what the line says)
                           ("sample", ["--workdir=TMP/none", "--num_documents=1"]),
                           ("evaluate", ["--workdir=TMP/none"]))},
     "url_in_the_config": ("train", [*TRAIN, "--config.data.prepared=file:///x"],
-                          ["data.prepared = 'file:///x': cloud paths"]),
+                          ["data.prepared = 'file:///x': a local path"]),
     "no_prepared": ("train", [*TRAIN, "--config.data.prepared=TMP/none"],
                     ["TMP/none/meta.json not found", "tfusion.prepare"]),
     "other_latents": ("train", SMALL, ["PREPARED holds latents of shape (4, 4, 4)", "(8, 8, 8)"]),

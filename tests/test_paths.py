@@ -14,9 +14,28 @@ URLS = ["gs://bucket/run", "s3://bucket", "file:///tmp/x", "file:/tmp/x", "https
 
 
 @pytest.mark.parametrize("text", URLS)
-def test_urls_are_refused(text):
-    with pytest.raises(UserError, match="cloud paths and URLs are not supported yet; use a local path"):
+def test_urls_are_refused_where_a_local_path_is_needed(text):
+    with pytest.raises(UserError, match="a local path is needed here; a bucket can be mounted"):
         paths.local(text)
+
+
+@pytest.fixture
+def gcsfs(monkeypatch):
+    """As if the package were installed; nothing here reaches a bucket."""
+    monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: {"gcsfs": "it"}.get(name))
+
+
+def test_a_bucket_where_one_will_do(gcsfs):
+    assert paths.anywhere("gs://bucket/run") == "gs://bucket/run" and paths.anywhere("run") == "run"
+    assert paths.in_bucket("gs://bucket/run") and not paths.in_bucket("/gs/run")
+    assert paths.absolute("gs://bucket/run") == "gs://bucket/run" == str(paths.path("gs://bucket/run"))
+    for text in [text for text in URLS if not text.startswith(("gs:", "s3:"))]:
+        with pytest.raises(UserError, match="a local path is needed, or one that begins with gs:// or s3://"):
+            paths.anywhere(text)
+    with pytest.raises(UserError, match=r"needs the package s3fs: pip install s3fs, or tfusion\[buckets\]"):
+        paths.anywhere("s3://bucket/run")
+    with pytest.raises(UserError, match="the bucket has no name"):
+        paths.anywhere("gs://")
 
 
 @pytest.mark.parametrize("text", ["", " ", "a\0b"])
@@ -52,7 +71,7 @@ def test_flags(monkeypatch):
     paths.define("workdir", None, "", flag_values=values)
     values(["verb", "--workdir=~/run1"])
     assert values.workdir == "/home/of/me/run1"
-    with pytest.raises(IllegalFlagValueError, match="flag --workdir=gs://b/run: cloud paths and URLs are not"):
+    with pytest.raises(IllegalFlagValueError, match="flag --workdir=gs://b/run: a local path is needed here"):
         values(["verb", "--workdir=gs://b/run"])
 
 
@@ -68,4 +87,4 @@ def test_the_config(name, monkeypatch):
     with pytest.raises(UserError) as e:
         config.from_dict(tree)
     assert str(e.value) == (
-        f"{name} = 'gs://bucket/x': cloud paths and URLs are not supported yet; use a local path")
+        f"{name} = 'gs://bucket/x': a local path is needed here; a bucket can be mounted (docs/data.md)")

@@ -10,7 +10,6 @@ than those of the arrays that were saved.
 
 import contextlib
 import json
-import shutil
 import sys
 import threading
 import zlib
@@ -25,7 +24,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 from tqdm import tqdm
 
-from tfusion import checksum, config, distributed
+from tfusion import checksum, config, distributed, paths
 from tfusion.errors import UserError
 from tfusion.types import FORMAT_VERSION
 
@@ -72,7 +71,7 @@ class Checkpoints:
     def __init__(self, workdir, *, writing: bool = False, keep: Keep = KEEP):
         """Opens those of a run. Only a writer, who holds the workdir, clears away what killed saves and
         deletions left; of several processes the first does."""
-        self.folder = Path(workdir).absolute() / "checkpoints"
+        self.folder = paths.path(paths.absolute(workdir)) / "checkpoints"
         self._writing, self._keep, self._best = writing, keep, {}
         self._saving = self._failed = None  # the step under way; the error of the last save
         self._sweeper = None
@@ -89,8 +88,9 @@ class Checkpoints:
         if self._keep.every:
             keep.append(policies.EveryNSteps(self._keep.every))
         return _Manager(self.folder, options=ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(keep), todelete_subdir=DELETING,
-            create=self._writing, lightweight_initialize=True))
+            preservation_policy=policies.AnyPreservationPolicy(keep), create=self._writing,
+            todelete_subdir=None if paths.in_bucket(self.folder) else DELETING,  # there renaming is copying
+            lightweight_initialize=True))
 
     def _reopen(self) -> None:
         """After a failure, or a folder was moved: what the manager remembers is no longer so."""
@@ -103,7 +103,8 @@ class Checkpoints:
         if self._writing and distributed.is_writer():
             for pattern in patterns:
                 for left in self.folder.glob(pattern):
-                    shutil.rmtree(left, ignore_errors=True)
+                    with contextlib.suppress(OSError):
+                        left.rmtree()
 
     def _note(self, step: int, measured: dict) -> None:
         if np.isfinite(value := measured.get(self._keep.best) or np.nan):
@@ -332,7 +333,7 @@ def save_frozen(workdir, tree) -> None:
     if jax.tree.leaves(tree):
         if not (isinstance(tree, dict) and _is_read_back(tree)):
             raise UserError("Objective.frozen must give a dict, of arrays and further dicts and lists")
-        folder = Path(workdir).absolute() / FROZEN
+        folder = paths.path(paths.absolute(workdir)) / FROZEN
         try:
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(folder, tree, force=True)
@@ -350,7 +351,7 @@ def _is_read_back(tree) -> bool:
 def load_frozen(workdir, meta: dict, place):
     """The frozen trees of a run, each array with the sharding `place`; {} where, by its checkpoint's meta, it
     has none. Raises UserError where they cannot be read, or are not those that it was trained with."""
-    folder = Path(workdir).absolute() / FROZEN
+    folder = paths.path(paths.absolute(workdir)) / FROZEN
     sums = _of(FROZEN, meta["leaves"])
     if not sums:
         return {}

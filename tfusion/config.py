@@ -20,15 +20,13 @@ import difflib
 import functools
 import json
 import math
-import os
-import secrets
 import typing
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from tfusion import paths
 from tfusion.errors import UserError
+from tfusion.paths import replace_text
 
 INT32, UINT32, FLOAT32 = 2**31 - 1, 2**32 - 1, (2.0**-126, 2.0**128)  # what the devices count and compute in
 REGISTRY: dict[str, dict[str, type]] = {}  # group -> kind -> dataclass
@@ -82,9 +80,11 @@ def fraction(zero: bool = True, may_change: bool = False):
     return dataclasses.field(metadata={"zero": zero, "fraction": True, "may_change": may_change})
 
 
-def path(*names: str):
-    """A file or folder, or one of `names`, which are not paths; where it lies may change."""
-    return dataclasses.field(metadata={"path": True, "names": names, "may_change": True})
+def path(*names: str, buckets: bool = False):
+    """A file or folder, in a bucket too where it says so, or one of `names`, which are not paths; where it lies
+    may change."""
+    return dataclasses.field(metadata={"path": paths.anywhere if buckets else paths.local, "names": names,
+                                       "may_change": True})
 
 
 def choices(cls: type, key: str) -> tuple[str, ...]:
@@ -123,8 +123,8 @@ class TrainConfig:
     keep_last: int  # checkpoints
     keep_every: int = number(zero=True)  # and those of steps that this divides
     keep_best: str  # "none", or a figure of the evaluation: and the one where it is least
-    branch_from: str = path("none")  # a run or its checkpoints/<step>: a new run goes on from that
-    init_from: str = path("none")  # the same: a new run begins with its parameters
+    branch_from: str = path("none", buckets=True)  # a run or its checkpoints/<step>: a new one goes on there
+    init_from: str = path("none", buckets=True)  # the same: a new run begins with its parameters
 
     def check(self, name: str) -> None:
         if self.keep_best != "none" and (not self.eval_every or self.checkpoint_every % self.eval_every):
@@ -182,7 +182,7 @@ def from_dict(tree) -> RunConfig:
 
 def load(workdir) -> RunConfig:
     """Reads the resolved configuration that `train` left in a workdir."""
-    path = Path(workdir) / "config.json"
+    path = paths.path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"{path} not found: {workdir} is not the workdir of a training run")
     try:
@@ -229,26 +229,12 @@ def may_change(cfg: RunConfig) -> set[str]:
 
 def absolute(cfg: RunConfig) -> RunConfig:
     """cfg with its paths made absolute: what a run keeps is read from other folders too."""
-    return changed(cfg, {name: str(Path(value).absolute()) for name, value, rule, _ in _leaves(cfg)
+    return changed(cfg, {name: paths.absolute(value) for name, value, rule, _ in _leaves(cfg)
                          if rule.get("path") and value not in rule["names"]})
 
 
 def save(cfg: RunConfig, workdir) -> None:
-    replace_text(Path(workdir) / "config.json", json.dumps(cfg.to_dict(), indent=2) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file in one move: whoever is killed meanwhile, and a full disk, leave the old one whole; two
-    writers at once, one of theirs."""
-    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.unfinished")
-    try:
-        with unfinished.open("x") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # else a crash of the machine can leave the new name empty
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    replace_text(paths.path(workdir) / "config.json", json.dumps(cfg.to_dict(), indent=2) + "\n")
 
 
 def _group(tree, prefix: str) -> None:
@@ -310,7 +296,7 @@ def _leaf(rule, value, name: str):
             raise UserError(f"{name} = {value} must be at most 1")
     if rule.get("path"):
         try:
-            return paths.local(value)
+            return rule["path"](value)
         except UserError as e:
             raise UserError(f"{name} = {value!r}: {e}") from e
     return value

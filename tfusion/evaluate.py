@@ -27,7 +27,7 @@ from tfusion.evals.follow import follow
 from tfusion.evals.measure import evaluate
 from tfusion.inference import trained
 
-WORKDIR = paths.define("workdir", None, "workdir of a run")
+WORKDIR = paths.define("workdir", None, "workdir of a run; gs:// too", buckets=True)
 NUMBER = flags.DEFINE_integer("number", 256, "of pictures, captions and documents looked at", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "of the sampling", lower_bound=0, upper_bound=2**32 - 1)
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the latest")
@@ -80,7 +80,7 @@ def main() -> None:
     if FOLLOW.value and STEP.value is not None:
         raise UserError("--follow and --step exclude each other")
     distributed.start_process()
-    workdir, mesh = Path(WORKDIR.value), sharding.parse_mesh(MESH.value)
+    workdir, mesh = paths.path(WORKDIR.value), sharding.parse_mesh(MESH.value)
     jax.set_mesh(mesh)
     options = Options(SEED.value, NUMBER.value)
 

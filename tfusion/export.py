@@ -21,7 +21,7 @@ from tfusion.exporting import base, place
 from tfusion.inference import trained
 from tfusion.types import FORMAT_VERSION
 
-WORKDIR = paths.define("workdir", None, "workdir of a run, or an Orbax export")
+WORKDIR = paths.define("workdir", None, "workdir of a run, or an Orbax export; gs:// too", buckets=True)
 OUT = paths.define("out", None, "folder to make")
 FORMAT = flags.DEFINE_enum("format", "orbax", list(exporting.FORMATS), "for Orbax and tfusion, or for Hugging "
                            "Face's transformers and what reads its files")
@@ -36,7 +36,7 @@ OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace an export that stands
 def main() -> None:
     if WORKDIR.value is None or OUT.value is None:
         raise UserError("--workdir=DIR, the workdir of a run, and --out=DIR, the folder to make, are needed")
-    source, out, form = Path(WORKDIR.value), Path(OUT.value).resolve(), exporting.FORMATS[FORMAT.value]
+    source, out, form = paths.path(WORKDIR.value), Path(OUT.value).resolve(), exporting.FORMATS[FORMAT.value]
     place.check(out, OVERWRITE.value)
     distributed.start_process()
     mesh = sharding.parse_mesh(MESH.value)

@@ -18,6 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
+from tfusion import paths
 from tfusion.errors import UserError
 from tfusion.models import llama
 
@@ -28,7 +29,7 @@ MODEL, ADAPTER = "model", "adapter"  # stems of files of tensors
 
 def about(folder) -> dict:
     """What an export says of itself, {} of any other folder. Raises UserError where that is broken."""
-    path = Path(folder) / MARK
+    path = paths.path(folder) / MARK
     if not path.exists():
         return {}
     try:
@@ -53,7 +54,7 @@ def as_saved(targets, export: dict):
 def is_llama(folder) -> bool:
     """Whether a folder holds a model in Llama's layout."""
     try:
-        return json.loads((Path(folder) / "config.json").read_text()).get("model_type") == "llama"
+        return json.loads((paths.path(folder) / "config.json").read_text()).get("model_type") == "llama"
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -8,7 +8,6 @@ Needs config.json and metrics.jsonl of a run; other parts that are absent, the e
 the page and named at its foot.
 """
 
-from pathlib import Path
 
 from absl import flags
 
@@ -18,9 +17,10 @@ from tfusion.reporting.compare import write_comparison
 from tfusion.reporting.records import ReportError
 from tfusion.reporting.run_page import write_report
 
-WORKDIR = paths.define("workdir", None, "The run to report on.")
+WORKDIR = paths.define("workdir", None, "The run to report on; gs:// too.", buckets=True)
 COMPARE = flags.DEFINE_list("compare", [], "Runs to put side by side: --compare A B C, or --compare=A,B,C.")
-OUT = paths.define("out", None, "The HTML file to write; default: WORKDIR/report.html, or ./compare.html.")
+OUT = paths.define("out", None, "The HTML file to write; default: WORKDIR/report.html, or ./compare.html.",
+                   buckets=True)
 
 
 def main(words: list[str]) -> None:
@@ -29,15 +29,15 @@ def main(words: list[str]) -> None:
         raise UserError(f"unexpected argument '{words[0]}'; flags look like --workdir=DIR (--help lists them)")
     if bool(WORKDIR.value) == bool(COMPARE.value):
         raise UserError("one of --workdir=RUN and --compare RUN RUN ... is needed; see --help")
-    out = Path(OUT.value or ("compare.html" if COMPARE.value else f"{WORKDIR.value}/report.html"))
+    out = paths.path(OUT.value or ("compare.html" if COMPARE.value else f"{WORKDIR.value}/report.html"))
     try:
         if COMPARE.value:
-            write_comparison([Path(paths.local(word)) for word in (*COMPARE.value, *words)], out)
+            write_comparison([paths.path(paths.anywhere(word)) for word in (*COMPARE.value, *words)], out)
         else:
-            write_report(Path(WORKDIR.value), out)
+            write_report(paths.path(WORKDIR.value), out)
     except ReportError as error:
         raise UserError(str(error)) from error
-    print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
+    print(f"wrote {out} ({out.stat().length / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

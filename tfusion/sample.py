@@ -23,14 +23,14 @@ from tfusion.data.pictures import read_picture
 from tfusion.errors import UserError, run
 from tfusion.inference import decoder, trained
 
-WORKDIR = paths.define("workdir", None, "workdir of a trained run")
+WORKDIR = paths.define("workdir", None, "workdir of a trained run; gs:// too", buckets=True)
 PROMPTS = flags.DEFINE_multi_string("prompt", [], "text to go on from; repeat for several rows")
 IMAGES = paths.define_multi("image", [], "picture file to go on from; repeat for several rows")
 NUM_DOCUMENTS = flags.DEFINE_integer("num_documents", 0, "rows that start from nothing", lower_bound=0)
 DRAW = flags.DEFINE_bool("draw", False, "start a picture right after each prompt")
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the latest")
 MESH = flags.DEFINE_string("mesh", None, "devices to spread the model over, such as fsdp=4; default: one")
-OUT = paths.define("out", None, "where to write; default: WORKDIR/samples")
+OUT = paths.define("out", None, "where to write; default: WORKDIR/samples", buckets=True)
 SEED = flags.DEFINE_integer("seed", 0, "of the sampling", lower_bound=0, upper_bound=2**32 - 1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "of the text; 0 = greedy", lower_bound=0.0)
 MAX_IMAGES = flags.DEFINE_integer("max_images", None, "pictures per row; default: as many as fit",
@@ -79,7 +79,7 @@ def write(rows: list, names: list[str], out: Path) -> None:
                 line.append({"text": part})
                 continue
             path = out / f"{number:03d}_{drawn}.png"
-            Image.fromarray(part).save(path)
+            paths.replace_by(path, lambda file, part=part: Image.fromarray(part).save(file, "PNG"))
             line.append({"image": path.name})
             drawn += 1
         documents.append({"prompt": name, "parts": line})
@@ -112,7 +112,7 @@ def main() -> None:
         rows = go_on(run_, documents, seed=SEED.value, temperature=TEMPERATURE.value,
                      max_images=MAX_IMAGES.value, draw_first=DRAW.value)
     if distributed.is_writer():
-        write(rows, names, Path(OUT.value or f"{WORKDIR.value}/samples"))
+        write(rows, names, paths.path(OUT.value or f"{WORKDIR.value}/samples"))
         note_undrawn(rows, drawing=bool(run_.codec) and MAX_IMAGES.value != 0)
 
 

@@ -21,7 +21,7 @@ from tfusion import workdir as workdirs
 from tfusion.errors import UserError, run
 
 CONFIG = experiment.define()
-WORKDIR = paths.define("workdir", None, "where checkpoints, metrics and the config go")
+WORKDIR = paths.define("workdir", None, "where checkpoints, metrics and the config go; gs:// too", buckets=True)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "build and compile, print parameters and one batch, exit")
 RESUME = flags.DEFINE_enum("resume", "latest", ["latest", "latest_good"],
                            "where the newest checkpoint is damaged: refuse, or move it aside and go on from an "
@@ -44,18 +44,18 @@ def profiled_steps(text: str | None, num_steps: int):
 def writable_folder(path: str) -> Path:
     """Makes the folder. Raises UserError where nothing can be written there, or where it is another than that
     of process 0."""
-    folder = Path(path)
+    folder = paths.path(path)
     try:
         if not distributed.is_writer():
             distributed.wait_for_all()
             folder.stat()
             return folder
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
+        (folder / ".writable").write_bytes(b"")
         (folder / ".writable").unlink()
     except OSError as e:
-        raise UserError(f"--workdir={path} is not writable ({e.strerror}); choose another folder, one that all "
-                        "hosts share") from e
+        raise UserError(f"--workdir={path} is not writable ({e.strerror or e}); choose another folder, one "
+                        "that all hosts share") from e
     distributed.wait_for_all()
     return folder
 
@@ -69,6 +69,8 @@ def main() -> None:
     if exported.about(workdir):
         raise UserError(f"{workdir} is an export, which has no optimizer to go on with: train in another "
                         "--workdir, which can begin with its parameters (train.init_from)")
+    if PROFILE.value and paths.in_bucket(workdir):
+        raise UserError("--profile writes to a local --workdir only")
     mesh = sharding.make_mesh(cfg.mesh)
     objectives.check_mesh(cfg, mesh)
     with jax.set_mesh(mesh):

@@ -3,6 +3,7 @@
     config.json            the resolved config; config_changes.jsonl   what resumes changed in it
     tokenizer.json, tokenizer.model, codec.npz       copied from the data, so that the run stands alone
     checkpoints/<step>/    metrics.jsonl    tensorboard/    summary.json    timing.json
+                           (in a bucket metrics.<first step>.jsonl, in parts: nothing is appended to there)
     frozen/                trees that training reads and never changes, where it has any
     evaluation/            metrics.json, written last; <evaluator>/card.json, card.npz; steps/<step>/ (--follow)
 """
@@ -13,15 +14,14 @@ import json
 import os
 import platform
 import secrets
-import shutil
 import sys
 import threading
 import time
 from pathlib import Path
 
 from tfusion import paths
-from tfusion.config import replace_text
 from tfusion.errors import UserError
+from tfusion.paths import replace_bytes, replace_text
 
 CODEC = "codec.npz"  # pictures <-> latents (models/codecs)
 LOCK, CHANGES = ".lock", "config_changes.jsonl"
@@ -127,14 +127,12 @@ class Lease(contextlib.AbstractContextManager):
 def copy_in(files: list[Path], workdir: Path) -> None:
     """Copies files into a run's folder, each in one move."""
     for path in files:
-        unfinished = workdir / f".{path.name}.{os.getpid()}"
-        shutil.copyfile(path, unfinished)
-        os.replace(unfinished, workdir / path.name)
+        replace_bytes(workdir / path.name, path.read_bytes())
 
 
 def note_changes(workdir: Path, step: int, changed: dict) -> None:
     """Adds a line to config_changes.jsonl. changed: {key: [old, new]}."""
     path = workdir / CHANGES
-    old = path.read_text(errors="replace") if path.exists() else ""
+    old = path.read_bytes().decode(errors="replace") if path.exists() else ""
     line = {"time": round(time.time()), "step": step, "changed": changed}
     replace_text(path, old + json.dumps(line) + "\n")

@@ -146,7 +146,7 @@ def test_the_verb_takes_runs_as_words_or_as_a_list(whole, tmp_path):
     ({}, ["a", "b"], "unexpected argument 'a'"), ({"WORKDIR": "a"}, ["b"], "unexpected argument 'b'"),
     ({}, [], "one of --workdir=RUN and --compare RUN RUN ... is needed"), ({"COMPARE": ["a"]}, [], "two runs"),
     ({"WORKDIR": "a", "COMPARE": ["a"]}, ["b"], "one of --workdir=RUN and --compare RUN RUN"),
-    ({"COMPARE": ["a"]}, ["gs://b/run"], "cloud paths and URLs are not supported")])
+    ({"COMPARE": ["a"]}, ["file://b/run"], "a local path is needed, or one that begins")])
 def test_what_the_verb_does_not_take(monkeypatch, flags, words, line):
     report = import_verb("report")
     for name in ("WORKDIR", "COMPARE", "OUT"):

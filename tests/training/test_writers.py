@@ -22,7 +22,7 @@ def lines(folder):
 
 
 def test_a_line_is_one_flat_object(tmp_path):
-    writer, before = writers.JsonLines(tmp_path / "metrics.jsonl", 0), time.time()
+    writer, before = writers.JsonLines(tmp_path, 0), time.time()
     writer.write(1, {"train/lm_loss": 1.23456789, "train/empty": None, "total/tokens": 12345678901,
                      "total/flops": 1.23456789e21, "grad_norm/lm_loss": math.inf, "eval/x": np.float64(0.5)})
     (row,) = lines(tmp_path)  # there at once
@@ -49,7 +49,7 @@ def test_tensorboard_gets_what_a_curve_can_show(tmp_path, cfg):
     b'{"step": 2, "x": "\xff\xfe'], ids=lambda b: repr(b[:12]))
 def test_a_resumed_run_drops_later_lines_and_broken_ones(tmp_path, broken):
     path = tmp_path / "metrics.jsonl"
-    writer = writers.JsonLines(path, 0)
+    writer = writers.JsonLines(path.parent, 0)
     for step in (2, 4, 6):
         writer.write(step, {"x": float(step)})
     writer.close()
@@ -57,7 +57,7 @@ def test_a_resumed_run_drops_later_lines_and_broken_ones(tmp_path, broken):
     cut = whole.index(b'{"step": 4')
     path.write_bytes(whole[:cut] + broken + (b"\n" if broken and not broken.endswith(b"\n") else b"")
                      + whole[cut:] + broken)
-    writer = writers.JsonLines(path, 4)
+    writer = writers.JsonLines(path.parent, 4)
     assert [(row["step"], row["x"]) for row in lines(tmp_path)] == [(2, 2.0), (4, 4.0)]
     writer.write(6, {"x": 60.0})
     writer.close()

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tfusion import inference
-from tfusion.config import replace_text
 from tfusion.data.config import shares
 from tfusion.errors import UserError
 from tfusion.inference.trained import Trained
 from tfusion.objectives import kind_of
+from tfusion.paths import replace_by, replace_text
 
 
 class Options(NamedTuple):
@@ -113,7 +113,7 @@ def lacking(evaluator: Evaluator, run: Trained, done) -> str | None:
 
 def write_card(folder: Path, *sections: dict, **arrays) -> None:
     """card.json, the sections of the report that an evaluator fills, and card.npz, the arrays they name."""
-    np.savez_compressed(folder / "card.npz", **arrays)
+    replace_by(folder / "card.npz", lambda file: np.savez_compressed(file, **arrays))
     replace_text(folder / "card.json", json.dumps({"sections": sections}, indent=1) + "\n")
 
 

@@ -1,12 +1,11 @@
 """Watches a run and has every new checkpoint evaluated, until the run is done."""
 
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tfusion.checkpoint import Checkpoints
-from tfusion.config import replace_text
 from tfusion.errors import UserError
+from tfusion.paths import replace_bytes, replace_text
 
 STEPS = "steps"  # evaluation/steps/<step>: the evaluation of each checkpoint
 DONE = "metrics.json"
@@ -19,12 +18,17 @@ def steps_of(workdir: Path) -> list[int]:
 
 def publish(step_folder: Path, folder: Path) -> None:
     """Makes a step's evaluation the newest: its files in `folder`, metrics.json last."""
-    for path in step_folder.iterdir():
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
-        elif path.name != DONE:
-            shutil.copyfile(path, folder / path.name)
+    for path in files_below(step_folder):
+        if path != step_folder / DONE:
+            copy = folder / path.relative_to(step_folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            replace_bytes(copy, path.read_bytes())
     replace_text(folder / DONE, (step_folder / DONE).read_text())
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        yield from files_below(path) if path.is_dir() else [path]
 
 
 def follow(workdir: Path, evaluate: Callable[[int, Path], object], wait: Callable[[], object],

@@ -1,6 +1,5 @@
 """A run, opened for use: everything needed stands in its folder, whatever became of its data."""
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +7,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from tfusion import config, exported, sharding
+from tfusion import config, exported, paths, sharding
 from tfusion.checkpoint import Checkpoints, check_identity, load_frozen
 from tfusion.data import store
 from tfusion.data.tokenizers import Tokenizer, load_saved
@@ -37,7 +36,7 @@ def load(path, step: int | None = None, mesh: Mesh | None = None, weights: str |
     UserError where there is none, where it has no such weights, or where tokenizer or codec are not those that
     the run was trained with.
     """
-    workdir, mesh = Path(path), mesh or sharding.parse_mesh(None)
+    workdir, mesh = paths.path(path), mesh or sharding.parse_mesh(None)
     export = exported.about(workdir)
     if export.get("format") == "llama":
         raise UserError(f"{workdir} is an export in Llama's layout, which a run can be started from "

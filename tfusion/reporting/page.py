@@ -7,6 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from tfusion.paths import replace_text
+
 STYLE = """
 :root { color-scheme: light; --ink: #22303c; --soft: #61707c; --faint: #8f9ba4; --line: #e5e2da;
   --paper: #faf9f5; --card: #fff; --text: #3d5a80; --image: #c4703c; --good: #37775a;
@@ -173,9 +175,7 @@ def section(name: str, title: str, body: str) -> str:
 def write(path: Path, title: str, body: str) -> None:
     """Writes a page, in one move."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(document(title, body))
-    unfinished.replace(path)
+    replace_text(path, document(title, body))
 
 
 def navigation(names: Iterable[str]) -> str:

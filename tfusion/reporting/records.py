@@ -9,6 +9,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from tfusion import paths
+from tfusion.training.writers import logged
+
 LOG, CONFIG, SUMMARY, TIMING = "metrics.jsonl", "config.json", "summary.json", "timing.json"
 GOODPUT = "goodput.json"
 EVALUATION = "evaluation"
@@ -83,10 +86,9 @@ class RunFiles:
     def log(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, without a last one that is still being written; read once."""
         if self._log is None:
-            path = self.path(LOG)
-            rows = []
-            whole = path.read_text(errors="replace").rpartition("\n")[0]
-            for number, line in enumerate(whole.splitlines(), start=1):
+            whole, rows = logged(self.root), []
+            path = self.path(LOG) if whole is None else self.root / LOG
+            for number, line in enumerate((whole or "").splitlines(), start=1):
                 try:
                     rows.append(json.loads(line))
                 except ValueError as error:
@@ -98,7 +100,7 @@ class RunFiles:
         """Every array of an .npz file."""
         path = self.path(name)
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 return {key: file[key] for key in file.files}
         except (ValueError, OSError, zipfile.BadZipFile) as error:
             raise ReportError(f"{path} is not a readable .npz file: {error}") from error
@@ -154,8 +156,8 @@ class RunFiles:
         """The run that trained the codec of the data's pictures, where they say which, and it is there."""
         data = self.data()
         meta = RunFiles(data).optional_json("meta.json") if data else None
-        root = Path((meta or {}).get("codec_run") or "/nowhere")
-        return RunFiles(root) if (root / LOG).is_file() and root.resolve() != self.root.resolve() else None
+        root = paths.path((meta or {}).get("codec_run") or "/nowhere")
+        return RunFiles(root) if logged(root) and root.resolve() != self.root.resolve() else None
 
     def stages(self) -> list[dict[str, Any]]:
         """Every timed stage behind this run, in order, with the part it belongs to; perhaps none."""

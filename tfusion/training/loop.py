@@ -238,6 +238,7 @@ class Saver:
         """unwritten: the step's line where its evaluation was abandoned; the next attempt has to write it.
         measured: figures of this state."""
         with self.log.pause("time/save_s", "save"):
+            self.log.writer.flush()  # lines of steps that no attempt will do again
             self.checkpoints.save(done, states.items(state), {
                 **self.same, "next_row": next_row, "totals": dict(self.log.speed.total), "unwritten": unwritten,
                 "goodput": self.log.goodput.seconds()}, frozen=self.frozen, measured=measured)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tfusion import checkpoint, checksum, config, distributed, exported, sharding, workdir
+from tfusion import checkpoint, checksum, config, distributed, exported, paths, sharding, workdir
 from tfusion.checkpoint import Checkpoints, Damaged, changes, check_identity, check_same, some, warn
 from tfusion.errors import UserError
 from tfusion.objectives.base import Objective
@@ -65,7 +65,7 @@ def start(cfg: config.RunConfig, objective: Objective, tx, mesh, checkpoints: Ch
         if exported.is_llama(cfg.train.init_from):
             state = from_llama(cfg, state, Path(cfg.train.init_from))
         elif cfg.train.init_from != "none":
-            state = initialise(state, read_params(Path(cfg.train.init_from)), rows.identity)
+            state = initialise(state, read_params(cfg.train.init_from), rows.identity)
         else:
             print(f"begins afresh, step 0 of {cfg.train.num_steps}")
         begun = Start(state, frozen, 0, None, {}, None)
@@ -132,7 +132,7 @@ def report(how: str, step: int, saved: dict, cfg: config.RunConfig, changed: dic
 
 def find(path) -> tuple[Path, int]:
     """(workdir, step) of a run's newest checkpoint, or of a certain one: `<workdir>/checkpoints/<step>`."""
-    path = Path(path)
+    path = paths.path(path)
     certain = path.parent.name == "checkpoints" and path.name.isdecimal()
     run, step = (path.parents[1], int(path.name)) if certain else (path, None)
     found = Checkpoints(run).steps() if (run / "checkpoints").is_dir() else []
@@ -151,7 +151,7 @@ class Source(NamedTuple):
     identity: dict  # {what: fingerprint} of the data they were trained on; {} where that is not known
 
 
-def read_params(path: Path) -> Source:
+def read_params(path) -> Source:
     """Those of what stands at a path: a run, or one of its checkpoints. They are the weights to sample with,
     the moving average where the run kept one."""
     run, step = find(path)

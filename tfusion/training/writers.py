@@ -5,20 +5,29 @@ import json
 import math
 import secrets
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Protocol
 
 from tensorboardX import SummaryWriter
 
-from tfusion.config import RunConfig, replace_text
+from tfusion import paths
+from tfusion.config import RunConfig
 from tfusion.errors import UserError
+from tfusion.paths import replace_text
+
+LINES, PART = "metrics.jsonl", "metrics.{step:012d}.jsonl"  # the latter in buckets, by a part's first step
+FLUSH_SECONDS = 60  # in a bucket, between two parts
 
 
 class Writer(Protocol):
     """Takes {name: int, float or None} of one step; steps ascend, each comes once."""
 
     def write(self, step: int, values: dict) -> None: ...
+
+    def flush(self) -> None:
+        """Returns when all that was written is where others find it."""
 
     def close(self) -> None: ...
 
@@ -29,25 +38,71 @@ class JsonLines:
     Floats have 7 digits, integers all; null is a mean over nothing, or a number that is not finite.
     """
 
-    def __init__(self, path: Path, first_step: int):
-        self._drop_after(path, first_step)
-        self._file = path.open("a")
-
-    @staticmethod
-    def _drop_after(path: Path, step: int) -> None:
-        """A resumed run writes the steps after its checkpoint again: the old lines go, and so does what a
-        killed writer or a full disk left of one."""
-        if path.exists():
-            lines = path.read_text(errors="replace").splitlines()
-            replace_text(path, "".join(line + "\n" for line in lines if _step(line) <= step))
+    def __init__(self, folder: Path, first_step: int):
+        _drop_after(paths.path(folder / LINES), first_step)
+        self._file = (folder / LINES).open("a")
 
     def write(self, step: int, values: dict) -> None:
-        line = {"step": step, "time": round(time.time(), 3)} | {k: _rounded(v) for k, v in values.items()}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.write(_line(step, values))
         self._file.flush()
+
+    def flush(self) -> None:
+        pass
 
     def close(self) -> None:
         self._file.close()
+
+
+class JsonParts:
+    """The same in a bucket, as metrics.<first step>.jsonl: one more file per flush, the lines of a minute."""
+
+    def __init__(self, folder: Path, first_step: int):
+        self._folder, self._lines, self._flushed = folder, [], time.monotonic()
+        for part in reversed(_parts(folder)):
+            if not _drop_after(part, first_step):
+                break  # those before it are of earlier steps
+
+    def write(self, step: int, values: dict) -> None:
+        self._lines.append((step, _line(step, values)))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._lines:
+            part = self._folder / PART.format(step=self._lines[0][0])
+            part.write_text("".join(line for _, line in self._lines))
+        self._lines, self._flushed = [], time.monotonic()
+
+    def close(self) -> None:
+        self.flush()
+
+
+def logged(folder) -> str | None:
+    """What was logged of a run, as text, whole lines alone; None where nothing was."""
+    whole = [path for path in (paths.path(folder) / LINES, *_parts(paths.path(folder))) if path.is_file()]
+    texts = [path.read_bytes().decode(errors="replace") for path in whole]
+    return "".join(text[: text.rfind("\n") + 1] for text in texts) if texts else None
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob(PART.replace("{step:012d}", "[0-9]*")))
+
+
+def _line(step: int, values: dict) -> str:
+    line = {"step": step, "time": round(time.time(), 3)} | {k: _rounded(v) for k, v in values.items()}
+    return json.dumps(line, allow_nan=False) + "\n"
+
+
+def _drop_after(path: Path, step: int) -> bool:
+    """A resumed run writes the steps after its checkpoint again: the old lines go, and so does what a killed
+    writer or a full disk left of one. Returns whether there were any."""
+    lines = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
+    kept = [line for line in lines if _step(line) <= step]
+    if not kept and paths.in_bucket(path):
+        path.unlink(missing_ok=True)
+    elif lines:
+        replace_text(path, "".join(line + "\n" for line in kept))
+    return len(kept) < len(lines)
 
 
 def _step(line: str) -> float:
@@ -65,17 +120,39 @@ def _rounded(value):
 
 
 class TensorBoard:
-    """Event files; a resumed run hides the old points after its checkpoint."""
+    """Event files; a resumed run hides the old points after its checkpoint. In a bucket a file per flush, which
+    TensorBoard reads one after the other."""
 
     def __init__(self, folder: Path, first_step: int):
-        self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
+        self._folder, self._purge, self._flushed = folder, first_step + 1, time.monotonic()
+        self._beside = tempfile.TemporaryDirectory() if paths.in_bucket(folder) else None
+        self._board = self._open()
+
+    def _open(self) -> SummaryWriter:
+        """The first file alone hides anything."""
+        purge, self._purge = self._purge, None
+        return SummaryWriter(self._beside.name if self._beside else str(self._folder), purge_step=purge,
+                             filename_suffix=f".{secrets.token_hex(4)}" if self._beside else "")
 
     def write(self, step: int, values: dict) -> None:
         for name, value in finite(values).items():
             self._board.add_scalar(name, value, step)
+        if self._beside and time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._beside:
+            self._board.close()
+            for path in Path(self._beside.name).iterdir():
+                (self._folder / path.name).write_bytes(path.read_bytes())
+                path.unlink()
+            self._board, self._flushed = self._open(), time.monotonic()
 
     def close(self) -> None:
+        self.flush()
         self._board.close()
+        if self._beside:
+            self._beside.cleanup()
 
 
 def finite(values: dict) -> dict:
@@ -103,19 +180,23 @@ class WeightsAndBiases:
 
     def __init__(self, project: str, workdir: Path, cfg: RunConfig):
         wandb, path = import_wandb(), workdir / "wandb_run_id"
-        name = path.read_text(errors="replace").strip() if path.exists() else ""
+        name = path.read_bytes().decode(errors="replace").strip() if path.exists() else ""
         if not (name.isascii() and name.isalnum()):
             name = secrets.token_hex(4)
             replace_text(path, name + "\n")
         try:
+            folder = None if paths.in_bucket(workdir) else str(workdir)
             self._run = wandb.init(project=project, id=name, name=workdir.name, resume="allow",
-                                   dir=str(workdir), config=cfg.to_dict(), allow_val_change=True,
+                                   dir=folder, config=cfg.to_dict(), allow_val_change=True,
                                    settings=wandb.Settings(console="off"))
         except wandb.Error as e:
             raise UserError(f"--wandb={project}: {e}; `wandb login` first, or set WANDB_MODE=offline") from e
 
     def write(self, step: int, values: dict) -> None:
         self._run.log(finite(values), step=step)
+
+    def flush(self) -> None:
+        pass  # it uploads by itself
 
     def close(self) -> None:
         self._run.finish(exit_code=int(sys.exc_info()[0] is not None))  # closed on the way out of a failure?
@@ -131,6 +212,10 @@ class Together:
         for writer in self._writers:
             writer.write(step, values)
 
+    def flush(self) -> None:
+        for writer in self._writers:
+            writer.flush()
+
     def close(self) -> None:
         with contextlib.ExitStack() as stack:  # all, even where one fails
             for writer in self._writers:
@@ -141,5 +226,5 @@ def open_writers(workdir: Path, first_step: int, cfg: RunConfig, wandb: str | No
     """metrics.jsonl and TensorBoard's events in the workdir, going on after `first_step`; and the project
     `wandb` of Weights & Biases."""
     services = [WeightsAndBiases(wandb, workdir, cfg)] if wandb else []  # first: it may refuse
-    return Together(JsonLines(workdir / "metrics.jsonl", first_step),
-                    TensorBoard(workdir / "tensorboard", first_step), *services)
+    lines = JsonParts if paths.in_bucket(workdir) else JsonLines
+    return Together(lines(workdir, first_step), TensorBoard(workdir / "tensorboard", first_step), *services)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from tfusion import paths
 from tfusion.data import packs
 from tfusion.data.tokenizers.base import ABOUT, MODEL, SAVED, Tokenizer
 from tfusion.data.tokenizers.byte import ByteTokenizer
@@ -25,7 +26,7 @@ KINDS = {  # how a saved one is opened: by its model's path, and what the folder
 def load_saved(folder) -> Tokenizer:
     """The tokenizer that was saved in a folder. Raises UserError where it is missing or broken, or needs a
     library that is not here."""
-    path = Path(folder) / ABOUT
+    path = paths.path(folder) / ABOUT
     try:
         about = json.loads(path.read_text())
         tokenizer = KINDS[about["kind"]](path.with_name(MODEL), about)

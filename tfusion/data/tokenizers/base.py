@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
+from tfusion import paths
 from tfusion.errors import UserError
 
 SHIFT = 4  # pad, bos, eos, unk
@@ -67,9 +68,10 @@ def special(token: int, vocab_size: int) -> str | None:
 
 
 def read_model(path: str | Path) -> bytes:
-    if not Path(path).is_file():
+    path = paths.path(path)
+    if not path.is_file():
         raise UserError(f"tokenizer {str(path)!r} not found; {CHOICES}")
-    return Path(path).read_bytes()
+    return path.read_bytes()
 
 
 def library(name: str, extra: str):

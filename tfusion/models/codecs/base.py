@@ -14,6 +14,7 @@ import numpy as np
 
 from tfusion import sharding
 from tfusion.errors import UserError
+from tfusion.paths import replace_by
 
 CHUNK = 256  # pictures per call, so that one compiled shape serves any number
 CODECS: dict[str, type] = {}  # kind -> class, as codec.npz names it
@@ -52,13 +53,14 @@ def register(kind: str) -> Callable[[type], type]:
 
 def write(path: Path, about: dict, arrays: dict) -> None:
     """about: JSON values, 'kind' among them."""
-    np.savez(path, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays)
+    about = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    replace_by(path, lambda file: np.savez(file, about=about, **arrays))
 
 
 def load(path: Path) -> Codec:
     """Reads what a codec's `save` wrote. Raises UserError where it is broken."""
     try:
-        with np.load(path) as file:
+        with path.open("rb") as opened, np.load(opened) as file:
             arrays = {name: file[name] for name in file.files}
         about = json.loads(bytes(arrays.pop("about")))
         return CODECS[about["kind"]].read(about, arrays)

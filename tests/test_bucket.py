@@ -1,0 +1,96 @@
+"""A run whose folder is a bucket: trained, killed, resumed, evaluated, sampled and reported there.
+
+The bucket is an emulator of Cloud Storage on this machine, spoken to by the real clients, tensorstore's and
+gcsfs; what a real one alone can show (credentials, quotas, latency) is not tried.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import tiny_dict
+
+ROOT = Path(__file__).parents[1]
+RUN = "gs://bucket/runs/tiny"
+EMULATOR = ("import sys, time\nfrom gcp_storage_emulator.server import create_server\n"
+            "create_server('localhost', int(sys.argv[1]), in_memory=True, default_bucket='bucket').start()\n"
+            "time.sleep(3600)\n")
+
+
+@pytest.fixture(scope="module")
+def environment():
+    """Variables that lead every client to the emulator."""
+    pytest.importorskip("gcp_storage_emulator", reason="pip install gcsfs gcp-storage-emulator")
+    pytest.importorskip("gcsfs")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    emulator = subprocess.Popen([sys.executable, "-c", EMULATOR, str(port)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("localhost", port), 1).close()
+            break
+        except OSError:
+            time.sleep(0.1)
+    url = f"http://localhost:{port}"
+    yield {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
+           "STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url}
+    emulator.kill()
+
+
+def bucket(environment, code: str):
+    """What an expression says of the run's folder in the bucket, `run`."""
+    code = f"import json\nfrom etils import epath\nrun = epath.Path({RUN!r})\nprint(json.dumps({code}))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def steps(texts: list[str]) -> list[int]:
+    return [json.loads(line)["step"] for text in texts for line in text.splitlines()]
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket(prepared_root, tmp_path, environment):
+    tree = tiny_dict(prepared_root)
+    tree.train.update(num_steps=40, checkpoint_every=10, log_every=1, eval_every=20, diagnostics_every=20)
+    experiment = tmp_path / "tiny.py"
+    experiment.write_text("import json\nfrom ml_collections import ConfigDict\n\n\ndef get_config(arg=None):\n"
+                          f"    return ConfigDict(json.loads({json.dumps(tree.to_dict())!r}))\n")
+
+    def verb(name: str, *flags: str):
+        command = [sys.executable, "-m", f"tfusion.{name}", *flags]
+        return subprocess.Popen(command, env=environment, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT)
+
+    def ended(process) -> str:
+        out, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, out[-3000:]
+        return out
+
+    train = f"--config={experiment}", f"--workdir={RUN}"
+    process = verb("train", *train)
+    while not bucket(environment, "[p.name for p in run.glob('checkpoints/[0-9]*')]"):
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    parts = "[p.read_text() for p in sorted(run.glob('metrics.*.jsonl'))]"
+    assert steps(bucket(environment, parts))[:1] == [1], "lines are there before the checkpoint that needs them"
+    assert "resumed from step" in ended(verb("train", *train))
+    assert steps(bucket(environment, parts)) == list(range(1, 41)), "each step once"
+    assert len(bucket(environment, "[p.name for p in run.glob('tensorboard/*')]")) >= 2
+    ended(verb("evaluate", f"--workdir={RUN}", "--number=4"))
+    ended(verb("sample", f"--workdir={RUN}", "--prompt=a"))
+    ended(verb("report", f"--workdir={RUN}"))
+    assert set(bucket(environment, "[p.name for p in run.iterdir()]")) >= {
+        "config.json", "checkpoints", "evaluation", "samples", "report.html", "summary.json", "timing.json"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.py"], "nothing here is named gs:"
