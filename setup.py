@@ -39,6 +39,7 @@ EXTRAS = {
     "gpu": ["jax[cuda13]>=0.10"],  # adds the CUDA 13 plugin and libraries; older driver: jax[cuda12]
     "huggingface": ["tokenizers>=0.21"],  # data.tokenizer=tokenizer.json; tested with 0.21.0 and 0.23.3
     "tiktoken": ["tiktoken>=0.13"],  # data.tokenizer=NAME.tiktoken; before, a long word takes minutes
+    "buckets": ["gcsfs>=2026.9"],  # a run's folder in gs://: what epath reaches it by
     "wandb": ["wandb>=0.19"],  # train --wandb=PROJECT; tested with 0.31.0
     "dev": [
         "pytest>=8.0",  # the tests

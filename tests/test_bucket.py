@@ -1,4 +1,4 @@
-"""A run whose folder is a bucket: trained, killed, resumed, evaluated, sampled and reported there.
+"""A run whose folder is a bucket: trained, preempted, resumed, evaluated, sampled and reported there.
 
 The bucket is an emulator of Cloud Storage on this machine, spoken to by the real clients, tensorstore's and
 gcsfs; what a real one alone can show (credentials, quotas, latency) is not tried.
@@ -25,14 +25,14 @@ EMULATOR = ("import sys, time\nfrom gcp_storage_emulator.server import create_se
 
 
 @pytest.fixture(scope="module")
-def environment():
-    """Variables that lead every client to the emulator."""
+def emulator():
+    """(variables that lead every client to it, its files)."""
     pytest.importorskip("gcp_storage_emulator", reason="pip install gcsfs gcp-storage-emulator")
-    pytest.importorskip("gcsfs")
+    gcsfs = pytest.importorskip("gcsfs")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    emulator = subprocess.Popen([sys.executable, "-c", EMULATOR, str(port)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", EMULATOR, str(port)], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
@@ -41,17 +41,10 @@ def environment():
         except OSError:
             time.sleep(0.1)
     url = f"http://localhost:{port}"
-    yield {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
-           "STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url}
-    emulator.kill()
-
-
-def bucket(environment, code: str):
-    """What an expression says of the run's folder in the bucket, `run`."""
-    code = f"import json\nfrom etils import epath\nrun = epath.Path({RUN!r})\nprint(json.dumps({code}))"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    yield ({**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "",
+            "STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url},
+           gcsfs.GCSFileSystem(endpoint_url=url, token="anon", use_listings_cache=False))
+    process.kill()
 
 
 def steps(texts: list[str]) -> list[int]:
@@ -59,7 +52,8 @@ def steps(texts: list[str]) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_run_in_a_bucket(prepared_root, tmp_path, environment):
+def test_a_run_in_a_bucket(prepared_root, tmp_path, emulator):
+    environment, files = emulator
     tree = tiny_dict(prepared_root)
     tree.train.update(num_steps=40, checkpoint_every=10, log_every=1, eval_every=20, diagnostics_every=20)
     experiment = tmp_path / "tiny.py"
@@ -76,21 +70,25 @@ def test_a_run_in_a_bucket(prepared_root, tmp_path, environment):
         assert process.returncode == 0, out[-3000:]
         return out
 
+    def lines() -> list[str]:
+        return [files.cat(path).decode() for path in sorted(files.glob(f"{RUN}/metrics.*.jsonl"))]
+
     train = f"--config={experiment}", f"--workdir={RUN}"
     process = verb("train", *train)
-    while not bucket(environment, "[p.name for p in run.glob('checkpoints/[0-9]*')]"):
+    while not files.glob(f"{RUN}/checkpoints/*/commit_success.txt"):
         assert process.poll() is None, process.communicate()[0][-3000:]
         time.sleep(0.2)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    parts = "[p.read_text() for p in sorted(run.glob('metrics.*.jsonl'))]"
-    assert steps(bucket(environment, parts))[:1] == [1], "lines are there before the checkpoint that needs them"
-    assert "resumed from step" in ended(verb("train", *train))
-    assert steps(bucket(environment, parts)) == list(range(1, 41)), "each step once"
-    assert len(bucket(environment, "[p.name for p in run.glob('tensorboard/*')]")) >= 2
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=400)
+    assert process.returncode == 42 and "it is saved" in out, out[-3000:]
+    stopped = steps(lines())
+    assert stopped == list(range(1, len(stopped) + 1)) and 10 <= len(stopped) < 40
+    assert f"resumed from step {len(stopped)}" in ended(verb("train", *train))
+    assert steps(lines()) == list(range(1, 41)), "none lost, none twice"
+    assert len(files.glob(f"{RUN}/tensorboard/*")) >= 2
     ended(verb("evaluate", f"--workdir={RUN}", "--number=4"))
     ended(verb("sample", f"--workdir={RUN}", "--prompt=a"))
     ended(verb("report", f"--workdir={RUN}"))
-    assert set(bucket(environment, "[p.name for p in run.iterdir()]")) >= {
+    assert {path.rpartition("/")[2] for path in files.ls(RUN, detail=False)} >= {
         "config.json", "checkpoints", "evaluation", "samples", "report.html", "summary.json", "timing.json"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.py"], "nothing here is named gs:"

@@ -31,7 +31,7 @@ DRIVER = """
 import json, os, runpy, sys
 import jax
 import ml_collections.config_flags, tfusion.objectives
-import tfusion.inference.pictures, tfusion.inference.transfusion
+import tfusion.inference.pictures, tfusion.inference.transfusion, tfusion.reporting.data_page
 import tfusion.training.loop
 
 for name, verb, args in json.load(sys.stdin):
@@ -198,7 +198,7 @@ def outcomes(prepared_root, tmp_path_factory):
              if name not in ALONE]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "HOME": str(tmp)}
     done = subprocess.run([sys.executable, "-c", DRIVER, str(logs)], input=json.dumps(cases), cwd=ROOT,
-                          env=env, capture_output=True, text=True, timeout=300)
+                          env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     outcomes = {name: (int((logs / f"{name}.status").read_text()),
                        *((logs / f"{name}.{x}").read_text() for x in (1, 2)), filled) for name, _, _ in cases}

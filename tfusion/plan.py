@@ -7,7 +7,7 @@
   ... --topology=h100-64     GPUs: by formula, nothing is compiled
 
 Compiles the real training step ahead of time (1-3 minutes at 7B), with no TPU and no data; needs libtpu:
-`pip install 'tfusion[tpu]'`.
+`pip install '.[tpu]'`.
 """
 
 import json

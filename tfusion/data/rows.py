@@ -17,11 +17,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tfusion import paths
 from tfusion.data import mixture, packing, store, transforms
 from tfusion.data.config import SLOTS_PER_IMAGE, RowFormat, shares
 from tfusion.data.documents import Documents
 from tfusion.data.order import Order
 from tfusion.data.sources import pictures
+from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError
 from tfusion.types import Batch, ImageBatch
 
@@ -30,13 +32,18 @@ WINDOWS_KEPT = 4
 
 
 def read_meta(format: RowFormat) -> dict:
-    """The meta of the prepared data. Raises UserError where their images or vocabulary are not the model's.
-    """
+    """The meta of the prepared data. Raises UserError where their images or vocabulary are not the model's, or
+    their tokenizer is not the config's, as far as that is here: it may be gone, the data have a copy."""
     root, V = format.data.prepared, format.vocabulary.text_vocab_size
     meta = store.read_meta(root)
     if meta["vocab_size"] != V:
         raise UserError(f"{root} was tokenised with {meta['vocab_size']} pieces, model.text_vocab_size = {V}: "
                         "change it or prepare again")
+    name = format.data.tokenizer
+    if (name in ("byte", "default") or paths.path(name).is_file()) and (
+            load_tokenizer(name).fingerprint != store.identity(meta)["tokenizer"]):
+        raise UserError(f"{root} was tokenised by another tokenizer than data.tokenizer = '{name}': set it to "
+                        "the one that prepared them, or prepare again")
     if tuple(meta["image_shape"]) != format.image_shape:
         raise UserError(f"{root} holds latents of shape {tuple(meta['image_shape'])}, the model expects "
                         f"{format.image_shape}: change model.adapter.latent_* or prepare again")
