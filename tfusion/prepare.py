@@ -133,7 +133,7 @@ def finish(folder: Path, format: RowFormat, tokenizer, codec: Codec | None, bega
     store.write_meta(folder, tokenizer, codec.fingerprint if codec else "", format.image_shape,
                      CODEC_RUN.value and str(Path(CODEC_RUN.value).absolute()),
                      {name: dataclasses.asdict(spec) for name, spec in format.data.sources.items()},
-                     store.stored_dtype(codec.dtype if codec else np.float32), plan.preprocessing(codec))
+                     store.stored_dtype(codec.dtype if codec else np.float32))
     print("\n".join(card.lines(about)))
 
 
@@ -145,20 +145,25 @@ def prepare(format: RowFormat, tokenizer, unfitted: Unfitted | None, worker: tup
               for name, spec in specs.items() for split in ("train", "heldout")}
     wanted, all_jobs = plan.make(specs, opened, tokenizer, unfitted), shards.jobs(opened, shards.RECORDS)
     with unfinished.begun(data.prepared, wanted, *worker) as folder:
-        if folder is None:
-            print(f"{data.prepared} holds these data already; delete it to prepare them anew")
-            return
-        codec = fitted(folder, unfitted) if unfitted else None
-        write(folder, all_jobs[worker[0] :: worker[1]],
-              Encoders(tokenizer.encode_batch, codec.encode if codec else None))
-        distributed.wait_for_all()
-        if not distributed.is_writer():
-            return
+        if folder:
+            codec = fitted(folder, unfitted) if unfitted else None
+            write(folder, all_jobs[worker[0] :: worker[1]],
+                  Encoders(tokenizer.encode_batch, codec.encode if codec else None))
+    distributed.wait_for_all()  # until all have let go of the folder
+    if not distributed.is_writer():
+        return
+    if folder is None:
+        print(f"{data.prepared} holds these data already; delete it to prepare them anew")
+        return
+
+    def finish_all(folder: Path) -> bool:
         if left := unwritten(folder, all_jobs):
             print(f"{len(left)} shards are left to other workers; who is last completes {data.prepared}")
-            return
-        unfinished.complete(data.prepared, wanted,
-                            lambda folder: finish(folder, format, tokenizer, codec, began))
+            return False
+        finish(folder, format, tokenizer, codec, began)
+        return True
+
+    unfinished.complete(data.prepared, wanted, finish_all)
 
 
 def main() -> None:

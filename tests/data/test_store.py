@@ -116,6 +116,37 @@ def test_a_shards_own_line_counts_before_the_collected_one(tmp_path):
     assert store.ledger(folder)["00000"]["text_tokens"] == 7
 
 
+def test_a_shard_finished_while_ledgers_are_collected_keeps_its_line(tmp_path, monkeypatch):
+    write(tmp_path)
+    real = store._read
+
+    def meanwhile(ledgers):
+        monkeypatch.setattr(store, "_read", real)
+        write(tmp_path, shard=1)
+        return real(ledgers)
+
+    monkeypatch.setattr(store, "_read", meanwhile)
+    write_meta(tmp_path, ByteTokenizer(), "", (2, 2, 1))
+    assert store.finished(tmp_path, "mixed", "train") == {0, 1}
+    write_meta(tmp_path, ByteTokenizer(), "", (2, 2, 1))
+    assert store.finished(tmp_path, "mixed", "train") == {0, 1}
+
+
+def test_what_a_ledger_tells_of_is_on_disk_before_it(tmp_path, monkeypatch):
+    """All of a shard's files are synced under their first names, and the line itself last."""
+    synced, real = [], os.fsync
+
+    def fsync(fd):
+        synced.append((os.path.basename(os.readlink(f"/proc/self/fd/{fd}")), os.fstat(fd).st_size))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write(tmp_path)
+    folder, files = tmp_path / "mixed/train", ["00000.sizes.npy", "00000.hashes.npy", "00000.array_record",
+                                               "ledger.00000.jsonl"]
+    assert synced == [(f".{name}", (folder / name).stat().st_size) for name in files]
+
+
 def test_the_digest_is_of_sizes_and_shards(tmp_path):
     """Not of what is in the records: that does not move them."""
     def digest(name, *shards):
@@ -261,7 +292,7 @@ def test_meta_round_trip(tmp_path):
     write_meta(tmp_path, ByteTokenizer(), "def", (8, 8, 4), "runs/autoencoder", sources)
     assert read_meta(tmp_path) == {
         "format_version": store.FORMAT_VERSION, "tokenizer": ByteTokenizer.fingerprint, "codec": "def",
-        "preprocessing": "", "vocab_size": 260, "image_shape": [8, 8, 4], "image_dtype": "bfloat16",
+        "vocab_size": 260, "image_shape": [8, 8, 4], "image_dtype": "bfloat16",
         "codec_run": "runs/autoencoder", "sources": sources}
     assert identity(read_meta(tmp_path)) == {"tokenizer": ByteTokenizer.fingerprint, "codec": "def"}
     assert load_saved(tmp_path).fingerprint == ByteTokenizer.fingerprint

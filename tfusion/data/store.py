@@ -1,7 +1,7 @@
 """The store: tokenised text and encoded images, on disk, in shards that are read at random.
 
-`<root>/meta.json`                     fingerprints of tokenizer, codec and preprocessing, shape and type of an
-                                       encoded image; written last: who finds it finds all of it
+`<root>/meta.json`                     fingerprints of tokenizer and codec, shape and type of an encoded
+                                       image; written last: who finds it finds all of it
 `<root>/tokenizer.json, .model`        the tokenizer
 `<root>/codec.npz`                     the codec that made the images, if tfusion's
 `<root>/<source>/<split>/00000.array_record   ArrayRecord, a record each (`encode`)
@@ -12,7 +12,7 @@
                                               each line is a file of its own, ledger.00000.jsonl, so that many
                                               write side by side
 
-Opening a split reads its ledger alone. Paths are epath's: local, or gs://.
+Opening a split reads its ledger alone. Paths are local; a bucket is mounted.
 """
 
 import functools
@@ -20,6 +20,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import struct
 import sys
 from typing import NamedTuple
@@ -110,8 +111,17 @@ def split_folder(root, source: str, split: str) -> epath.Path:
 def ledger(folder) -> dict[str, dict]:
     """{shard: its line}, in their order; a shard's own file counts before the collected one. Raises UserError
     where a file is broken."""
+    return _read(_ledgers(folder))
+
+
+def _ledgers(folder) -> list[epath.Path]:
+    """The collected one first."""
+    return sorted(epath.Path(folder).glob("ledger*.jsonl"), key=lambda path: path.name != "ledger.jsonl")
+
+
+def _read(ledgers: list[epath.Path]) -> dict[str, dict]:
     lines = {}
-    for path in sorted(epath.Path(folder).glob("ledger*.jsonl"), key=lambda path: path.name != "ledger.jsonl"):
+    for path in ledgers:
         for text in path.read_text().splitlines():
             line = _parse(text, path)
             if not line["shard"].isdecimal():  # it names files, beside the ledger and nowhere else
@@ -144,14 +154,23 @@ def _replace(path: epath.Path, data: bytes) -> None:
     """Writes a file in one move."""
     beside = path.with_name(f".{path.name}")
     beside.write_bytes(data)
+    _move(beside, path)
+
+
+def _move(beside: epath.Path, path: epath.Path) -> None:
+    """Once it is on disk: else a crash of the machine can leave the name, and a ledger that tells of it, with
+    nothing behind."""
+    with open(beside, "rb") as file:
+        os.fsync(file.fileno())
     beside.replace(path)
 
 
 def _collect(folder: epath.Path) -> None:
-    """One ledger of the shards' own."""
-    text = "".join(json.dumps(line) + "\n" for line in ledger(folder).values())
-    own = list(folder.glob("ledger.*.jsonl"))
+    """One ledger of the shards' own; of those that are finished meanwhile the own stays."""
+    ledgers = _ledgers(folder)
+    own = [path for path in ledgers if path.name != "ledger.jsonl"]
     if own:
+        text = "".join(json.dumps(line) + "\n" for line in _read(ledgers).values())
         _replace(folder / "ledger.jsonl", text.encode())
     for path in own:
         path.unlink()
@@ -256,7 +275,7 @@ class Writer:
             for end, x in (("sizes.npy", sizes), ("hashes.npy", np.asarray(self._hashes, "<u8"))):
                 _replace(self.folder / f"{self.name}.{end}", _npy(x))
             beside, path = self._beside("array_record"), self.folder / f"{self.name}.array_record"
-            beside.replace(path)
+            _move(beside, path)
             line["bytes"] = path.stat().length
         _replace(self.folder / f"ledger.{self.name}.jsonl", (json.dumps(line) + "\n").encode())
 
@@ -357,7 +376,7 @@ def _shard(line: dict) -> Shard:
 # ---------------------------------------------------------------- the whole
 
 def write_meta(root, tokenizer: Tokenizer, codec: str, image_shape, codec_run: str | None = None,
-               sources: dict | None = None, image_dtype: str = str(BFLOAT16), preprocessing: str = "") -> None:
+               sources: dict | None = None, image_dtype: str = str(BFLOAT16)) -> None:
     """Completes a folder of sources: collects the ledgers, saves the tokenizer, and says what the images are.
 
     codec: the fingerprint of what encoded the pictures; '' where there are none. codec_run: the workdir that
@@ -370,9 +389,8 @@ def write_meta(root, tokenizer: Tokenizer, codec: str, image_shape, codec_run: s
         _tell_spread(folder)
     tokenizer.save(root)
     meta = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer.fingerprint, "codec": codec,
-            "preprocessing": preprocessing, "vocab_size": tokenizer.vocab_size,
-            "image_shape": list(image_shape), "image_dtype": image_dtype, "codec_run": codec_run,
-            "sources": sources or {}}
+            "vocab_size": tokenizer.vocab_size, "image_shape": list(image_shape), "image_dtype": image_dtype,
+            "codec_run": codec_run, "sources": sources or {}}
     _replace(root / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
 
 

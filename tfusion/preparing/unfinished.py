@@ -3,10 +3,11 @@ the end, and only if `prepare` made that too.
 
     plan.json           what is being made of what; who finds his own plan here goes on, any other begins anew
     .lock               held for a moment by who begins or completes, or writes what all share
-    .lock.<k>of<n>      held by worker k of n as long as it lives
+    .lock.<k>of<n>      held by worker k of n as long as it writes
 
-Killed at any point, the same command goes on. Several workers write side by side, each its shards; who is last
-completes the folder.
+Several workers write side by side, each its shards; who is last to let go of the folder completes it: it is not
+taken away from one who writes. What stood at root is `<root>.old` while the two change places: killed at any
+point, the same command goes on, and brings that back or deletes it.
 """
 
 import contextlib
@@ -35,33 +36,35 @@ def begun(root, plan: dict, worker: int = 0, workers: int = 1) -> Iterator[Path 
     deleted; and where another process writes there what would clash.
     """
     check(root)
-    root, beside, _ = _folders(root)
-    if _holds(root, plan):
+    root, beside, old = _folders(root)
+    if _holds(root, plan) and not beside.exists() and not old.exists():
         yield None
         return
     with contextlib.ExitStack() as held:
         with _gate(beside, make=True):
-            if _holds(root, plan):  # another worker has completed it meanwhile, and this folder is a new one
-                shutil.rmtree(beside)
-                yield None
-                return
-            held.enter_context(hold(beside / f"{LOCK}.{worker}of{workers}"))
-            _enter(beside, plan, worker, workers)
-        yield beside
+            _bring_back(root, old)
+            _delete(old)
+            if done := _holds(root, plan):
+                _leave(beside)
+            else:
+                held.enter_context(hold(beside / f"{LOCK}.{worker}of{workers}"))
+                _enter(beside, plan, worker, workers)
+        yield None if done else beside
 
 
 def check(root) -> None:
     """Brings back what stood at root, where one was killed between his two last moves. Raises UserError where
     something else than `prepare` made what stands there or beside it."""
     root, beside, old = _folders(root)
-    if not root.exists() and (old / MARK).exists():
-        with contextlib.suppress(FileNotFoundError), _gate(beside):  # not between the moves of another worker
-            if not root.exists():
-                os.replace(old, root)
-    for folder in (root, old):
-        _check_ours(folder)
-    if beside.exists() and any(beside.iterdir()) and not (beside / LOCK).exists():
-        raise _not_ours(beside, "a file")
+    with contextlib.ExitStack() as held, contextlib.suppress(FileNotFoundError):  # completed meanwhile
+        names = os.listdir(beside) if beside.is_dir() else [beside.name] * beside.exists()
+        if names and LOCK not in names:
+            raise _not_ours(beside, "a file")
+        if names:
+            held.enter_context(_gate(beside))  # not between the moves of another worker
+            _bring_back(root, old)
+        for folder in (root, old):
+            _check_ours(folder)
 
 
 def _folders(root) -> tuple[Path, Path, Path]:
@@ -83,11 +86,37 @@ def _enter(beside: Path, plan: dict, worker: int, workers: int) -> None:
     if (beside / PLAN).exists():
         print(f"{beside} was made of other sources, another tokenizer or another codec: begun anew",
               file=sys.stderr)
-        (beside / PLAN).unlink()  # first: what is half deleted must not be gone on with
-    for left in sorted(beside.iterdir()):
-        if not left.name.startswith(LOCK):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    _empty(beside, LOCK)
     replace_text(beside / PLAN, _text(plan))
+
+
+def _empty(folder: Path, but: str) -> None:
+    """Deletes what is in a folder but for the names that begin so; its plan first, so that what is half deleted
+    is neither gone on with nor brought back."""
+    (folder / PLAN).unlink(missing_ok=True)
+    for left in sorted(folder.iterdir()):
+        if not left.name.startswith(but):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _bring_back(root: Path, old: Path) -> None:
+    if not root.exists() and all((old / name).exists() for name in (MARK, PLAN)):
+        os.replace(old, root)
+
+
+def _delete(old: Path) -> None:
+    """Its mark last: by it the next one knows that what is left is ours to delete."""
+    with contextlib.suppress(OSError):  # absent; or open elsewhere, and the next one's to delete
+        _empty(old, MARK)
+        shutil.rmtree(old)
+
+
+def _leave(beside: Path) -> None:
+    """Deletes the folder where it was made for its gate alone; in any other somebody's work stands."""
+    if os.listdir(beside) == [LOCK]:
+        (beside / LOCK).unlink()
+        with contextlib.suppress(OSError):  # another one has come to the gate
+            beside.rmdir()
 
 
 def first(path: Path, write: Callable[[Path], None]) -> None:
@@ -98,25 +127,43 @@ def first(path: Path, write: Callable[[Path], None]) -> None:
             os.replace(beside, path)
 
 
-def complete(root, plan: dict, finish: Callable[[Path], None]) -> None:
-    """Puts the unfinished folder in the place of root. finish: writes into it what is still missing; called
-    again where an earlier one was killed. Another worker may have done all that."""
+def complete(root, plan: dict, finish: Callable[[Path], bool]) -> None:
+    """Puts the unfinished folder in the place of root, once every worker has let go of it: to be called after
+    `begun`, by each, and not within. finish: writes into it what is still missing, or returns False where that
+    is for others to write; called again where an earlier one was killed. Raises UserError where the folder is
+    gone and root is something else."""
     root, beside, old = _folders(root)
     try:
         with _gate(beside):
-            finish(beside)
-            for lock in beside.glob(f"{LOCK}.*"):
-                lock.unlink()
-            (beside / MARK).write_text("".join(f"{name}\n" for name in sorted(_files(beside))))
-            _check_ours(root)  # again: writing may have taken hours
+            if not _holds(beside, plan) or _in_use(beside):
+                print(f"{root} is left to other workers, who are at it still")
+                return
+            if not finish(beside):
+                return
+            for left in (*beside.glob(f"{LOCK}.*"), *beside.glob("*.unfinished")):  # of those who were killed
+                left.unlink()
+            replace_text(beside / MARK, "".join(f"{name}\n" for name in sorted(_files(beside))))
+            for folder in (root, old):
+                _check_ours(folder)  # again: writing may have taken hours
+            _delete(old)
             if root.exists():
-                shutil.rmtree(old, ignore_errors=True)
                 os.replace(root, old)
             os.replace(beside, root)
-            shutil.rmtree(old, ignore_errors=True)
-    except FileNotFoundError:
-        if beside.exists() or not _holds(root, plan):
-            raise
+            _delete(old)
+    except FileNotFoundError as e:
+        if not _holds(root, plan):  # else another worker has completed it
+            raise UserError(f"{e.filename} is gone, and {root} is not what was prepared: somebody deleted "
+                            "it, or prepares something else; run the same command again") from e
+
+
+def _in_use(folder: Path) -> bool:
+    """Whether a worker holds the folder; ask within its gate, where none can come to."""
+    try:
+        for lock in folder.glob(f"{LOCK}.*"):
+            hold(lock).close()
+    except UserError:
+        return True
+    return False
 
 
 def _text(plan: dict) -> str:
@@ -135,7 +182,13 @@ def _gate(folder: Path, make: bool = False) -> Iterator[None]:
     while True:
         if make:
             folder.mkdir(parents=True, exist_ok=True)
-        with (folder / LOCK).open("a+") as file:
+        try:
+            file = (folder / LOCK).open("a+")
+        except FileNotFoundError:
+            if make:  # completed between the two
+                continue
+            raise
+        with file:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_EX)
             if _is_at(file, folder / LOCK):  # else the folder was completed meanwhile
@@ -166,7 +219,8 @@ def _check_ours(folder: Path) -> None:
     """Raises UserError where a folder holds a file that its mark does not name."""
     if folder.exists() and not folder.is_dir():
         raise _not_ours(folder, "a file")
-    mark = folder / MARK
-    foreign = sorted(_files(folder) - set(mark.read_text().splitlines() if mark.exists() else ()))
+    mark = folder / MARK  # read first: another worker may delete the folder, and the mark last
+    made = set(mark.read_text().splitlines() if mark.exists() else ())
+    foreign = sorted(_files(folder) - made)
     if foreign:
         raise _not_ours(folder, foreign[0])
