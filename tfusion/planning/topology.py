@@ -40,7 +40,7 @@ def libtpu_version() -> str | None:
 def devices(accelerator: Accelerator) -> list:
     """The devices of a TPU slice, one a chip, ordered by slice and id."""
     if not have_libtpu():
-        raise UserError("compiling for a TPU needs libtpu: pip install '.[tpu]' in the checkout (no TPU is needed)")
+        raise UserError("compiling for a TPU needs libtpu: pip install '.[tpu]' (no TPU is needed)")
     os.environ.update(LIBTPU_ENVIRONMENT)
     options = dict(accelerator.chip.topology_options)
     if accelerator.num_slices > 1:
