@@ -149,7 +149,7 @@ def leaves(tree) -> int:
 
 
 @pytest.mark.parametrize("experiment, variant, most", [
-    ("quickstart", None, 60), ("quickstart", "autoencoder", 30), ("transfusion", "7b", 60),
+    ("quickstart", None, 60), ("quickstart", "autoencoder", 40), ("transfusion", "7b", 60),
     ("ablations", "patch4", 60), ("own_data", None, 60)])
 def test_an_experiment_has_few_leaves(experiment, variant, most):
     """data.sources, which are the user's, not counted."""
@@ -164,6 +164,7 @@ def test_a_transformer_names_no_autoencoder_and_no_sprite():
 
 
 def test_the_core_stays_small():
-    """models + diffusion + objectives + training."""
+    """models + diffusion + objectives + training. 3,000 before a run survived preemption, hangs and damage, and
+    could begin with another's parameters or a Llama's."""
     core = [path for path in MODULES if path.parts[1] in ("models", "diffusion", "objectives", "training")]
-    assert sum(len((ROOT / path).read_text().splitlines()) for path in core) <= 3000
+    assert sum(len((ROOT / path).read_text().splitlines()) for path in core) <= 3400

@@ -501,9 +501,9 @@ def test_times_of_steps_evaluation_and_saving_apart(whole, tmp_path, monkeypatch
     compile_, evaluate, save = jax.stages.Lowered.compile, loop.Held.evaluate, Checkpoints.save
 
     def slowed(function, seconds):
-        def run(*args):
+        def run(*args, **more):
             clock.now += seconds
-            return function(*args)
+            return function(*args, **more)
         return run
 
     monkeypatch.setattr(loop, "time", clock)

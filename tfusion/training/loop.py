@@ -12,7 +12,7 @@ from tqdm import tqdm
 from tfusion import config, distributed, sharding
 from tfusion.checkpoint import Checkpoints, Keep
 from tfusion.data import pipeline
-from tfusion.errors import Stopped, UserError
+from tfusion.errors import UserError
 from tfusion.objectives import kind_of
 from tfusion.objectives.base import Aux, Objective
 from tfusion.training import metrics, resume, writers
@@ -20,6 +20,7 @@ from tfusion.training import state as states
 from tfusion.training import step as steps
 from tfusion.training.goodput import Goodput
 from tfusion.training.optimizer import learning_rate_schedule, make_optimizer
+from tfusion.training.saving import Saver
 from tfusion.training.watchdog import Watchdog
 
 
@@ -82,20 +83,6 @@ class Held:
 def due(step: int, every: int, num_steps: int) -> bool:
     """Every so many steps and at the end; 0 = never."""
     return every > 0 and (step % every == 0 or step == num_steps) and step > 0
-
-
-class Timer:
-    """Whether the last save is as many minutes ago; 0 = never. All processes get the first one's answer."""
-
-    def __init__(self, minutes: float):
-        self._seconds, self._since = 60 * minutes, time.perf_counter()
-
-    def restart(self) -> None:
-        self._since = time.perf_counter()
-
-    def due(self) -> bool:
-        late = 0 < self._seconds <= time.perf_counter() - self._since
-        return distributed.broadcast(late) if self._seconds else False
 
 
 class Log:
@@ -215,36 +202,6 @@ def finish(workdir: Path, state, first: int, num_steps: int, totals: dict, secon
     config.replace_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
-def stopped(done: int, checkpoints: Checkpoints) -> Stopped:
-    """Waits until the last save is whole, or has failed."""
-    with contextlib.suppress(UserError):
-        checkpoints.wait()
-    saved = max(checkpoints.steps(), default=0)
-    state = "it is saved" if saved == done else (
-        f"it could not be saved, the last checkpoint is of step {saved}" if saved else
-        "it could not be saved, there is no checkpoint")
-    return Stopped(f"preempted at step {done}: {state}; the same command goes on from there")
-
-
-class Saver:
-    """Saves a state with all that it takes to go on from there."""
-
-    def __init__(self, cfg: config.RunConfig, checkpoints: Checkpoints, rows, frozen, log: Log):
-        self.checkpoints, self.log = checkpoints, log
-        self.timer = Timer(cfg.train.checkpoint_minutes)
-        self.frozen, self.same = frozen, {"identity": rows.identity, "config": cfg.to_dict()}
-
-    def save(self, state, done: int, next_row: int, unwritten: dict | None, measured: dict) -> None:
-        """unwritten: the step's line where its evaluation was abandoned; the next attempt has to write it.
-        measured: figures of this state."""
-        with self.log.pause("time/save_s", "save"):
-            self.log.writer.flush()  # lines of steps that no attempt will do again
-            self.checkpoints.save(done, states.items(state), {
-                **self.same, "next_row": next_row, "totals": dict(self.log.speed.total), "unwritten": unwritten,
-                "goodput": self.log.goodput.seconds()}, frozen=self.frozen, measured=measured)
-        self.timer.restart()
-
-
 class Run(NamedTuple):
     """What the loop works with. Closed with the stack that it was opened on, in the end the checkpoints first:
     what was saved is whole before anything else ends."""
@@ -330,7 +287,7 @@ def train(cfg: config.RunConfig, workdir: Path, mesh, profile=None, wandb: str |
                     run.saver.save(state, done, next_row, values if looked is None else None, looked or {})
                     run.watchdog.beat()
                 if run.preemption.came and (done < t.num_steps or looked is None):
-                    raise stopped(done, run.saver.checkpoints)
+                    raise run.saver.stopped(done)
             elif logging:
                 log.late = done
     finish(workdir, state, first, t.num_steps, log.speed.total, time.perf_counter() - began)
@@ -341,7 +298,8 @@ def compile_step(run: Run, cfg: config.RunConfig, state, frozen, placed):
     """The training step, compiled for this state and batch; and all else that the loop will call. From here on
     steps can be lost: a preemption saves first, and the watchdog watches."""
     with run.log.goodput.part("compile"):
-        step = steps.jit_train_step(run.objective, run.tx, cfg, state)
+        objective, tx = run[:2]
+        step = steps.jit_train_step(objective, tx, cfg, state)
         compiled = step.lower(state, frozen, placed).compile()
         distributed.wait_for_all()  # the first exchange waits half a minute at most for who compiles longer
         run.held.compile(state, frozen, cfg.train.eval_every > 0, cfg.train.diagnostics_every > 0)
