@@ -63,7 +63,8 @@ def test_a_run_in_a_bucket(prepared_root, tmp_path, emulator):
     def verb(name: str, *flags: str):
         command = [sys.executable, "-m", f"tfusion.{name}", *flags]
         with said.open("w") as out:  # no pipe: gcsfs says much, and nobody reads meanwhile
-            return subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT)
+            return subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=out,
+                                    stderr=subprocess.STDOUT)
 
     def ended(process, status: int = 0) -> str:
         assert process.wait(400) == status, said.read_text()[-3000:]

@@ -8,10 +8,12 @@ import pytest
 
 from experiments import quickstart
 from tests.conftest import replace, with_shares
+from tests.data.test_documents import spec, write
 from tests.data.test_rows import assert_same, open_rows
 from tfusion import config
 from tfusion.data import mixture
 from tfusion.data.mixture import Mixture
+from tfusion.data.rows import PackedRows
 from tfusion.errors import UserError
 
 
@@ -37,6 +39,32 @@ def test_what_windows_take_is_added_up(windows, records):
             assert places.start == made.before(window)[source]
         assert made.before(window + 1) == [places.stop for places in made.taken(window)]
         assert (np.abs(np.array(made.before(window + 1)) - np.sum(line, 0)) < len(windows)).all()
+
+
+def test_fractions_of_a_record_are_carried_on():
+    """Of .1 of 1024 positions by records of 64, 1.6 a window: 2, 1, 2, 1, 2; over a thousand windows 1600."""
+    made = Mixture([0], [mixture.records_per_window([1, 9], [64, 64], 4, 256)])
+    assert [len(made.taken(window)[0]) for window in range(5)] == [2, 1, 2, 1, 2]
+    assert made.before(1000) == [1600, 14_400]
+
+
+def test_places_filled_are_the_shares(cfg, tmp_path):
+    """A share of 2.4 records a window, three to a row: exact over many windows, by what stands in rows."""
+    cfg = write(tmp_path, cfg, few=[["x" * 62]] * 30, many=[["y" * 62]] * 100)
+    rows = PackedRows(replace(cfg, "data", window_rows=8, sources={
+        "few": spec(0.1), "many": spec(0.9)}).rows, 0)
+    placed = np.array([source for window in range(100) for row in rows.plan(window).rows for source, *_ in row])
+    assert len(placed) > 0.99 * 100 * 8 * 3 and abs((placed == 0).mean() - 0.1) < 0.002
+
+
+def test_a_window_may_be_offered_nothing(cfg, tmp_path):
+    """Texts of one and a half windows: some have none of their own, and what was left before."""
+    cfg = write(tmp_path, cfg, long=[["x" * 600]] * 9)
+    rows = PackedRows(replace(cfg, "data", window_rows=2).rows, 0)
+    offered = [len(rows.offered(window).records) for window in range(8)]
+    assert 0 in offered and max(offered) > 0
+    assert all(rows.plan(window).num_positions <= 2 * 192 for window in range(8))
+    assert all(np.isfinite(x) for row in range(16) for x in rows.stats(row).values())
 
 
 def test_the_millionth_window_costs_nothing():

@@ -223,7 +223,7 @@ def test_rows_of_the_presets_are_full(variant):
     names = list(shares)
     counts = mixture.records_per_window(
         shares.values(), [sizes[name][0].mean() for name in names], cfg.data.window_rows, T)
-    offered = candidates(*((rng.choice(sizes[name][0], count), sizes[name][1])
+    offered = candidates(*((rng.choice(sizes[name][0], round(count)), sizes[name][1])
                            for name, count in zip(names, counts)))
     own = packing.pack(0, 0, offered, cfg.data.window_rows, T, cfg.rows.image_slots)
     room = cfg.data.window_rows * T

@@ -1,13 +1,18 @@
 """Picture files as people have them: upright, on white, in 8 bits; damaged ones end in one line."""
 
 import io
+import runpy
+import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tfusion.data import pictures
 from tfusion.data.pictures import read_picture
 from tfusion.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pytest sets aside what pictures.py sets
 
 FORMATS = ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "ICO", "PPM", "TGA", "PCX", "JPEG2000", "SGI", "AVIF",
            "DDS")
@@ -168,3 +173,17 @@ def test_no_file_and_no_picture(tmp_path):
     (tmp_path / "x.png").write_text("not a picture")
     with pytest.raises(UserError, match="cannot be read as a picture"):
         read_picture(tmp_path / "x.png", 8)
+
+
+def test_filters_of_warnings_are_set_once_and_for_pillow_alone(tmp_path, monkeypatch):
+    """They are the whole process's: set and put back by several threads, `ignore` would stay for all."""
+    path, seen, real = saved(tmp_path / "x.png", noisy()), [], Image.open
+    monkeypatch.setattr(Image, "open", lambda file: seen.append(list(warnings.filters)) or real(file))
+    read_picture(path, 8)
+    assert seen == [list(warnings.filters)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runpy.run_path(pictures.__file__)
+        warnings.warn_explicit("odd", UserWarning, "x.py", 1, module="PIL.TiffImagePlugin")
+        with pytest.raises(UserWarning):
+            warnings.warn_explicit("odd", UserWarning, "x.py", 1, module="tfusion.data")

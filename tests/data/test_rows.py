@@ -141,7 +141,8 @@ def test_every_record_once_per_epoch(cfg):
     offered = [rows.offered(window) for window in range(12)]
     for index, (source, count) in enumerate(zip(rows.sources, rows.mixture.records[0])):
         own = [c.take((c.sources == index) & (c.pieces == 0)) for c in offered]
-        assert [len(c.records) for c in own] == [count] * 12
+        assert {len(c.records) for c in own} <= {math.floor(count), math.ceil(count)}
+        assert sum(len(c.records) for c in own) == round(12 * count)
         epochs, records = (np.concatenate([getattr(c, name) for c in own]) for name in ("epochs", "records"))
         complete = epochs.max()
         orders = [records[epochs == epoch] for epoch in range(complete)]
@@ -189,7 +190,7 @@ def test_epochs_are_told(cfg):
     rows = open_rows(cfg)
     for index, (source, count) in enumerate(zip(rows.sources, rows.mixture.records[0])):
         told = rows.stats(cfg.data.window_rows * 10 - 1)[f"data/epochs/{source.name}"]
-        assert told == pytest.approx(10 * count / len(source))
+        assert told == pytest.approx(round(10 * count) / len(source))
         offered = rows.offered(9)
         assert offered.epochs[offered.sources == index][-1] == math.ceil(told - 1e-9) - 1
 
@@ -312,7 +313,7 @@ def test_noise_limit_where_the_picture_comes_first(cfg):
 
 def test_a_share_of_no_record_is_an_error(cfg):
     """A source that would never appear is told, not dropped."""
-    with pytest.raises(UserError, match=r"data.sources.stories.share = 1e-06 is less than one record"):
+    with pytest.raises(UserError, match=r"data.sources.stories.share = 1e-06 is less than half a record"):
         open_rows(replace(with_shares(cfg, scenes=1.0, stories=1e-6), "data", image_share=0.2))
 
 

@@ -102,6 +102,8 @@ ARRANGED = {  # parts, drop caption, image first -> parts, max_t, score_text
     "as it is": (TWO, False, False, TWO, 1.0, True),
     "image first": (ONE, False, True, [A, text(5)], 0.25, True),
     "each image before its own caption": (TWO, False, True, [A, text(5), B, text(6, 7)], 0.25, True),
+    "a caption goes before no second picture": ([text(5), A, B], False, True, [A, text(5), B], 0.25, True),
+    "of two texts the nearer": ([text(5), text(6), A], False, True, [text(5), A, text(6)], 0.25, True),
     "caption dropped": (ONE, True, False, [A], 1.0, False),
     "all captions dropped": (TWO, True, False, [A, B], 1.0, False),
     "dropped wins over image first": (ONE, True, True, [A], 1.0, False),

@@ -237,6 +237,6 @@ def test_the_bigram_has_read_no_more_than_the_model(cfg):
 
     window = cfg.data.window_rows // cfg.train.batch_size
     assert list(read(window).values()) == [
-        min(n, len(s)) for n, s in zip(rows.mixture.records[0], rows.sources)]
+        min(len(n), len(s)) for n, s in zip(rows.mixture.taken(0), rows.sources)]
     assert read(10**6) == {source.name: len(source) for source in rows.sources}
     assert all(1 <= read(1)[name] <= n / 2 for name, n in read(window).items())

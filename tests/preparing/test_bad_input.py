@@ -7,12 +7,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data.sources.test_array_record import picture, record
+from tests.data.sources.test_array_record import write as write_records
+from tests.data.sources.test_tfds import write as write_tfds
 from tfusion.data import store
+from tfusion.data.sources.array_record import ArrayRecordSource
 from tfusion.data.sources.folder import FolderSource
 from tfusion.data.sources.jsonl import JsonlSource
+from tfusion.data.sources.tfds import TfdsSource
 from tfusion.data.store import Split
 from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError
+from tfusion.preparing import card
 from tfusion.preparing.shards import Encoders, Job, write
 
 
@@ -103,7 +109,7 @@ def test_no_way_back_from_where_a_link_leads(tmp_path):
                                                                               ("b", "link/../b.png"))))
     found, skipped = prepared(tmp_path, JsonlSource("jsonl", 1.0, str(tmp_path / "lines/a.jsonl"), 0.0))
     assert found == [("a", 1)]
-    assert skipped == {"damaged picture": [1, [str(tmp_path / "lines/b.png")]]}
+    assert skipped == {"missing picture": [1, [str(tmp_path / "lines/b.png")]]}
 
 
 def test_what_is_no_file_is_not_read(tmp_path):
@@ -114,7 +120,61 @@ def test_what_is_no_file_is_not_read(tmp_path):
         "pipe.png", "folder.png", "none.png", "a\0.png", "x" * 300 + ".png")]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, "good"]))
     found, skipped = prepared(tmp_path, JsonlSource("jsonl", 1.0, str(tmp_path / "a.jsonl"), 0.0))
-    assert found == [("good", 0)] and skipped["damaged picture"][0] == 5
+    assert found == [("good", 0)]
+    assert {reason: [name.rsplit("/", 1)[1] for name in names] for reason, (_, names) in skipped.items()} == {
+        "unreadable picture": ["pipe.png", "folder.png", "x" * 300 + ".png"], "missing picture": ["none.png"],
+        "damaged picture": ["a\0.png"]}
+
+
+def test_a_picture_of_a_table_that_is_not_there(tmp_path):
+    draw(tmp_path / "photos" / "a.png")
+    (tmp_path / "photos/metadata.csv").write_text("file_name,text\na.png,a fox\ngone.png,an owl\n")
+    found, skipped = prepared(tmp_path, FolderSource("folder", 1.0, str(tmp_path / "photos"), 0.0))
+    assert found == [("a fox", 1)] and skipped == {"missing picture": [1, ["gone.png"]]}
+
+
+def test_keys_that_are_not_utf8_can_be_told(tmp_path):
+    """Names of an old archive: prepare ends by printing them."""
+    (draw(tmp_path / "photos" / "a.png").parent / os.fsdecode(b"\xe9.png")).write_bytes(b"")
+    _, skipped = prepared(tmp_path, FolderSource("folder", 1.0, str(tmp_path / "photos"), 0.0))
+    assert skipped == {"damaged picture": [1, ["\ufffd.png"]]}
+    card.told(skipped).encode()
+
+
+def test_of_array_records(tmp_path):
+    """By its id, or its file and number there."""
+    write_records(tmp_path / "a.array_record", b"no JSON", record("x", b"no picture", id="fox"),
+                  record("y", b"no picture"), {"text": "good"})
+    found, skipped = prepared(tmp_path, ArrayRecordSource("array_record", 1.0, str(tmp_path / "a.array_record"),
+                                                          "none", 0.0))
+    assert found == [("good", 0)] and skipped == {
+        "malformed record": [1, ["a.array_record:0"]], "damaged picture": [2, ["fox", "a.array_record:2"]]}
+
+
+def test_a_record_that_its_file_cannot_give(tmp_path):
+    path = write_records(tmp_path / "a.array_record", *(
+        {"text": f"{i} " + os.urandom(100).hex()} for i in range(50)))
+    content = bytearray(path.read_bytes())
+    content[4000] ^= 255
+    path.write_bytes(content)
+    found, skipped = prepared(tmp_path, ArrayRecordSource("array_record", 1.0, str(path), "none", 0.0))
+    (number, (key,)), = skipped.values()
+    assert len(found) == 49 and list(skipped) == ["damaged record"] and number == 1
+    assert key.startswith("a.array_record:")
+
+
+def test_of_tfds(tmp_path):
+    path = write_tfds(tmp_path / "tfds", train=[
+        {"key": "a", "image": b"no picture", "text": "a fox"},
+        {"key": "b", "image": picture(4), "text": b"F\xfcchsin"},
+        {"key": "c", "image": picture(5), "text": "good"}])
+    for key, names in (("key", ["a", "b"]), ("none", [f"given-train.array_record-00000-of-00001:{i}"
+                                                      for i in range(2)])):
+        (tmp_path / key).mkdir()
+        spec = TfdsSource("tfds", 1.0, str(path), "train", "none", 0.0, "image", "text", key)
+        found, skipped = prepared(tmp_path / key, spec)
+        assert found == [("good", 1)] and skipped == {
+            "damaged picture": [1, names[:1]], "text not UTF-8": [1, names[1:]]}
 
 
 def test_pictures_beside_the_folders_of_lines(tmp_path):

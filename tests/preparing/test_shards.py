@@ -92,6 +92,28 @@ def test_no_more_waits_than_a_batch_needs(monkeypatch):
         assert len(taken) <= number + 4
 
 
+@pytest.mark.parametrize("first", [[], [picture(1)]], ids=["texts alone", "behind a picture"])
+def test_few_letters_are_tokenised_at_once(monkeypatch, first):
+    """Memory: a thousand long texts are too much; in what batches pictures are encoded is the same."""
+    monkeypatch.setattr(shards, "LETTERS", 1000)
+    asked, taken, encoder = [], [], Encoder()
+
+    def records():
+        yield ["first", *first]
+        for number in range(100):
+            taken.append(number)
+            yield ["x" * 300]
+        yield ["last", picture(2)]
+
+    def encode(texts):
+        asked.append(sum(map(len, texts)))
+        return encode_text(texts)
+
+    for number, _ in enumerate(encoded(records(), Encoders(encode, encoder))):
+        assert first or number == 101 or len(taken) <= number + 4
+    assert number == 101 and max(asked) < 1000 + 300 and encoder.batches == [1 + len(first)]
+
+
 class Damaged(list):
     def __getitem__(self, record):
         if record in (1, 3):

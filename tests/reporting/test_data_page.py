@@ -138,8 +138,8 @@ def test_text_alone_by_hand(tmp_path, monkeypatch):
     assert "lines/train|1 torn (<page 7>)" in said and "image slots in use" not in page
     assert "12 positions in the middle, 12 to 12; a row has 32." in said
     assert "codec" not in said and "Who sees whom" in said
-    epochs = (6 * 8) / 16 * 43 / 256  # steps x batch rows of windows of 43 records
-    assert re.search(rf"\|lines\|100.0%\|100.0%\|43\|\d+.\d%\|0\|{epochs:.3f}\|", said)
+    epochs = (6 * 8) / 16 * (16 * 32 / 12) / 256  # steps x batch rows of windows of 42 2/3 records
+    assert re.search(rf"\|lines\|100.0%\|100.0%\|42.7\|\d+.\d%\|0\|{epochs:.3f}\|", said)
 
 
 class Doubled:

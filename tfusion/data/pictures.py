@@ -1,5 +1,6 @@
 """Picture files as people have them, read as uint8 pixels."""
 
+import errno
 import io
 import os
 import stat
@@ -12,6 +13,7 @@ from PIL import Image, ImageOps
 from tfusion.errors import UserError
 
 WHITE = (255, 255, 255, 255)
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd files; here, for filters are the whole process's
 
 
 def read_picture(path: str | Path, size: int | None, content: bytes | None = None) -> np.ndarray:
@@ -25,8 +27,8 @@ def read_picture(path: str | Path, size: int | None, content: bytes | None = Non
     file = path if content is None else io.BytesIO(content)
     try:
         if content is None and not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(f"{path} cannot be read: it is no file")  # to read from a pipe would never end
-        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
+            raise OSError(errno.EINVAL, "it is no file")  # to read from a pipe would never end
+        with Image.open(file) as image:
             if size:  # a JPEG can be decoded at 1/2, 1/4 or 1/8, which is several times faster
                 image.draft(None, (2 * size, 2 * size))
             image.load()

@@ -27,8 +27,9 @@ from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError
 from tfusion.types import Batch, ImageBatch
 
-ORDER = 1  # version of what decides which document stands in row k
+ORDER = 2  # version of what decides which document stands in row k
 WINDOWS_KEPT = 4
+NO_DOCUMENTS = packing.Candidates(*[np.zeros(0, np.int64)] * len(packing.Candidates._fields))
 
 
 def read_meta(format: RowFormat) -> dict:
@@ -99,16 +100,16 @@ class PackedRows:
         records = [mixture.records_per_window(there, means, data.window_rows, data.seq_len)
                    for _, there in knots]
         for (name, share), counts in zip(by_name.items(), zip(*records)):
-            if not any(counts):
-                raise UserError(f"data.sources.{name}.share = {share} is less than one record per "
+            if max(counts) < 0.5:
+                raise UserError(f"data.sources.{name}.share = {share} is less than half a record per "
                                 f"data.window_rows = {data.window_rows} rows: raise one of them")
         return mixture.Mixture([-(-row // data.window_rows) for row, _ in knots], records)  # never too early
 
     def _identity(self, meta: dict, by_name: dict) -> dict:
         """Of all that decides which document stands in row k."""
         data = self.format.data
-        records = [number for there in self.mixture.records for number in there]
-        order = [ORDER, self.seed, by_name, records, data.caption_dropout, data.window_rows, data.seq_len,
+        parts = [number for there in self.mixture.parts for number in there]
+        order = [ORDER, self.seed, by_name, parts, data.caption_dropout, data.window_rows, data.seq_len,
                  self.format.image_slots, self.format.vocabulary.num_patches]
         return store.identity(meta) | {
             f"sizes.{source.name}": source.source.digest for source in self.sources} | {
@@ -116,7 +117,7 @@ class PackedRows:
 
     def offered(self, window: int) -> packing.Candidates:
         """The documents of the records that a window takes of each source, with their sizes."""
-        candidates = []
+        candidates = [NO_DOCUMENTS]  # a window may be offered none
         for index, (source, order, places) in enumerate(zip(self.sources, self.order,
                                                             self.mixture.taken(window))):
             if not places:

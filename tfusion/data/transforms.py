@@ -57,7 +57,11 @@ def arrange(parts: list[Part], drop_caption: bool, image_first: bool, image_firs
     if not image_first:
         return Document(tuple(parts))
     parts = [part._replace(max_t=image_first_max_t) if part.kind == "image" else part for part in parts]
-    for i in range(len(parts) - 1):
-        if (parts[i].kind, parts[i + 1].kind) == ("text", "image"):
-            parts[i], parts[i + 1] = parts[i + 1], parts[i]
+    place = 0
+    while place < len(parts) - 1:
+        pair = parts[place : place + 2]
+        swaps = [part.kind for part in pair] == ["text", "image"]
+        if swaps:
+            parts[place : place + 2] = reversed(pair)
+        place += 1 + swaps  # a caption goes before no second picture
     return Document(tuple(parts))

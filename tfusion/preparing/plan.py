@@ -50,7 +50,7 @@ def _sample(records: Opened, pictures: bool) -> str:
     places = sorted({int(x) for x in np.linspace(0, len(records) - 1, SAMPLE)}) if len(records) else []
     with contextlib.closing(attempts(records, places)) as read:
         for record in read:
-            parts = [str(record)] if isinstance(record, Unreadable) else record
+            parts = [f"{record.reason} {record.key}"] if isinstance(record, Unreadable) else record
             for part in parts:
                 if isinstance(part, str):
                     digest.update(b"text" + part.encode("utf-8", "surrogatepass"))

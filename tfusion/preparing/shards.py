@@ -13,13 +13,14 @@ import numpy as np
 
 from tfusion.data import layout, store
 from tfusion.data.sources.base import AT_ONCE, Opened, Unreadable, attempts
+from tfusion.data.sources.files import whole
 from tfusion.errors import UserError
 from tfusion.types import Part
 
 RECORDS = 4096  # of the source per shard
 PICTURES = 256  # encoded at once
 AHEAD = PICTURES // AT_ONCE  # as many records are read while a batch is encoded
-TEXTS = 1024  # records that wait to be tokenised at once
+TEXTS, LETTERS = 1024, 2**22  # records that wait to be tokenised at once, at most; letters of them
 NO_CODEC = "data.sources names a source with pictures: --codec=WORKDIR is needed to encode them"
 
 
@@ -65,7 +66,7 @@ def _usable(read: Iterable, job: Job, writer: store.Writer, advance: Callable) -
     for number, record in zip(job.records, read, strict=True):
         advance(1)
         if isinstance(record, Unreadable):
-            writer.skip(record.reason, record.key or f"record {number}")
+            writer.skip(record.reason, whole(record.key) or f"record {number}")
             continue
         for part in record:
             _check(part, f"{job.source}/{job.split}, record {number}")
@@ -87,15 +88,23 @@ def _check(part, where: str) -> None:
 
 def encoded(records: Iterable[list], encoders: Encoders) -> Iterator[list[Part]]:
     """The records as ids and encoded images. Pictures are encoded PICTURES at a time, across records; records
-    wait for theirs."""
+    wait for theirs, at most to the shard's end. Texts are tokenised about LETTERS at a time: their ids take
+    several times the memory."""
     waiting, batch, images = collections.deque(), _Pictures(encoders), collections.deque()
+    letters = 0  # since `ready` was last asked
 
     def ready() -> Iterator[list[Part]]:
-        """Those that wait no longer, tokenised at once."""
-        some, number = [], len(images)
+        """Those that wait no longer."""
+        some, number, long = [], len(images), 0
         while waiting and (needs := waiting[0].count(None)) <= number:
             some.append(waiting.popleft())
-            number -= needs
+            number, long = number - needs, long + _letters(some[-1])
+            if long >= LETTERS:
+                yield from tokenised(some)
+                some, long = [], 0
+        yield from tokenised(some)
+
+    def tokenised(some: list) -> Iterator[list[Part]]:
         ids = iter(encoders.text([text for record in some for text in record if text is not None]))
         for record in some:
             yield [layout.image(images.popleft()) if text is None else layout.text(next(ids))
@@ -106,10 +115,16 @@ def encoded(records: Iterable[list], encoders: Encoders) -> Iterator[list[Part]]
             if not isinstance(part, str):
                 images.extend(batch.add(part))
         waiting.append([part if isinstance(part, str) else None for part in record])
-        if len(images) >= PICTURES or len(waiting) >= TEXTS:
+        letters += _letters(waiting[-1])
+        if len(images) >= PICTURES or len(waiting) >= TEXTS or letters >= LETTERS:
             yield from ready()
+            letters = 0
     images.extend(batch.encode())
     yield from ready()
+
+
+def _letters(record: list) -> int:
+    return sum(len(text) for text in record if text is not None)
 
 
 class _Pictures:

@@ -265,7 +265,7 @@ def sources_table(data: Data, n: Counts, stats: list[dict]) -> str:
                        for share, colour in ((asked[source], plots.LIGHT_GREY),
                                              (got[source], packed_row.colour(source))))
         lines.append([f"<b>{escape(name)}</b>", bars, f"{asked[source]:.1%}", f"{got[source]:.1%}",
-                      f"{data.rows.mixture.records[0][source]:,}", share_of(dropped), share_of(left_out),
+                      f"{data.rows.mixture.records[0][source]:,.1f}", share_of(dropped), share_of(left_out),
                       page.number(at_end[f"data/epochs/{name}"])])
     head = ("", "positions, asked above got", "asked", "got", "records a window", "dropped", "left out",
             "epochs of the run")

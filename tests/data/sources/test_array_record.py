@@ -106,6 +106,28 @@ def test_held_out_by_id_wherever_the_records_stand(tmp_path):
     assert not one["train"] & one["heldout"] and 2 < len(one["heldout"]) < 16
 
 
+def test_an_id_may_hold_half_a_letter(tmp_path, capsys):
+    """As JSON can; it has a side, and can be told."""
+    lines = [rb'{"id": "\ud83e %d", "text": "%d"}' % (i, i) for i in range(40)]
+    path = write(tmp_path / "a.array_record", *lines)
+    assert {*greys(read(path, "train", fraction=0.2)), *greys(read(path, "heldout", fraction=0.2))} == {
+        str(i) for i in range(40)}
+
+
+@pytest.mark.parametrize("name", ["fold-1-of-5/pairs.array_record", "1-of-3/x-0-of-1.array_record"])
+def test_a_folder_with_a_number_is_no_file_with_one(tmp_path, name):
+    write(tmp_path / name, {"text": "one"})
+    assert greys(read(tmp_path)) == greys(read(tmp_path / name)) == ["one"]
+
+
+def test_files_are_numbered_in_their_own_folders(tmp_path):
+    for folder, numbers in (("a", (0, 1)), ("b", (0,))):
+        for i in numbers:
+            write(tmp_path / folder / f"x-{i}-of-2.array_record", {"text": f"{folder}{i}"})
+    with pytest.raises(UserError, match=r"b/x\*: 1 of 2 files are missing, the first has the number 1"):
+        read(tmp_path)
+
+
 def test_without_ids_the_place_decides_and_a_damaged_record_has_a_side(tmp_path):
     path = write(tmp_path / "a.array_record", *({"text": str(i)} for i in range(40)), b"\xff", b"{")
     sides = [open_it(path, split, fraction=0.2) for split in ("train", "heldout")]

@@ -163,6 +163,47 @@ def test_pictures_of_a_limit_are_from_all_over_the_source():
     assert some == pictures(source, "train", 4, limit=20)[:, 0, 0, 0].tolist()
 
 
+class Texts:
+    """So many records of text; which were read."""
+
+    def __init__(self, number, places=()):
+        self.number, self.places, self.read = number, set(places), []
+
+    def __len__(self):
+        return self.number
+
+    def __getitem__(self, record):
+        self.read.append(record)
+        return [picture(3)] if record in self.places else ["a"]
+
+
+def test_a_source_of_texts_is_not_read_to_its_end_for_pictures(monkeypatch):
+    """With a limit, as for fitting; where all are wanted, all are looked for."""
+    monkeypatch.setattr(base, "WITHOUT", 400)
+    texts, mixed = Texts(10_000), Texts(3000, range(0, 3000, 20))
+    sources = {"notes": Spec("x", 0.5, texts), "photos": Spec("x", 0.5, mixed)}
+    assert len(pictures(sources, "train", 4, limit=100)) == 100
+    assert len(texts.read) < 400 + base.AT_ONCE * (base.AHEAD + 1) and len(mixed.read) > 1000
+    assert len(pictures({"rare": Spec("x", 0.5, Texts(3000, [2999]))}, "train", 4)) == 1
+
+
+@pytest.mark.parametrize("number", [0, 1, 999, 1000])
+def test_places_of_a_small_source_are_drawn_as_ever(monkeypatch, number):
+    monkeypatch.setattr(base, "DRAWN", 1000)
+    assert base.drawn(number).tolist() == np.random.default_rng(0).permutation(number).tolist()
+
+
+@pytest.mark.parametrize("number", [1001, 1999, 12_345, 10**10])
+def test_places_of_a_large_source_are_from_all_over_it(monkeypatch, number):
+    """Each at most once, without a list of all."""
+    monkeypatch.setattr(base, "DRAWN", 1000)
+    places = base.drawn(number)
+    assert len(set(places.tolist())) == len(places) == 1000 and places.min() >= 0 and places.max() < number
+    assert (np.histogram(places, 10, (0, number))[0] > 80).all()
+    assert abs(np.corrcoef(places, np.arange(1000))[0, 1]) < 0.1
+    assert number < 10_000 or len(set((places % 10).tolist())) == 10
+
+
 def test_no_pictures_and_pictures_of_another_size_are_refused():
     with pytest.raises(UserError, match=r"notes, off: none of these has pictures in its heldout split"):
         pictures({"notes": Spec("x", 1.0, [["a"]]), "off": Spec("x", 0.0, [[picture(1)]])}, "heldout", 4)

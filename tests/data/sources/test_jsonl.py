@@ -113,6 +113,11 @@ def test_the_held_out_lines_are_those_of_their_ids(tmp_path):
     assert [x for x in read(tmp_path / "b.jsonl.gz", "heldout", 0.1)[::-1] if x != ["new"]] == held
 
 
+def test_an_id_may_hold_half_a_letter(tmp_path):
+    path = write(tmp_path / "a.jsonl", *(rb'{"id": "\ud83e %d", "text": "%d"}' % (i, i) for i in range(40)))
+    assert len(read(path, "train", 0.2)) + len(read(path, "heldout", 0.2)) == 40
+
+
 def test_without_ids_a_line_is_held_out_by_its_file_and_number(tmp_path):
     """Blank lines count as an editor counts them; the folder may lie anywhere."""
     write(tmp_path / "x" / "a.jsonl", *({"text": str(i)} for i in range(100)))

@@ -155,6 +155,12 @@ def cut_shard(folder):
     path.write_bytes(path.read_bytes()[:-7])
 
 
+def shorter_shard(folder):
+    """Whole, but written by another run."""
+    shutil.copy(folder / "given-validation.array_record-00000-of-00003",
+                folder / "given-train.array_record-00001-of-00003")
+
+
 def without_info(folder):
     os.remove(folder / "dataset_info.json")
 
@@ -172,6 +178,7 @@ def tfrecord(folder):
 ERRORS = {
     "missing shard": (without_a_shard, {}, r"record-00001-of-00003 is missing, of split 'train' 1 of 3"),
     "cut shard": (cut_shard, {}, r"record-00001-of-00003 is no whole ArrayRecord file \("),
+    "short shard": (shorter_shard, {}, r"record-00001-of-00003 has 1 records, 4 are wanted: bring "),
     "no data set": (without_info, {}, r"1.0.0 holds no data set of TensorFlow Datasets \(.*name the "),
     "broken": (broken_info, {}, r"1.0.0 holds no data set of TensorFlow Datasets \("),
     "tfrecord": (tfrecord, {}, r"is written as tfrecord, .*write it anew with file_format='array_record'"),

@@ -11,9 +11,8 @@ import re
 from pathlib import Path
 
 from tfusion import config
-from tfusion.data.pictures import read_picture
-from tfusion.data.sources.base import Source, Unreadable
-from tfusion.data.sources.files import walk
+from tfusion.data.sources.base import Source, Unreadable, read_part
+from tfusion.data.sources.files import walk, whole
 from tfusion.data.sources.jsonl import parts_of
 from tfusion.data.sources.shards import NONE, Chosen, Shards, count, on_side
 from tfusion.errors import UserError
@@ -36,9 +35,10 @@ def find(path: str) -> list[str]:
                         "names some; --config.data.sources.NAME.path=PATH")
     groups = {}
     for file in files:
-        if numbered := NUMBERED.fullmatch(file):
+        folder, name = os.path.split(file)
+        if numbered := NUMBERED.fullmatch(name):
             before, number, total, after = numbered.groups()
-            groups.setdefault((before, int(total), after), {})[int(number)] = file
+            groups.setdefault((os.path.join(folder, before), int(total), after), {})[int(number)] = file
     for (before, total, _), there in groups.items():
         if missing := sorted(set(range(total)) - set(there)):
             raise UserError(f"{before}*: {len(missing)} of {total} files are missing, the first has the number "
@@ -75,27 +75,32 @@ class ArrayRecords:
     def __len__(self) -> int:
         return len(self.shards)
 
-    def key(self, record: int) -> str:
-        """Its id; else, or where it cannot be read, its file's name and its number there."""
-        path, number = self.shards.place(record)
-        try:
-            name, _ = parse(self.shards[record])
-        except (ValueError, RecursionError):
-            name = None
-        return f"{os.path.basename(path)}:{number}" if name is None else str(name)
+    @property
+    def fingerprint(self) -> str:
+        return self.shards.fingerprint
 
-    def __getitem__(self, record: int) -> list:
-        where = "{}, record {}".format(*self.shards.place(record))
+    def _record(self, record: int) -> tuple[str, list]:
+        """(its key, its parts)."""
         data = self.shards[record]
         try:
-            _, values = parse(data)
+            name, values = parse(data)
         except (ValueError, RecursionError) as e:
-            raise Unreadable(f"{where}: {e}") from e
+            where = "{}, record {}".format(*self.shards.place(record))
+            raise Unreadable(f"{where}: {e}", "malformed record", self.shards.name(record)) from e
+        return self.shards.name(record) if name is None else whole(str(name)), values
+
+    def key(self, record: int) -> str:
+        """Its id; else, or where it cannot be read, its file's name and its number there."""
         try:
-            return [value if isinstance(value, str) else read_picture(where, self.image_size, value)
-                    for value in values]
-        except UserError as e:
-            raise Unreadable(str(e)) from e
+            return self._record(record)[0]
+        except Unreadable as e:
+            return e.key
+
+    def __getitem__(self, record: int) -> list:
+        key, values = self._record(record)
+        where = "{}, record {}".format(*self.shards.place(record))
+        return [value if isinstance(value, str) else read_part(where, self.image_size, key, value)
+                for value in values]
 
 
 @config.register("source", "array_record")

@@ -14,12 +14,15 @@ import numpy as np
 from tqdm import tqdm
 
 from tfusion import config
+from tfusion.data.pictures import read_picture
 from tfusion.errors import UserError
 
 READERS = 4  # threads; decoding a picture leaves the others running
 AT_ONCE, AHEAD = 8, 8  # records that a thread reads at once, and how often that may be ahead
 NAMED = 3  # unreadable records that are named; of more, the number
 PATIENCE = 3  # seconds before a progress bar shows
+DRAWN = 2**18  # records of a source, at most, that a number of pictures is drawn from
+WITHOUT = 4096  # records in a row without a picture, after which the others are taken to have none
 
 
 class Unreadable(UserError):
@@ -29,6 +32,17 @@ class Unreadable(UserError):
     def __init__(self, message: str, reason: str = "unreadable", key: str = ""):
         super().__init__(message)
         self.reason, self.key = reason, key
+
+
+def read_part(path, size: int | None, key: str, content: bytes | None = None) -> np.ndarray:
+    """A record's picture (`read_picture`). Raises Unreadable where it cannot be read."""
+    try:
+        return read_picture(path, size, content)
+    except UserError as e:
+        of_file = isinstance(e.__cause__, OSError) and e.__cause__.strerror  # not of what is in it
+        missing = isinstance(e.__cause__, FileNotFoundError)
+        fault = "missing" if missing else "unreadable" if of_file else "damaged"
+        raise Unreadable(str(e), f"{fault} picture", key) from e
 
 
 class NoPictures(UserError):
@@ -161,23 +175,42 @@ def records(source: Opened, title: str, needed: bool = True) -> Iterator[list]:
         _say(f"{title}: {tally.alone} of {tally.read} records are pictures without text, learnt as such")
 
 
+def drawn(records: int) -> np.ndarray:
+    """Places of a source in random order: all, or DRAWN of more, one of each of so many equal parts."""
+    rng = np.random.default_rng(0)
+    if records <= DRAWN:
+        return rng.permutation(records)
+    return rng.permutation(np.arange(DRAWN) * records // DRAWN + rng.integers(records // DRAWN, size=DRAWN))
+
+
+def _pictures(records: Iterable[list], without: int | None) -> Iterator[np.ndarray]:
+    """Of some records, until so many in a row have none."""
+    since = 0
+    for record in records:
+        some = [part for part in record if not isinstance(part, str)]
+        yield from some
+        since = 0 if some else since + 1
+        if since == without:
+            return
+
+
 def pictures(sources: dict[str, Source], split: str, image_size: int,
              limit: int | None = None) -> np.ndarray:
     """uint8 (n, H, W, 3): the pictures of every source that has a share, and pictures.
 
     All, as they are stored; with a limit at most so many, equally many of each source as far as it has them,
-    drawn from all of it. Raises UserError where there are none, or of another size.
+    drawn from all of it, without reading on in one that seems to have none. Raises UserError where there are
+    none, or of another size.
     """
     found = {}
     for name, spec in sources.items():
         if spec.takes_part:
             source, tally = spec.open(split, image_size), Tally()
-            order = range(len(source)) if limit is None else np.random.default_rng(0).permutation(len(source))
+            order = range(len(source)) if limit is None else drawn(len(source))
             with contextlib.closing(_read(source, order, tally)) as read:
                 shown = tqdm(read, f"pictures of {name}", len(source), unit="record", leave=False,
                              delay=PATIENCE)
-                parts = (part for record in shown for part in record if not isinstance(part, str))
-                found[name] = list(itertools.islice(parts, limit))
+                found[name] = list(itertools.islice(_pictures(shown, limit and WITHOUT), limit))
                 shown.close()
             tally.tell(f"{name}/{split}", needed=split == "train")
     found = {name: some for name, some in found.items() if some}

@@ -52,6 +52,16 @@ def read_text(path: Path) -> str:
                         f"`iconv -f LATIN1 -t UTF-8`") from e
 
 
+def state(path) -> tuple | None:
+    """Size and time of a file, by which a change is noticed; None where there is none: whoever wants to read it
+    says so."""
+    try:
+        about = os.stat(path)
+    except (OSError, ValueError):  # the latter of a name that no file can have
+        return None
+    return about.st_size, about.st_mtime_ns
+
+
 def inside(root: Path, path: Path) -> bool:
     """Whether a path, as it is written, stays below a folder. A link in there may lead anywhere."""
     return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root))

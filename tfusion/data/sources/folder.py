@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from tfusion import config
-from tfusion.data.pictures import read_picture
-from tfusion.data.sources.base import Source, Unreadable, held_out
-from tfusion.data.sources.files import inside, read_text, walk, whole
+from tfusion.data.sources.base import Source, Unreadable, held_out, read_part
+from tfusion.data.sources.files import inside, read_text, state, walk, whole
 from tfusion.errors import UserError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -136,10 +135,7 @@ class Folder:
             raise Unreadable(f"{item.key} leads out of {self.root}: pictures are taken from there alone",
                              "path out of the folder", item.key)
         caption = self._caption_in_file(item) if item.caption and item.in_file else item.caption
-        try:
-            picture = read_picture(self.root / item.file, self.image_size)
-        except UserError as e:
-            raise Unreadable(str(e), "damaged picture", item.key) from e
+        picture = read_part(self.root / item.file, self.image_size, item.key)
         return [caption, picture] if caption else [picture]
 
     @functools.cached_property
@@ -149,7 +145,7 @@ class Folder:
         for item in self.items:
             files = [item.file, item.caption] if item.caption and item.in_file else [item.file]
             caption = item.caption if len(files) == 1 else ""
-            states = (_state(self.root / file) for file in files)
+            states = (state(self.root / file) for file in files)
             digest.update(repr((item.key, caption, *states)).encode())
         return digest.hexdigest()
 
@@ -164,14 +160,6 @@ class Folder:
             raise
         except (UserError, OSError) as e:
             raise Unreadable(str(e), "unreadable caption", item.key) from e
-
-
-def _state(path: Path) -> tuple | None:
-    try:
-        about = path.stat()
-    except OSError:  # whoever wants to read it says so
-        return None
-    return about.st_size, about.st_mtime_ns
 
 
 @config.register("source", "folder")

@@ -2,6 +2,7 @@
 
 import array
 import dataclasses
+import functools
 import glob
 import gzip
 import hashlib
@@ -17,9 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from tfusion import config
-from tfusion.data.pictures import read_picture
-from tfusion.data.sources.base import PATIENCE, Source, Unreadable, held_out
-from tfusion.data.sources.files import inside, walk, whole
+from tfusion.data.sources.base import PATIENCE, Source, Unreadable, held_out, read_part
+from tfusion.data.sources.files import inside, state, walk, whole
 from tfusion.errors import UserError
 
 ENDINGS = (".jsonl", ".jsonl.gz")
@@ -100,6 +100,7 @@ class Jsonl:
         self.files, self.image_size, self.root = files, image_size, root
         self._unpacked = tempfile.TemporaryFile()  # noqa: SIM115
         self._places = array.array("q")  # (n, 2): from and to which byte
+        self._pictures = False  # whether any line names one
         self._ends = np.zeros(len(files), np.int64)  # how many records there are up to each file's last
         weakref.finalize(self, self._unpacked.close)
 
@@ -120,7 +121,8 @@ class Jsonl:
                         name, parts = _record(text, f"{path}, line {number}")
                         if parts:
                             self._places.extend((start + skipped, stop))
-                            yield f"{path.name}:{number}" if name is None else str(name)
+                            self._pictures |= any(kind == "image" for kind, _ in parts)
+                            yield f"{path.name}:{number}" if name is None else whole(str(name))
                     start = stop
                 self._ends[file] = len(self._places) // 2
                 bar.update(path.stat().st_size if packed else 0)
@@ -134,7 +136,8 @@ class Jsonl:
     def __len__(self) -> int:
         return len(self._places)
 
-    def __getitem__(self, record: int) -> list:
+    def _line(self, record: int) -> tuple[Path, list[tuple[str, str]]]:
+        """(its file's folder, its parts)."""
         start, stop = self._places[record].tolist()
         path = self.files[np.searchsorted(self._ends, record, side="right")]
         if path.name.endswith(".gz"):
@@ -143,23 +146,28 @@ class Jsonl:
             with path.open("rb") as lines:
                 line = os.pread(lines.fileno(), stop - start, start)
         _, parts = _record(line, f"{path}, byte {start}")
-        return [value if kind == "text" else self._picture(path.parent, value) for kind, value in parts]
+        return path.parent, parts
+
+    def __getitem__(self, record: int) -> list:
+        folder, parts = self._line(record)
+        return [value if kind == "text" else self._picture(folder, value) for kind, value in parts]
 
     def _picture(self, folder: Path, value: str) -> np.ndarray:
         root, path = self.root or folder, Path(os.path.normpath(folder / value))  # `..` goes back in the text
         if not inside(root, path):
             raise Unreadable(f"{value} leads out of {root}: pictures are taken from there alone",
                              "path out of the folder", value)
-        try:
-            return read_picture(path, self.image_size)
-        except UserError as e:
-            raise Unreadable(str(e), "damaged picture", str(path)) from e
+        return read_part(path, self.image_size, str(path))
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Of the lines that were chosen, and of every file's name, size and time."""
-        states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.files]
-        return hashlib.sha256(repr(states).encode() + self._places.tobytes()).hexdigest()
+        """Of the lines that were chosen, and of every file's name, size and time, pictures' too: where there
+        are some, the lines are read for it."""
+        digest = hashlib.sha256(repr([(path.name, state(path)) for path in self.files]).encode())
+        digest.update(self._places.tobytes())
+        for folder, parts in map(self._line, range(len(self)) if self._pictures else ()):
+            digest.update(repr([state(folder / value) for kind, value in parts if kind == "image"]).encode())
+        return digest.hexdigest()
 
 
 @config.register("source", "jsonl")

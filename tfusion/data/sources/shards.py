@@ -1,5 +1,8 @@
 """Records of ArrayRecord files, read where they stand."""
 
+import functools
+import hashlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -8,6 +11,7 @@ from tqdm import tqdm
 
 from tfusion.data.readers import Readers, reader_of
 from tfusion.data.sources.base import PATIENCE, Unreadable, held_out
+from tfusion.data.sources.files import state
 from tfusion.errors import UserError
 
 NONE = "none"  # where a spec's name of a split, a path or a feature may be left out
@@ -51,7 +55,23 @@ class Shards:
     def __init__(self, shards: Iterable[Shard]):
         self.shards = list(shards)
         self._ends = np.cumsum([shard.records for shard in self.shards], dtype=np.int64)
-        self._readers = Readers(open_shard)
+        self._needs = {}  # records of each file
+        for path, first, records in self.shards:
+            self._needs[path] = max(first + records, self._needs.get(path, 0))
+        self._readers = Readers(self._open)
+
+    def _open(self, path: str):
+        reader = open_shard(path)
+        if (there := reader.num_records()) < self._needs[path]:
+            raise UserError(f"{path} has {there} records, {self._needs[path]} are wanted: bring it back, or "
+                            "write it again")
+        return reader
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of every file's name, size and time, and of what was chosen of it."""
+        about = [(os.path.basename(path), state(path), *some) for path, *some in self.shards]
+        return hashlib.sha256(repr(about).encode()).hexdigest()
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self.shards else 0
@@ -64,12 +84,18 @@ class Shards:
         path, first, records = self.shards[shard]
         return path, first + record - int(self._ends[shard]) + records
 
+    def name(self, record: int) -> str:
+        """What a record is called that has no key of its own."""
+        path, number = self.place(record)
+        return f"{os.path.basename(path)}:{number}"
+
     def __getitem__(self, record: int) -> bytes:
         path, number = self.place(record)
         try:
             return self._readers.read(path, [number])[0]
         except RuntimeError as e:
-            raise Unreadable(f"{path}, record {number}: {str(e)[:120]}") from e
+            raise Unreadable(f"{path}, record {number}: {str(e)[:120]}", "damaged record",
+                             self.name(record)) from e
 
 
 class Chosen:
@@ -77,6 +103,13 @@ class Chosen:
 
     def __init__(self, source, records: Sequence[int]):
         self.source, self.records = source, records
+
+    @property
+    def fingerprint(self) -> str:
+        """The source's, and of which records were chosen."""
+        some = self.records
+        chosen = repr(some).encode() if isinstance(some, range) else np.asarray(some, np.int64).tobytes()
+        return hashlib.sha256(self.source.fingerprint.encode() + chosen).hexdigest()
 
     def __len__(self) -> int:
         return len(self.records)

@@ -5,8 +5,7 @@ import os
 from typing import NamedTuple
 
 from tfusion import config
-from tfusion.data.pictures import read_picture
-from tfusion.data.sources.base import Source, Unreadable
+from tfusion.data.sources.base import Source, Unreadable, read_part
 from tfusion.data.sources.shards import NONE, Chosen, Shard, Shards, check_apart, on_side
 from tfusion.errors import UserError
 
@@ -74,15 +73,19 @@ class Examples:
     """Record i is [text, picture], or what there is of it, of the split's i-th example."""
 
     def __init__(self, builder, shards: list[Shard], names: Names, image_size: int | None):
-        from tensorflow_datasets import decode
+        from tensorflow_datasets import decode, features
 
         self.shards, self.names, self.image_size = Shards(shards), names, image_size
-        skipped = {name: decode.SkipDecoding() for name in (names.image,) if name != NONE}
-        features = builder.info.features
-        self._example = lambda data: features.deserialize_example_np(data, decoders=skipped)
+        has = builder.info.features
+        skipped = {name: decode.SkipDecoding() for name in has if isinstance(has[name], features.Image)}
+        self._example = lambda data: has.deserialize_example_np(data, decoders=skipped)
 
     def __len__(self) -> int:
         return len(self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.shards.fingerprint
 
     def example(self, record: int) -> tuple[str, dict]:
         """(where it stands, its features as they are stored)."""
@@ -91,36 +94,39 @@ class Examples:
         try:
             return where, self._example(data)
         except Exception as e:  # whatever the parser stumbles over
-            raise Unreadable(f"{where} is no example of this data set ({_line(e)})") from e
+            raise Unreadable(f"{where} is no example of this data set ({_line(e)})", "malformed record",
+                             self.shards.name(record)) from e
 
     def key(self, record: int) -> str:
         """The key feature; without one, or where it cannot be read, the file's name and the number there."""
-        path, number = self.shards.place(record)
-        if self.names.key != NONE:
-            try:
-                value = self.example(record)[1][self.names.key]
-                return value.decode(errors="surrogateescape") if isinstance(value, bytes) else str(value)
-            except Unreadable:
-                pass
-        return f"{os.path.basename(path)}:{number}"
+        if self.names.key == NONE:
+            return self.shards.name(record)
+        try:
+            return self._key(record, self.example(record)[1])
+        except Unreadable as e:
+            return e.key
+
+    def _key(self, record: int, example: dict) -> str:
+        if self.names.key == NONE:
+            return self.shards.name(record)
+        value = example[self.names.key]
+        return value.decode(errors="surrogateescape") if isinstance(value, bytes) else str(value)
 
     def __getitem__(self, record: int) -> list:
         where, example = self.example(record)
-        parts = []
+        key, parts = self._key(record, example), []
         if self.names.text != NONE:
             try:
                 text = example[self.names.text].decode()
             except UnicodeDecodeError as e:
-                raise Unreadable(f"{where}: {self.names.text} is not UTF-8 (byte {e.start})") from e
+                raise Unreadable(f"{where}: {self.names.text} is not UTF-8 (byte {e.start})", "text not UTF-8",
+                                 key) from e
             text = text if self.names.image == NONE else text.strip()
             parts += [text] if text.strip() else []
         if self.names.image != NONE:
-            try:
-                parts.append(read_picture(where, self.image_size, example[self.names.image]))
-            except UserError as e:
-                raise Unreadable(str(e)) from e
+            parts.append(read_part(where, self.image_size, key, example[self.names.image]))
         if not parts:
-            raise Unreadable(f"{where}: {self.names.text} is blank")
+            raise Unreadable(f"{where}: {self.names.text} is blank", "empty", key)
         return parts
 
 
