@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 import shutil
 
@@ -264,6 +265,17 @@ def test_data_that_does_not_fit_is_refused(cfg, changes, parts):
     with pytest.raises(UserError) as error:
         open_rows(cfg)
     assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value)
+
+
+def test_data_of_another_tokenizer_are_refused(cfg, tmp_path):
+    """Of the same size too; one that is not on this machine is not asked."""
+    data = tmp_path / "data"
+    shutil.copytree(cfg.data.prepared, data)
+    meta = json.loads((data / "meta.json").read_text())
+    (data / "meta.json").write_text(json.dumps({**meta, "tokenizer": "another's"}))
+    with pytest.raises(UserError, match="was tokenised by another tokenizer than data.tokenizer = 'byte'"):
+        open_rows(replace(cfg, "data", prepared=str(data)))
+    open_rows(replace(cfg, "data", prepared=str(data), tokenizer=str(tmp_path / "gone.model")))
 
 
 def test_a_broken_token_on_disk_is_refused_with_its_row(cfg, tmp_path):
