@@ -195,7 +195,7 @@ def assert_dtypes(cfg, text: str):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not topology.have_libtpu(), reason="no libtpu: pip install 'tfusion[tpu]'")
+@pytest.mark.skipif(not topology.have_libtpu(), reason="no libtpu: pip install '.[tpu]'")
 def test_the_step_compiled_for_a_tpu():
     cfg = small_config(batch_size=16, num_layers=3, d_ff=128, text_vocab_size=700)
     mesh = topology.make_mesh(MeshConfig(1, 8, 1, 1), parse_accelerator("v5litepod-8"))

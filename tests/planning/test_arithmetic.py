@@ -370,7 +370,7 @@ def test_search_compiles_few(monkeypatch):
 
 def test_libtpu_missing_says_what_to_do(monkeypatch):
     monkeypatch.setattr(topology, "have_libtpu", lambda: False)
-    with pytest.raises(UserError, match=r"pip install 'tfusion\[tpu\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[tpu\]'"):
         plan.make_plan(small_config(), parse_accelerator("v5p-8"), "x")
 
 

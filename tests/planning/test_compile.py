@@ -10,7 +10,7 @@ from tfusion.planning import plan, search, text, topology
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not topology.have_libtpu(), reason="no libtpu: pip install 'tfusion[tpu]'")]
+    pytest.mark.skipif(not topology.have_libtpu(), reason="no libtpu: pip install '.[tpu]'")]
 
 
 @pytest.mark.parametrize("name", ["v5litepod-4", "v5p-8"])
