@@ -492,7 +492,7 @@ class Clock:
     def perf_counter(self) -> float:
         return self.now
 
-    time = perf_counter
+    time = monotonic = perf_counter
 
 
 def test_times_of_steps_evaluation_and_saving_apart(whole, tmp_path, monkeypatch):
