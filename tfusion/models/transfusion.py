@@ -100,6 +100,9 @@ def pick(x_BND, index_BM, inverse_BN):
 
     No scatter on the way there or back: on a TPU each would sort its indices (docs/architecture.md).
     """
+    B, N, D = x_BND.shape
+    if not N:  # text alone: nothing to pick from
+        return jnp.zeros((B, index_BM.shape[1], D), x_BND.dtype)
     return jax.vmap(lambda x_ND, index_M: x_ND.at[index_M].get(mode="fill", fill_value=0))(x_BND, index_BM)
 
 
