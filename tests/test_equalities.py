@@ -466,7 +466,8 @@ def held_out_figures(runs):
     def figures(cfg):
         mesh = make_mesh(ONE)
         with jax.set_mesh(mesh):
-            return loop.Held(cfg, make_objective(cfg), mesh, None).evaluate(runs.start_state, {}, lambda losses: False)
+            held = loop.Held(cfg, make_objective(cfg), mesh, None)
+            return held.evaluate(runs.start_state, {}, lambda losses: False)
 
     return figures, figures(runs.cfg)
 
