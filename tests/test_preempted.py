@@ -103,7 +103,7 @@ def test_killed_and_preempted_in_every_phase_ends_where_an_undisturbed_run_does(
     assert process.end()[0] == 0, process.output()
 
     process = Process(broken)
-    process.wait_for(lambda p: p.step() >= EVERY + 60)
+    process.wait_for(lambda p: p.step() >= EVERY + 60 and (broken / f"checkpoints/{EVERY}").is_dir())
     assert process.end(signal.SIGKILL)[0] == -signal.SIGKILL
     walls = [process.lived()]
     assert saved_steps(broken)[-1] == EVERY
