@@ -47,7 +47,7 @@ def write_run(cfg, folder, tokenizer: str = "byte") -> dict:
     save_frozen(folder, frozen)
     saved = Checkpoints(folder, writing=True)
     saved.save(STEP, items | ({"buffers": buffers} if buffers else {}), {
-        "next_row": 0, "totals": {}, "identity": identity, "frozen": bool(frozen), "config": cfg.to_dict()})
+        "next_row": 0, "totals": {}, "identity": identity, "config": cfg.to_dict()}, frozen=frozen)
     saved.close()
     return items
 
