@@ -52,7 +52,7 @@ def objective(cfg, table=lambda: TABLE):
 def toy_cfg():
     tree = toy.get_config()
     tree["train"] |= dict(num_steps=STEPS, checkpoint_every=EVERY, log_every=1, eval_every=0,
-                          diagnostics_every=0, num_microbatches=2)
+                          diagnostics_every=0, num_microbatches=2, batch_size=16)
     return config.from_dict(tree)
 
 
