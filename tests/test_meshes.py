@@ -115,7 +115,8 @@ def test_the_autoencoder_on_a_mesh_equals_one_device():
             place = sharding.shardings(jax.eval_shape(objective.init, jax.random.key(0)), mesh)
             aux, key = Aux(0, {}, {}), steps.noise_key(0, 0)
             fn = jax.jit(lambda params, batch: steps.gradients(objective, params, aux, batch, key, 1))
-            return jax.device_get(fn(jax.device_put(params, place), sharding.put_batch(batch, mesh)))
+            placed = sharding.put_batch(batch, mesh, len(batch[0]))
+            return jax.device_get(fn(jax.device_put(params, place), placed))
 
     want, losses = run(sharding.parse_mesh(None))
     for text in ("data=2,fsdp=2,tensor=2", "fsdp=2,tensor=2,sequence=2"):

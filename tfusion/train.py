@@ -69,7 +69,7 @@ def main() -> None:
     if exported.about(workdir):
         raise UserError(f"{workdir} is an export, which has no optimizer to go on with: train in another "
                         "--workdir, which can begin with its parameters (train.init_from)")
-    if PROFILE.value and paths.in_bucket(workdir):
+    if paths.in_bucket(workdir) and PROFILE.value:
         raise UserError("--profile writes to a local --workdir only")
     mesh = sharding.make_mesh(cfg.mesh)
     objectives.check_mesh(cfg, mesh)

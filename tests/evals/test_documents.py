@@ -35,6 +35,10 @@ class Spec:
     records: object
     share: float = 1.0
 
+    @property
+    def takes_part(self) -> bool:
+        return self.share > 0
+
     def open(self, split, image_size=None):
         assert split == "heldout" and image_size == 32
         if isinstance(self.records, Exception):

@@ -92,7 +92,7 @@ def test_all_held_out_documents_as_training_measures_them(model, reported, one_d
     cfg, params = model
     every = replace(cfg, "train", eval_documents=10**6)
     held = loop.Held(every, make_objective(cfg), one_device_mesh, None)
-    want = held.evaluate(TrainState(np.int32(0), params, {}, None, None), {})
+    want = held.evaluate(TrainState(np.int32(0), params, {}, None, None), {}, lambda losses: False)
     figures, sums, folder = reported
     assert sums.keys() == {"scenes", "stories", "glosses"} and sums["glosses"].mean("diffusion_loss") is None
     for source, name in itertools.product(sums, ("lm_loss", "diffusion_loss")):
