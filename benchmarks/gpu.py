@@ -42,7 +42,7 @@ import numpy as np
 from absl import flags
 from gpu_worker import ATTENTIONS, CASES, DOCUMENT, KERNELS, LIMITS, TINY, intervals, one_line
 
-from tfusion import config
+from tfusion import paths
 from tfusion.errors import UserError, run
 
 HERE = Path(__file__).resolve().parent
@@ -159,7 +159,7 @@ class Run:
 
     def save(self) -> None:
         if OUT.value:
-            config.replace_text(Path(OUT.value), json.dumps(self.report, indent=1) + "\n")
+            paths.replace_text(Path(OUT.value), json.dumps(self.report, indent=1) + "\n")
 
     def start(self, folder: str) -> None:
         makers = {}

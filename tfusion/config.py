@@ -26,7 +26,6 @@ from typing import Any
 
 from tfusion import paths
 from tfusion.errors import UserError
-from tfusion.paths import replace_text
 
 INT32, UINT32, FLOAT32 = 2**31 - 1, 2**32 - 1, (2.0**-126, 2.0**128)  # what the devices count and compute in
 REGISTRY: dict[str, dict[str, type]] = {}  # group -> kind -> dataclass
@@ -234,7 +233,7 @@ def absolute(cfg: RunConfig) -> RunConfig:
 
 
 def save(cfg: RunConfig, workdir) -> None:
-    replace_text(paths.path(workdir) / "config.json", json.dumps(cfg.to_dict(), indent=2) + "\n")
+    paths.replace_text(paths.path(workdir) / "config.json", json.dumps(cfg.to_dict(), indent=2) + "\n")
 
 
 def _group(tree, prefix: str) -> None:

@@ -128,7 +128,7 @@ def finish(folder: Path, format: RowFormat, tokenizer, codec: Codec | None, bega
     """What a folder holds beside shards."""
     about = card.make(folder)
     card.check(about)
-    config.replace_text(folder / card.NAME, json.dumps(about, indent=2) + "\n")
+    paths.replace_text(folder / card.NAME, json.dumps(about, indent=2) + "\n")
     write_timing(folder, "prepare", time.perf_counter() - began)
     store.write_meta(folder, tokenizer, codec.fingerprint if codec else "", format.image_shape,
                      CODEC_RUN.value and str(Path(CODEC_RUN.value).absolute()),
@@ -177,7 +177,7 @@ def main() -> None:
         raise UserError(f"objective = '{cfg.objective}' trains on data.sources as they are: there is "
                         "nothing to prepare")
     if INSPECT.value:
-        return inspect(cfg, Path(INSPECT.value)) if distributed.is_writer() else None
+        return inspect(cfg, Path(INSPECT.value))
     data, V = format.data, format.vocabulary.text_vocab_size
     tokenizer = load_tokenizer(data.tokenizer)
     if tokenizer.vocab_size != V:

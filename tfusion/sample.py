@@ -83,7 +83,7 @@ def write(rows: list, names: list[str], out: Path) -> None:
             line.append({"image": path.name})
             drawn += 1
         documents.append({"prompt": name, "parts": line})
-    config.replace_text(out / "documents.jsonl", "".join(json.dumps(d) + "\n" for d in documents))
+    paths.replace_text(out / "documents.jsonl", "".join(json.dumps(d) + "\n" for d in documents))
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter loses that letter only
     for document in documents:
         shown = (part["text"] if "text" in part else f"[{part['image']}]" for part in document["parts"])

@@ -34,7 +34,7 @@ def hold(lock):
 
     Raises UserError where another process holds it.
     """
-    if paths.URL.match(os.fspath(lock)):
+    if paths.in_bucket(lock):
         return Lease(lock)
     file = open(lock, "a+")  # noqa: SIM115 (it is the lock: who holds it closes it)
     try:

@@ -17,11 +17,11 @@ import numpy as np
 from tqdm import tqdm
 
 from tfusion import sharding
-from tfusion.config import replace_text
 from tfusion.evals import figure
 from tfusion.evals.base import Evaluator, Options, open_heldout, register, section, write_card
 from tfusion.inference.trained import Trained
 from tfusion.objectives import kind_of, make_objective
+from tfusion.paths import replace_text
 from tfusion.training.step import make_eval_step
 
 POSITIONS = 8192  # looked at at once by each share of the devices: the figures do not depend on it

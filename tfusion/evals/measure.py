@@ -7,10 +7,10 @@ from pathlib import Path
 
 import jax
 
-from tfusion.config import replace_text
 from tfusion.errors import UserError
 from tfusion.evals.base import EVALUATORS, NEEDS, LeftOut, Options, lacking
 from tfusion.inference.trained import Trained
+from tfusion.paths import replace_text
 from tfusion.training.metrics import write_timing
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from tfusion import inference
-from tfusion.config import RunConfig, replace_text
+from tfusion.config import RunConfig
 from tfusion.data.scenes import parse_caption, render
 from tfusion.evals import figure
 from tfusion.evals.base import Evaluator, Options, register, scenes_source, section, write_card
 from tfusion.evals.scene_matcher import judge_caption, judge_picture, see
 from tfusion.inference.trained import Trained
+from tfusion.paths import replace_text
 
 SHOWN = 48  # pictures kept for the report
 CLASSES = {"": "one", "two": "two", "left of": "left of", "above": "above"}  # by a scene's relation

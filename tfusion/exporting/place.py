@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tfusion import distributed, exported
-from tfusion.config import replace_text
 from tfusion.errors import UserError
+from tfusion.paths import replace_text
 from tfusion.workdir import LOCK, hold
 
 UNFINISHED = ".unfinished"

@@ -19,8 +19,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tfusion.config import replace_text
 from tfusion.errors import UserError
+from tfusion.paths import replace_text
 from tfusion.workdir import LOCK, hold
 
 MARK = ".made_by_prepare"  # stands in every folder that was completed here: the names of all files left there

@@ -11,7 +11,7 @@ import threading
 import time
 from pathlib import Path
 
-from tfusion.config import replace_text
+from tfusion.paths import replace_text
 
 PARTS = ("init", "compile", "data", "step", "save", "eval", "lost")
 FILE, BEAT_S = "goodput.json", 10.0

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from tqdm import tqdm
 
-from tfusion import config, distributed, sharding
+from tfusion import config, distributed, paths, sharding
 from tfusion.checkpoint import Checkpoints, Keep
 from tfusion.data import pipeline
 from tfusion.errors import UserError
@@ -199,7 +199,7 @@ def finish(workdir: Path, state, first: int, num_steps: int, totals: dict, secon
     params = sum(x.size for x in jax.tree.leaves(state.params))
     summary = {"num_params": params, "steps": num_steps, **totals}
     metrics.write_timing(workdir, f"train from step {first}" if first else "train", seconds)
-    config.replace_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    paths.replace_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 class Run(NamedTuple):

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from tfusion import accelerators
-from tfusion.config import replace_text
 from tfusion.errors import UserError
+from tfusion.paths import replace_text
 from tfusion.training.optimizer import CLIP_NORM
 
 MOST_SKIPPED = 20  # steps in a row: then it is not one batch that is bad
