@@ -1,11 +1,13 @@
 """Paths are taken as their user means them: `~` is the home folder, a URL never becomes a folder's name."""
 
+import itertools
 import os
 
 import pytest
 from absl.flags import FlagValues, IllegalFlagValueError
 
 from experiments import quickstart
+from tests.kills import killed_at
 from tfusion import config, paths
 from tfusion.errors import UserError
 
@@ -88,3 +90,19 @@ def test_the_config(name, monkeypatch):
         config.from_dict(tree)
     assert str(e.value) == (
         f"{name} = 'gs://bucket/x': a local path is needed here; a bucket can be mounted (docs/data.md)")
+
+
+def test_a_folder_is_deleted_its_mark_last(tmp_path):
+    """Killed at any change: what is left has its mark, or is empty. In whatever order the disk lists files."""
+    for change in itertools.count():
+        folder = tmp_path / f"{change}"
+        (folder / "deep").mkdir(parents=True)
+        for name in ("mark", "deep/x", *map(str, range(30))):
+            (folder / name).touch()
+        killed = killed_at(change, lambda folder=folder: paths.delete(folder, "mark"))
+        left = os.listdir(folder) if folder.exists() else []
+        assert "mark" in left or not left, change
+        if not killed:
+            break
+    assert not folder.exists() and change > 30
+    paths.delete(folder, "mark")  # absent

@@ -5,6 +5,7 @@ the home folder, and a URL names a bucket where a bucket will do, and is refused
 through epath and fsspec; an object there is written whole or not at all, and cannot be appended to.
 """
 
+import contextlib
 import importlib.util
 import io
 import os
@@ -92,6 +93,21 @@ def replace_by(path, write) -> None:
     buffer = io.BytesIO()
     write(buffer)
     replace_bytes(path, buffer.getvalue())
+
+
+def empty(folder, but: str | tuple[str, ...]) -> None:
+    """Deletes what is in a folder of this machine, but for names that begin so."""
+    for left in sorted(epath.Path(folder).iterdir()):
+        if not left.name.startswith(but):
+            left.rmtree() if left.is_dir() and not os.path.islink(left) else left.unlink()
+
+
+def delete(folder, mark: str) -> None:
+    """Deletes a folder of this machine, and last the mark by which the next one knows, if this one is killed,
+    that what is left may be deleted. One that is absent, or open elsewhere, is passed over."""
+    with contextlib.suppress(OSError):
+        empty(folder, mark)
+        epath.Path(folder).rmtree()
 
 
 class _Parser(flags.ArgumentParser):

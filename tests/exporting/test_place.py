@@ -1,9 +1,11 @@
 """Where an export appears: whole or not at all, over nothing that export did not make."""
 
+import itertools
 import os
 
 import pytest
 
+from tests.kills import killed_at
 from tfusion import exported
 from tfusion.errors import UserError
 from tfusion.exporting import place
@@ -76,6 +78,29 @@ def test_what_a_killed_one_left_is_cleared_away(tmp_path):
     os.rename(tmp_path / "kept", tmp_path / "out.unfinished")
     make(tmp_path / "out")
     assert not (tmp_path / "out" / "half").exists() and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("former", [False, True])
+def test_killed_at_any_change_and_run_again(tmp_path, former):
+    """What stands at `out` is whole, or nothing; and the same command makes the export, whatever was left. An
+    empty folder, whose mark has just gone, is nobody's: it is named."""
+    for change in itertools.count():
+        out = tmp_path / f"{change}" / "out"
+        if former:
+            make(out, "old")
+        killed = killed_at(change, lambda out=out: make(out, "new", overwrite=True))
+        if out.exists():
+            assert (out / "sub" / "weights").read_text() in ("old", "new"), change
+        for left in out.parent.glob("out.*") if out.parent.exists() else ():
+            if not os.listdir(left):
+                with pytest.raises(UserError, match=rf"{left} was not made by export"):
+                    make(out, overwrite=True)
+                left.rmdir()
+        make(out, "newer", overwrite=True)
+        assert (out / "sub" / "weights").read_text() == "newer" and os.listdir(out.parent) == ["out"], change
+        if not killed:
+            break
+    assert change > 5
 
 
 def test_another_folder_of_that_name_is_left_alone(tmp_path):

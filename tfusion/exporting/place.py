@@ -4,11 +4,10 @@ the end. What stood there is replaced only if asked, and only if all of it was m
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from tfusion import distributed, exported
+from tfusion import distributed, exported, paths
 from tfusion.errors import UserError
 from tfusion.paths import replace_text
 from tfusion.workdir import LOCK, hold
@@ -47,33 +46,34 @@ def begun(out: Path, overwrite: bool, about: dict) -> Iterator[Path]:
         return
     beside, old = (out.with_name(out.name + end) for end in (UNFINISHED, ".old"))
     for folder in (beside, old):
-        if os.path.lexists(folder) and not (folder / exported.MARK).exists():
+        if os.path.lexists(folder) and not _is_ours(folder):
             raise UserError(f"{folder} was not made by export, which needs that name: move it away")
     beside.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(hold(beside / LOCK)):
         try:
-            _empty(beside)
             _mark(beside, about | {"files": []})  # first: by it the next one knows that this is left over
+            paths.empty(beside, (LOCK, exported.MARK))
             distributed.wait_for_all()
             yield beside
             distributed.wait_for_all()
-            (beside / LOCK).unlink()
+            for left in (beside / LOCK, *beside.glob(f"{exported.MARK}.*")):  # the latter of those killed
+                left.unlink()
             _mark(beside, about | {"files": sorted(_files(beside) - {exported.MARK})})
             check(out, overwrite)  # again: writing may have taken an hour
             if out.exists():
-                shutil.rmtree(old, ignore_errors=True)
+                paths.delete(old, exported.MARK)
                 os.replace(out, old)
             os.replace(beside, out)
-            shutil.rmtree(old, ignore_errors=True)
+            paths.delete(old, exported.MARK)
         except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
+            paths.delete(beside, exported.MARK)
             raise
 
 
-def _empty(folder: Path) -> None:
-    for left in folder.iterdir():
-        if left.name != LOCK:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+def _is_ours(folder: Path) -> bool:
+    """Whether export made a folder, or was killed before it could say so."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    return exported.MARK in names or (bool(names) and all(x.startswith((LOCK, exported.MARK)) for x in names))
 
 
 def _mark(folder: Path, about: dict) -> None:

@@ -14,11 +14,11 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tfusion import paths
 from tfusion.errors import UserError
 from tfusion.paths import replace_text
 from tfusion.workdir import LOCK, hold
@@ -94,9 +94,7 @@ def _empty(folder: Path, but: str) -> None:
     """Deletes what is in a folder but for the names that begin so; its plan first, so that what is half deleted
     is neither gone on with nor brought back."""
     (folder / PLAN).unlink(missing_ok=True)
-    for left in sorted(folder.iterdir()):
-        if not left.name.startswith(but):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    paths.empty(folder, but)
 
 
 def _bring_back(root: Path, old: Path) -> None:
@@ -105,10 +103,9 @@ def _bring_back(root: Path, old: Path) -> None:
 
 
 def _delete(old: Path) -> None:
-    """Its mark last: by it the next one knows that what is left is ours to delete."""
     with contextlib.suppress(OSError):  # absent; or open elsewhere, and the next one's to delete
         _empty(old, MARK)
-        shutil.rmtree(old)
+        paths.delete(old, MARK)
 
 
 def _leave(beside: Path) -> None:
