@@ -12,6 +12,8 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
 
 from experiments import quickstart
 from tests.golden import write_split
@@ -116,3 +118,24 @@ def with_shares(cfg, **shares):
 @pytest.fixture
 def cfg(prepared_root):
     return tiny_config(prepared_root)
+
+
+class InMemory(MemoryFileSystem):
+    """gs:// as gcsfs has it: what it lists has no scheme and no slash in front."""
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("gs://"))
+
+    def glob(self, path, **more):
+        return [found.lstrip("/") for found in super().glob(path, **more)]
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """A folder in a bucket that is kept in memory."""
+    memory = InMemory(skip_instance_cache=True)
+    monkeypatch.setattr(epath.backend.fsspec_backend, "_get_filesystem", lambda name: memory)
+    path = epath.Path(f"gs://bucket/{tmp_path.name}")
+    path.mkdir(parents=True, exist_ok=True)
+    return path

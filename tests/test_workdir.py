@@ -6,9 +6,7 @@ import os
 import threading
 import time
 
-import fsspec
 import pytest
-from etils import epath
 
 from tfusion import workdir
 from tfusion.errors import UserError
@@ -31,12 +29,7 @@ def lock(request, tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", none)
     if request.param != "a bucket":
         return tmp_path / workdir.LOCK
-    memory = fsspec.filesystem("memory", skip_instance_cache=True)
-    monkeypatch.setattr(epath.backend.fsspec_backend, "_get_filesystem", lambda name: memory)
-    monkeypatch.setattr(epath.gpath, "_is_tf_installed", lambda: False, raising=False)
-    path = epath.Path(f"gs://bucket/{tmp_path.name}") / workdir.LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    return request.getfixturevalue("bucket") / workdir.LOCK
 
 
 def kill(lease) -> None:

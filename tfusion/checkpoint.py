@@ -20,7 +20,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 from tqdm import tqdm
 
@@ -155,7 +154,7 @@ class Checkpoints:
             yield
         except (OSError, ValueError, RuntimeError) as e:
             error = e
-        if not _anywhere(error is not None):
+        if not distributed.largest(error is not None):  # all processes must take the same way on
             self._failed = None
             return
         step, self._saving = self._saving, None
@@ -244,7 +243,7 @@ class Checkpoints:
             out = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as e:  # orbax and tensorstore raise many kinds, all meaning: cannot be read
             error = e
-        if not _anywhere(error is not None):
+        if not distributed.largest(error is not None):  # all processes must take the same way on
             return out
         if "RESOURCE_EXHAUSTED" in str(error):
             raise UserError(f"checkpoint {self.folder / str(step)} does not fit the memory of these devices; "
@@ -264,13 +263,6 @@ def warn(text: str) -> None:
     """One line on stderr, from one process, that a progress bar leaves whole."""
     if distributed.is_writer():
         tqdm.write(f"warning: {text}", file=sys.stderr)
-
-
-def _anywhere(failed: bool) -> bool:
-    """Whether it failed on any process: all of them must take the same way on."""
-    if jax.process_count() == 1:
-        return failed
-    return bool(multihost_utils.process_allgather(np.asarray(failed)).any())
 
 
 def _first_line(error: Exception) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax._src import clusters, xla_bridge
 from jax._src import distributed as runtime
 from jax.experimental import multihost_utils
@@ -179,6 +180,13 @@ def broadcast(value=None):
     if is_writer():
         client.key_value_set(key, json.dumps(value))
     return json.loads(client.blocking_key_value_get(key, FOREVER_MS))
+
+
+def largest(value: float) -> float:
+    """The largest of what the processes give; every process calls it, at the same point of the program."""
+    if jax.process_count() == 1:
+        return value
+    return float(np.max(multihost_utils.process_allgather(np.float32(value))))
 
 
 def wait_for_all() -> None:

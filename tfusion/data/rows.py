@@ -42,13 +42,18 @@ def read_meta(format: RowFormat) -> dict:
                         "change it or prepare again")
     name = format.data.tokenizer
     if (name in ("byte", "default") or paths.path(name).is_file()) and (
-            load_tokenizer(name).fingerprint != store.identity(meta)["tokenizer"]):
+            _fingerprint(name) != store.identity(meta)["tokenizer"]):
         raise UserError(f"{root} was tokenised by another tokenizer than data.tokenizer = '{name}': set it to "
                         "the one that prepared them, or prepare again")
     if tuple(meta["image_shape"]) != format.image_shape:
         raise UserError(f"{root} holds latents of shape {tuple(meta['image_shape'])}, the model expects "
                         f"{format.image_shape}: change model.adapter.latent_* or prepare again")
     return meta
+
+
+@functools.cache  # asked by the training rows and by each source's held-out ones; a large one takes seconds
+def _fingerprint(tokenizer: str) -> str:
+    return load_tokenizer(tokenizer).fingerprint
 
 
 def warn_of_other_sources(meta: dict, sources: dict) -> None:

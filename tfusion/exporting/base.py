@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from tfusion import exported
+from tfusion import distributed, exported
 from tfusion.data.tokenizers import SAVED
 from tfusion.inference.trained import Trained
 from tfusion.workdir import CODEC, copy_in
@@ -31,7 +30,7 @@ def make(run: Trained, source: Path, weights: str, dtype: str) -> Export:
             rounding = max(rounding, difference(leaves[i], x))
             x.delete()
     run = run._replace(params=tree.unflatten(leaves))
-    return Export(run, source, weights, dtype, over_processes(rounding))
+    return Export(run, source, weights, dtype, distributed.largest(rounding))
 
 
 def difference(a, b) -> float:
@@ -41,11 +40,6 @@ def difference(a, b) -> float:
 
     pairs = zip(a.addressable_shards, b.addressable_shards, strict=True)
     return max((apart(x, y) for x, y in pairs if not x.replica_id), default=0.0)
-
-
-def over_processes(value: float) -> float:
-    """The largest of what the processes found, each in its own parts."""
-    return float(np.max(multihost_utils.process_allgather(np.float32(value))))
 
 
 def copy_parts(export: Export, folder: Path) -> None:

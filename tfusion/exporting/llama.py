@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from tfusion import config, distributed, exported, sharding
 from tfusion.errors import UserError
 from tfusion.exporting import parity, readme
-from tfusion.exporting.base import Export, copy_parts, difference, over_processes, said
+from tfusion.exporting.base import Export, copy_parts, difference, said
 from tfusion.models import llama
 from tfusion.objectives import kind_of
 from tfusion.workdir import copy_in
@@ -119,4 +119,4 @@ def _round_trip(folder: Path, leaves: dict, form: llama.Form) -> float:
             back = exported.read_beside(beside, leaf, x)
         largest = max(largest, difference(back, x))
         back.delete()
-    return over_processes(largest)
+    return distributed.largest(largest)

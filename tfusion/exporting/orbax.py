@@ -9,7 +9,7 @@ from tfusion import config, distributed
 from tfusion.checkpoint import Checkpoints, save_frozen
 from tfusion.errors import UserError
 from tfusion.exporting import readme
-from tfusion.exporting.base import Export, copy_parts, difference, over_processes, said
+from tfusion.exporting.base import Export, copy_parts, difference, said
 from tfusion.inference import trained
 
 
@@ -35,7 +35,7 @@ def write(export: Export, folder: Path) -> list[str]:
     back = trained.load(folder, mesh=mesh)
     pairs = zip(*(jax.tree.leaves((each.params, each.aux.buffers, each.aux.frozen)) for each in (run, back)),
                 strict=True)
-    largest = over_processes(max(difference(*pair) for pair in pairs))
+    largest = distributed.largest(max(difference(*pair) for pair in pairs))
     if largest:
         raise UserError(f"{folder} was not read back as it was written (by up to {largest:.3g}): is the disk "
                         "sound?")

@@ -57,21 +57,19 @@ class JsonParts:
     """The same in a bucket, as metrics.<first step>.jsonl: one more file per flush, the lines of a minute."""
 
     def __init__(self, folder: Path, first_step: int):
-        self._folder, self._lines, self._flushed = folder, [], time.monotonic()
+        self._folder, self._lines = folder, []
         for part in reversed(_parts(folder)):
             if not _drop_after(part, first_step):
                 break  # those before it are of earlier steps
 
     def write(self, step: int, values: dict) -> None:
         self._lines.append((step, _line(step, values)))
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self.flush()
 
     def flush(self) -> None:
         if self._lines:
             part = self._folder / PART.format(step=self._lines[0][0])
             part.write_text("".join(line for _, line in self._lines))
-        self._lines, self._flushed = [], time.monotonic()
+        self._lines = []
 
     def close(self) -> None:
         self.flush()
@@ -124,7 +122,7 @@ class TensorBoard:
     TensorBoard reads one after the other."""
 
     def __init__(self, folder: Path, first_step: int):
-        self._folder, self._purge, self._flushed = folder, first_step + 1, time.monotonic()
+        self._folder, self._purge = folder, first_step + 1
         self._beside = tempfile.TemporaryDirectory() if paths.in_bucket(folder) else None
         self._board = self._open()
 
@@ -137,8 +135,6 @@ class TensorBoard:
     def write(self, step: int, values: dict) -> None:
         for name, value in finite(values).items():
             self._board.add_scalar(name, value, step)
-        if self._beside and time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self.flush()
 
     def flush(self) -> None:
         if self._beside:
@@ -146,7 +142,7 @@ class TensorBoard:
             for path in Path(self._beside.name).iterdir():
                 (self._folder / path.name).write_bytes(path.read_bytes())
                 path.unlink()
-            self._board, self._flushed = self._open(), time.monotonic()
+            self._board = self._open()
 
     def close(self) -> None:
         self.flush()
@@ -203,18 +199,21 @@ class WeightsAndBiases:
 
 
 class Together:
-    """Several writers as one."""
+    """Several writers as one, flushed once a minute."""
 
     def __init__(self, *writers: Writer):
-        self._writers = writers
+        self._writers, self._flushed = writers, time.monotonic()
 
     def write(self, step: int, values: dict) -> None:
         for writer in self._writers:
             writer.write(step, values)
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
 
     def flush(self) -> None:
         for writer in self._writers:
             writer.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
         with contextlib.ExitStack() as stack:  # all, even where one fails
