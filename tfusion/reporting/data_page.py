@@ -145,12 +145,11 @@ def header(data: Data, drawn: list) -> str:
              ("text ids", f"{format.vocabulary.text_vocab_size:,}")]
     if format.image_slots:
         pairs.append(("latents of an image", " × ".join(map(str, format.image_shape))))
-    facts = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in pairs)
     return (f'<header class="hero"><div><p class="kicker">tfusion prepared data</p><h1>{escape(root.name)}</h1>'
             '<p class="lead">What a run with this config will train on: what was prepared, how it fills rows, '
             "and the first rows as the model is given them, read back into words and pictures.</p>"
             f'<p class="path"><code>{escape(str(root))}</code></p></div>{mosaic}</header>'
-            f'<dl class="facts">{facts}</dl>')
+            + page.facts(pairs))
 
 
 # ---------------------------------------------------------------- what is prepared
@@ -243,11 +242,10 @@ def made_of(data: Data) -> str:
              ("documents a row", page.number(n.documents / n.rows))]
     if I:
         pairs.append(("image slots in use", f"{n.slots / n.rows / I:.1%}"))
-    facts = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in pairs)
     lead = (f"Of the first {n.rows:,} rows, each checked against the data contract; fill, drops and lengths of "
             f"{WINDOWS} windows of {R:,} rows. A dropped document found no room in its window, nor in the "
             "next; a record is left out where its images fit into no row.")
-    return (f'<p class="lead">{lead}</p><dl class="facts">{facts}</dl>{sources_table(data, n, stats[1:])}'
+    return (f'<p class="lead">{lead}</p>{page.facts(pairs)}{sources_table(data, n, stats[1:])}'
             f'<div class="cards small">{"".join(histograms(data, T))}</div>')
 
 

@@ -178,6 +178,13 @@ def write(path: Path, title: str, body: str) -> None:
     replace_text(path, document(title, body))
 
 
+def facts(pairs: Iterable[tuple[str, str]], wide: Iterable[tuple[str, str]] = ()) -> str:
+    """A handful of names, each with its value, side by side; wide: those of long values, at the end."""
+    cells = "".join(f"<div{css}><dt>{name}</dt><dd>{value}</dd></div>"
+                    for css, some in (("", pairs), (' class="wide"', wide)) for name, value in some)
+    return f'<dl class="facts">{cells}</dl>'
+
+
 def navigation(names: Iterable[str]) -> str:
     """Links to the sections of a page, by their anchors."""
     links = (f'<a href="#{name}">{escape(name.replace("-", " ").capitalize())}</a>' for name in names)

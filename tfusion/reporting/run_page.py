@@ -71,10 +71,8 @@ def facts(run: RunFiles) -> str:
         pairs.append(("training steps", f"{max((row['step'] for row in run.log()), default=0):,}"))
     if seconds := sum(stage["seconds"] for stage in run.stages()):
         pairs.append(("wall time, all stages", page.duration(seconds)))
-    cells = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in pairs)
-    if timing := run.optional_json(TIMING, "machine"):
-        cells += f'<div class="wide"><dt>machine</dt><dd>{escape(timing["machine"])}</dd></div>'
-    return f'<dl class="facts">{cells}</dl>'
+    timing = run.optional_json(TIMING, "machine")
+    return page.facts(pairs, [("machine", escape(timing["machine"]))] if timing else [])
 
 
 def codec(run: RunFiles) -> str:
