@@ -14,7 +14,7 @@ and with little noise, and a short, fast optimizer schedule. docs/recipe.md has 
 
 from ml_collections import ConfigDict
 
-from experiments.common import base, parse, shorten, small_autoencoder, small_transformer
+from experiments.common import base, parse, shorten, small_autoencoder, small_transformer, small_vq
 
 
 def world(kind: str, share: float, num_records: int) -> dict:
@@ -35,9 +35,12 @@ def transfusion() -> ConfigDict:
     return config
 
 
+KINDS = {"transfusion": transfusion, "autoencoder": small_autoencoder, "vq": small_vq}
+
+
 def get_config(arg=None):
-    chosen = parse(arg, objective=("transfusion", "autoencoder"), length=("smoke",), mixture=("captions_last",))
-    config = small_autoencoder() if chosen["objective"] == "autoencoder" else transfusion()
+    chosen = parse(arg, objective=tuple(KINDS), length=("smoke",), mixture=("captions_last",))
+    config = KINDS[chosen["objective"] or "transfusion"]()
     if chosen["length"] == "smoke":
         shorten(config)
         if "prepared" in config.data:
