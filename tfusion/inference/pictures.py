@@ -25,10 +25,14 @@ def kl(run: Trained) -> Decoder:
 
 def vq(run: Trained) -> Decoder:
     """Codes need no normalisation: its codec looks at no pictures."""
-    codec = VQCodec(run.cfg.autoencoder, {**run.params, "codebook": codebook(run.params, run.aux.buffers)})
-    return Decoder(reconstruct=lambda run, pictures: reconstructed(codec, pictures),
-                   codes=lambda run, pictures: codec.encode(pictures), num_codes=codec.num_codes,
-                   make_codec=lambda run, read: codec, image_size=codec.image_size)
+    cfg = run.cfg.autoencoder
+
+    def codec() -> Codec:
+        return VQCodec(cfg, {**run.params, "codebook": codebook(run.params, run.aux.buffers)})
+
+    return Decoder(reconstruct=lambda run, pictures: reconstructed(codec(), pictures),
+                   codes=lambda run, pictures: codec().encode(pictures), num_codes=cfg.num_codes,
+                   make_codec=lambda run, read: codec(), image_size=cfg.image_size)
 
 
 def reconstructed(codec: Codec, pictures):
