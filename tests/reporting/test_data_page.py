@@ -181,7 +181,7 @@ def test_pictures_are_decoded_by_the_codec_that_made_them(tmp_path, monkeypatch,
     articles = re.findall(r'<article class="packed".*?</article>', page)
     assert len({row.count('class="pixels"') for row in page.split('<section id="row-')[1:]}) > 1
     if fingerprint == "doubled":
-        assert "decoded from the latents by the codec" in page and "false colours" not in page
+        assert "decoded by the codec that stands" in page and "false colours" not in page
         for article in articles:
             i = int(re.search(r"number (\d+)", article).group(1))
             wanted = [pictures.pixel_image(np.tile(np.uint8(colour), (8, 8, 1)), "a picture of the row")
@@ -189,7 +189,7 @@ def test_pictures_are_decoded_by_the_codec_that_made_them(tmp_path, monkeypatch,
             assert re.findall("<img[^>]*>", article) == wanted
             assert ("t ≤ 0.25" in article) == (article.index("<img") < article.index("number"))
     else:
-        assert "codec that made the latents is not here" in page and "latents in false colours" in page
+        assert "codec that encoded the pictures is not here" in page and "encoded, in false colours" in page
         assert all(article.count("<img") >= 1 for article in articles)
 
 
@@ -247,3 +247,11 @@ def test_what_a_card_says_stands_in_the_table(tmp_path):
     (tmp_path / card.NAME).write_text("{")
     with pytest.raises(ValueError, match=r"card.json is broken .* or delete it"):
         data_page.open_data(made)
+
+
+def test_codes_are_told_apart_by_colour():
+    codes = np.arange(256, dtype=np.int32).reshape(1, 16, 16)
+    drawn = data_page.false_colours(np.concatenate([codes, codes[:, ::-1]]))
+    assert drawn.shape == (2, 16, 16, 3) and drawn.dtype == np.uint8
+    assert len(np.unique(drawn[0].reshape(-1, 3), axis=0)) == 256
+    np.testing.assert_array_equal(drawn[1], drawn[0, ::-1])
