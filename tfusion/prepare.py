@@ -81,8 +81,8 @@ def open_codec(named: str, format: RowFormat) -> Unfitted:
 
 def check_shape(codec: Codec, format: RowFormat, named: str) -> None:
     if tuple(codec.shape) != format.image_shape:
-        raise UserError(f"{named} makes {np.dtype(codec.dtype)} {tuple(codec.shape)} of a picture, the model of "
-                        f"the config reads {format.image_shape}: change its group 'model', or the codec")
+        raise UserError(f"{named} makes {np.dtype(codec.dtype)} {tuple(codec.shape)} of a picture, the model "
+                        f"reads {format.image_shape}: change the config's group 'model', or the codec")
 
 
 def fitted(folder: Path, unfitted: Unfitted) -> Codec:
