@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+ENDS = ("error:", "preempted", "stopped")  # how the line begins that says why a process ended
 
 
 class Process:
@@ -37,8 +38,8 @@ class Process:
         return (self.folder / "err").read_text()
 
     def errors(self) -> list[str]:
-        """Its lines that begin with `error:`."""
-        return [line for line in re.split(r"[\r\n]+", self.stderr()) if line.startswith("error:")]
+        """Its lines that say why it ended."""
+        return [line for line in re.split(r"[\r\n]+", self.stderr()) if line.startswith(ENDS)]
 
 
 def free_port() -> int:

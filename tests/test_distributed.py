@@ -173,7 +173,7 @@ def test_sigterm_before_steps_are_under_way_ends_a_process_at_once(pipe, capfd):
     sigterm()
     wait_until(lambda: ended)
     assert ended[0] == 42
-    assert capfd.readouterr().err == "error: stopped by SIGTERM; the same command goes on\n"
+    assert capfd.readouterr().err == "stopped by SIGTERM; the same command goes on\n"
 
 
 def test_a_second_sigterm_ends_a_process_that_saves(pipe):

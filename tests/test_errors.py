@@ -322,7 +322,7 @@ def test_errors_of_the_user(error, line, monkeypatch, capsys):
 
 
 def test_a_run_that_was_stopped_is_one_that_launchers_restart(monkeypatch, capsys):
-    assert failing_with(errors.Stopped("stopped"), monkeypatch, capsys) == (42, "error: stopped\n")
+    assert failing_with(errors.Stopped("stopped"), monkeypatch, capsys) == (42, "stopped\n")
 
 
 def test_what_orbax_leaves_behind_is_not_heard(monkeypatch):

@@ -315,7 +315,7 @@ def _end_on_sigterm(reading: int) -> None:
         os.set_blocking(reading, True)
         os.read(reading, 2**16)
         status = KILLED
-    os.write(2, b"error: stopped by SIGTERM; the same command goes on\n")
+    os.write(2, b"stopped by SIGTERM; the same command goes on\n")
     state = runtime.global_state
     if state.num_processes > 1:
         threading.Timer(ONE_NOTICE_S, os._exit, (status,)).start()  # whatever becomes of the others

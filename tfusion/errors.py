@@ -124,7 +124,7 @@ def _text(error) -> str:
 
 
 def _fail(error) -> None:
-    print(f"error: {_text(error)}", file=sys.stderr)
+    print(_text(error) if isinstance(error, Stopped) else f"error: {_text(error)}", file=sys.stderr)
     threading.excepthook = lambda _: None  # a writer's thread that is cut off has nothing to add
     _flush()
     leave(error, getattr(error, "status", 1), _text(error))
