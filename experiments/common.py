@@ -32,7 +32,8 @@ def run() -> dict:
 
 def transformer(size: str) -> dict:
     size = MODEL_SIZES[size]
-    return dict(**size, num_kv_heads=size["num_heads"], remat="full", compute_dtype="bfloat16")
+    return dict(**size, num_kv_heads=size["num_heads"], qk_norm="none", norm_order="pre",
+                remat="full", compute_dtype="bfloat16")
 
 
 def linear_adapter() -> dict:

@@ -29,6 +29,7 @@ LAYER = {
     "decoder/blocks/mlp/up_kernel": "mlp.up_proj",
     "decoder/blocks/mlp/down_kernel": "mlp.down_proj",
 }
+NO_LLAMA = {"qk_norm": "none", "norm_order": "pre"}  # options, and what they are in a Llama
 TRUNK = "decoder/"  # leaves below it are the transformer's
 
 
@@ -67,6 +68,15 @@ def tensors(num_layers: int) -> list[Tensor]:
     first, last = (tensors_of(leaf, num_layers) for leaf in TABLES)
     norm = tensors_of(*NORM, num_layers)
     return [*first, *(one for layer in zip(*layers) for one in layer), *norm, *last]
+
+
+def check_model(model: TransformerConfig) -> None:
+    """Raises UserError where it has an option that Llama has not."""
+    strange = [f"model.{key} = '{value}'" for key, none in NO_LLAMA.items()
+               if (value := getattr(model, key)) != none]
+    if strange:
+        raise UserError(f"Hugging Face's Llama has no {' and no '.join(strange)}: such a model can be exported "
+                        "with --format=orbax alone, and begins with no Llama's parameters")
 
 
 def check_leaves(leaves) -> None:
