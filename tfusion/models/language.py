@@ -24,6 +24,8 @@ from tfusion.sharding import constrain
 class LanguageConfig(TransformerConfig):
     text_vocab_size: int  # V; BOI and EOI come on top
 
+    image_attention = "causal"  # inside an image; a kind may have it otherwise
+
     @property
     def vocab_size(self) -> int:
         return self.text_vocab_size + 2
@@ -67,6 +69,11 @@ class LanguageModel(nn.Module):
     def embed_tokens(self, tokens_BT):
         """x_BTD in the compute dtype."""
         return embed_tokens(self.token_embedding, tokens_BT, self.cfg.compute_dtype)
+
+    def embed_rows(self, tokens_BT, image_start_BI, latents_BIhwc):
+        """x_BTD of rows whose images are finished; here they are tokens."""
+        del image_start_BI, latents_BIhwc
+        return self.embed_tokens(tokens_BT)
 
     def hidden(self, x_BTD, sight: Sight, cache: Cache | None = None):
         """(the last hidden states h_BTD, after the final norm, in the compute dtype; the cache, with these

@@ -41,10 +41,11 @@ class Form(NamedTuple):
     text_vocab_size: int  # ids of text; symbols of ours stand behind them
     symbols: dict[str, int]  # {their name in config.json: id}
     logits: Callable  # (params, tokens_BT) -> float32 (B, T, V) of one document a row, computed in float32
+    num_codes: int = 0  # ids of images, behind those
 
     @property
     def vocab_size(self) -> int:
-        return self.text_vocab_size + len(self.symbols)
+        return self.text_vocab_size + len(self.symbols) + self.num_codes
 
 
 class Tensor(NamedTuple):

@@ -112,6 +112,10 @@ class Transfusion(LanguageModel):
         places = patch_places(image_start_BI, self.cfg.num_patches, x_BTD.shape[1])
         return put_patches(x_BTD, patches_BIND, places), skips
 
+    def embed_rows(self, tokens_BT, image_start_BI, latents_BIhwc):
+        """x_BTD of rows whose images are finished: clean, t = 0."""
+        return self.embed(tokens_BT, image_start_BI, latents_BIhwc, jnp.zeros(image_start_BI.shape))[0]
+
     def predict(self, h_BTD, image_start_BI, t_BI, skips):
         """The diffusion target's estimate in every image slot, (B, I, h, w, c), float32."""
         num_patches = self.cfg.num_patches
