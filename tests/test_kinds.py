@@ -83,9 +83,9 @@ def test_plans():
     assert plan["memory"]["parameters"] == 8 * 4 / 8 and "points as they come" in text.render(plan)
 
 
-def test_every_kind_plans_its_real_batch(cfg):
+def test_every_kind_plans_its_real_batch(cfg, chameleon):
     """abstract_batch has the shapes and types of what open_rows gives."""
-    for each in (cfg, config.from_dict(toy.get_config())):
+    for each in (cfg, chameleon, config.from_dict(toy.get_config())):
         kind, B = KINDS[each.objective], each.train.batch_size
         rows = kind.open_rows(each)
         real = jax.tree.map(lambda *x: np.stack(x), *rows.read(range(B)))
