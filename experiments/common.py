@@ -125,6 +125,15 @@ def small_autoencoder() -> ConfigDict:
     return config
 
 
+def small_vq() -> ConfigDict:
+    """Its twin that makes codes: the same network, on the same pictures, in the same steps."""
+    config = small_autoencoder()
+    config.objective = "vq_autoencoder"
+    kept = {key: config.autoencoder[key] for key in ("image_size", "downsample", "width", "num_blocks")}
+    config.autoencoder = ConfigDict(dict(**kept, num_codes=512, code_dim=8, commitment_weight=0.25))
+    return config
+
+
 def shorten(config: ConfigDict) -> None:
     """The same path in seconds, for CI."""
     config.train.update(num_steps=60, log_every=20, eval_every=30, eval_documents=16, checkpoint_every=30)
