@@ -22,7 +22,7 @@ CODECS: dict[str, type] = {}  # kind -> class, as codec.npz names it
 
 class Codec(Protocol):
     """image_size: side of its pictures. shape, dtype: of one encoded picture. fingerprint: sha256 (hex) of what
-    defines it; equal means interchangeable."""
+    defines it; equal means interchangeable. One that makes codes (int32) has `num_codes`: they are below it."""
 
     image_size: int
     shape: tuple[int, ...]
@@ -81,6 +81,15 @@ def check_pictures(images, image_size: int) -> None:
     if images.shape[1:] != size or images.dtype != np.uint8:
         raise UserError(f"pictures are {images.dtype} {images.shape[1:]}, the codec was trained on uint8 "
                         f"{size}: bring them to that size")
+
+
+def check_codes(codes, num_codes: int):
+    """int32. Raises UserError where they are not whole numbers from 0 to num_codes - 1."""
+    codes = np.asarray(codes)
+    if codes.dtype.kind not in "iu" or (codes.size and not 0 <= codes.min() <= codes.max() < num_codes):
+        raise UserError(f"codes are {codes.dtype} from {codes.min()} to {codes.max()}, the codec's are whole "
+                        f"numbers from 0 to {num_codes - 1}: they are another codec's")
+    return codes.astype(np.int32)
 
 
 def in_chunks(fn, x):
