@@ -40,6 +40,11 @@ def linear_adapter() -> dict:
     return dict(kind="linear", latent_size=32, latent_channels=8, patch_size=2, patch_positions="none")
 
 
+def rectified_flow() -> dict:
+    """In place of ddpm, with sampling.sampler = "euler"."""
+    return dict(kind="flow", times="uniform", shift=1.0)
+
+
 def packed_data(**sources) -> dict:
     return dict(
         prepared="data/prepared", tokenizer="data/tokenizer.model", seq_len=4096, image_share=0.5,
@@ -137,6 +142,14 @@ def small_vq() -> ConfigDict:
 def shorten(config: ConfigDict) -> None:
     """The same path in seconds, for CI."""
     config.train.update(num_steps=60, log_every=20, eval_every=30, eval_documents=16, checkpoint_every=30)
+
+
+def product(**axes) -> list[dict]:
+    """[{axis: value}] of all combinations, the last axis first: for get_sweep."""
+    combinations = [{}]
+    for axis, values in axes.items():
+        combinations = [{**each, axis: value} for each in combinations for value in values]
+    return combinations
 
 
 def parse(arg: str | None, **groups) -> dict[str, str | None]:

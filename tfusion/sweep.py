@@ -27,7 +27,7 @@ RETRY = flags.DEFINE_bool("retry", False, "run those that failed too")
 
 
 def freeze(name: str, out: Path) -> None:
-    made = points.make(experiment.call(name, "get_sweep"), name)
+    made = points.make(experiment.call(name, "get_sweep"), name, out)
     new = points.freeze(out, made)
     width = max(len(point.name) for point in made)
     print(f"{'point':{width}}  {'N':>9}  {'tokens':>9}  {'6ND':>9}  {'FLOPs':>9}  verbs")
@@ -46,7 +46,7 @@ def minutes(seconds: float | None) -> str:
 def show(out: Path) -> None:
     frozen = points.read(out)
     named = {point.name: point for point in frozen}
-    states = {point.name: progress.state(point, out, named) for point in frozen}
+    states = {point.name: progress.state(point, named) for point in frozen}
     width = max(map(len, named))
     for name, s in states.items():
         where = f"{s.step}/{s.steps}" if s.steps else ""

@@ -41,7 +41,7 @@ class Point(NamedTuple):
     verbs: list[str]
     flags: dict  # {verb: {flag: value}}
     tags: dict
-    workdir: str  # in the sweep's folder, or absolute
+    workdir: str  # the sweep's folder, as it was named, and the name
     config_hash: str  # of `resolved`, the same wherever the sweep lies
     flops: float  # expected of the whole run: exact model FLOPs
     tokens: int | None  # D, codes and patches among them; None without a transformer
@@ -56,11 +56,16 @@ class Point(NamedTuple):
         return sorted({name for value in values for name in NAMED.findall(str(value))} - {self.name})
 
 
-def place(text, out: Path, points: dict[str, Point]):
+    @property
+    def folder(self) -> Path:
+        return Path(self.workdir)
+
+
+def place(text, points: dict[str, Point]):
     """A value with `{name}` replaced by that point's workdir; what is no text as it is."""
     if not isinstance(text, str):
         return text
-    return NAMED.sub(lambda match: str(out / points[match[1]].workdir), text)
+    return NAMED.sub(lambda match: points[match[1]].workdir, text)
 
 
 def resolve(name: str, overrides: dict) -> config.RunConfig:
@@ -85,7 +90,7 @@ def resolve(name: str, overrides: dict) -> config.RunConfig:
     return config.from_dict(tree)
 
 
-def make(given: list[dict], where: str) -> list[Point]:
+def make(given: list[dict], where: str, out: Path) -> list[Point]:
     """Points of what get_sweep returned, checked. where: the experiment, for messages."""
     if not given:
         raise UserError(f"{where}: get_sweep returns no points")
@@ -99,7 +104,7 @@ def make(given: list[dict], where: str) -> list[Point]:
         if name in points:
             raise UserError(f"{where}: two points are named '{name}', and would share one workdir")
         try:
-            points[name] = _point(**one)
+            points[name] = _point(out, **one)
         except UserError as e:
             raise UserError(f"{where}: point '{name}': {e}") from e
         if missing := [other for other in points[name].needs if other not in points]:
@@ -108,7 +113,8 @@ def make(given: list[dict], where: str) -> list[Point]:
     return list(points.values())
 
 
-def _point(name: str, config: str, overrides=None, verbs=("train", "evaluate"), flags=None, tags=None) -> Point:
+def _point(out: Path, name: str, config: str, overrides=None, verbs=("train", "evaluate"), flags=None,
+           tags=None) -> Point:
     cfg = resolve(config, overrides or {})
     if not verbs or (bad := [verb for verb in verbs if verb not in VERBS]):
         raise UserError(f"verbs = {list(verbs)}; choices: {', '.join(VERBS)}" if not verbs else
@@ -116,8 +122,8 @@ def _point(name: str, config: str, overrides=None, verbs=("train", "evaluate"), 
     cost = ladder.cost(cfg) if "train" in verbs else ladder.Cost(0.0)
     resolved = cfg.to_dict()
     digest = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:16]
-    return Point(name, config, overrides or {}, list(verbs), flags or {}, tags or {}, name, digest, *cost,
-                 resolved)
+    return Point(name, config, overrides or {}, list(verbs), flags or {}, tags or {}, str(out / name), digest,
+                 *cost, resolved)
 
 
 def _check_different(points: list[Point], where: str) -> None:
@@ -166,7 +172,7 @@ def differences(old: list[Point], new: list[Point]) -> list[str]:
     for name in (name for name in before if name in now):
         a, b = (_flat(points[name]._asdict()) for points in (before, now))
         told += [f"'{name}': {key} was {a.get(key)}, is {b.get(key)}" for key in sorted(a.keys() | b.keys())
-                 if a.get(key) != b.get(key) and not key.startswith(("config_hash", "overrides."))]
+                 if a.get(key) != b.get(key) and not key.startswith(("config_hash", "overrides.", "workdir"))]
     return told
 
 

@@ -27,9 +27,9 @@ class State(NamedTuple):
     why: str  # of a failure
 
 
-def configured(point: Point, out: Path, points: dict[str, Point]) -> config.RunConfig:
+def configured(point: Point, points: dict[str, Point]) -> config.RunConfig:
     """Its config, other points' names replaced by their workdirs."""
-    named = {key: place(value, out, points) for key, value in point.overrides.items()}
+    named = {key: place(value, points) for key, value in point.overrides.items()}
     return config.changed(config.from_dict(point.resolved), named)
 
 
@@ -56,9 +56,9 @@ def _evaluated(folder: Path, cfg) -> bool:
 DONE = {"prepare": _prepared, "train": _trained, "evaluate": _evaluated}  # what a verb writes last
 
 
-def next_verb(point: Point, out: Path, points: dict[str, Point]) -> str:
+def next_verb(point: Point, points: dict[str, Point]) -> str:
     """The first of its verbs that is not done; "" where all are."""
-    cfg, folder = configured(point, out, points), out / point.workdir
+    cfg, folder = configured(point, points), point.folder
     return next((verb for verb in point.verbs if not DONE[verb](folder, cfg)), "")
 
 
@@ -67,8 +67,8 @@ def note(folder: Path, verb: str, status: int, why: str) -> None:
     replace_text(folder / OUTCOME, json.dumps({"verb": verb, "status": status, "why": why}) + "\n")
 
 
-def state(point: Point, out: Path, points: dict[str, Point]) -> State:
-    folder, verb = out / point.workdir, next_verb(point, out, points)
+def state(point: Point, points: dict[str, Point]) -> State:
+    folder, verb = point.folder, next_verb(point, points)
     outcome, lines = _json(folder / OUTCOME), _logged(folder)
     step = lines[-1]["step"] if lines else 0
     failed = outcome.get("status", 0) != 0

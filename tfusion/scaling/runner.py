@@ -25,12 +25,12 @@ POLL_S = 1.0
 PACED_S = 10.0  # between two looks at how far the running ones are
 
 
-def command(point: Point, verb: str, out: Path, points: dict[str, Point]) -> list[str]:
+def command(point: Point, verb: str, points: dict[str, Point]) -> list[str]:
     """What is typed to run a verb of a point."""
-    named = {key: place(value, out, points) for key, value in point.overrides.items()}
-    flags = {key: place(value, out, points) for key, value in point.flags.get(verb, {}).items()}
+    named = {key: place(value, points) for key, value in point.overrides.items()}
+    flags = {key: place(value, points) for key, value in point.flags.get(verb, {}).items()}
     if verb != "prepare":
-        flags = {"workdir": out / point.workdir} | flags
+        flags = {"workdir": point.folder} | flags
     config = [f"--config={point.config}", *(f"--config.{key}={value}" for key, value in named.items())]
     return [sys.executable, "-m", f"tfusion.{verb}", *(config if verb != "evaluate" else []),
             *(f"--{key}={value}" for key, value in flags.items())]
@@ -57,17 +57,20 @@ class Runner:
                         dynamic_ncols=True, initial=sum(self.points[name].flops for name in self.finished))
 
     def state(self, point: Point) -> progress.State:
-        return progress.state(point, self.out, self.points)
+        return progress.state(point, self.points)
 
     def run(self) -> None:
         """Until nothing is left that can be run. Raises Stopped after SIGTERM or Ctrl-C, when all have saved,
         and UserError where points failed."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
-        while self._more():
-            time.sleep(POLL_S)
-            self._show()
-        self.bar.close()
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            while self._more():
+                time.sleep(POLL_S)
+                self._show()
+        finally:
+            self.bar.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
         if self.stopping:
             raise Stopped("stopped; the same command goes on")
         if self.failed:
@@ -101,7 +104,7 @@ class Runner:
 
     def _begin(self, point: Point) -> bool:
         """False where another process is at it, or finished it meanwhile."""
-        folder = self.out / point.workdir
+        folder = point.folder
         if resolve(point.config, point.overrides).to_dict() != point.resolved:
             raise UserError(f"'{point.name}' is no longer what was frozen in {self.out}: {point.config} was "
                             "changed; put it back, or freeze another sweep")
@@ -118,21 +121,21 @@ class Runner:
 
     def _next(self, point: Point, lock) -> None:
         """Starts the point's next verb; or it is finished, and lets its lock go."""
-        verb = progress.next_verb(point, self.out, self.points)
+        verb = progress.next_verb(point, self.points)
         if not verb:
             lock.close()
             self.finished.add(point.name)
             return self._tell(point.name, "finished")
         self._tell(point.name, verb)
-        process = start(command(point, verb, self.out, self.points),
-                        self.out / point.workdir / progress.LOG, lock)
+        process = start(command(point, verb, self.points),
+                        point.folder / progress.LOG, lock)
         self.running.append(Running(point, verb, process, lock))
 
     def _ended(self, one: Running) -> None:
-        point, folder, status = one.point, self.out / one.point.workdir, one.process.returncode
+        point, folder, status = one.point, one.point.folder, one.process.returncode
         status = 128 - status if status < 0 else status  # as a shell says which signal it was
         why = _last_line(folder / progress.LOG)
-        if status == 0 and progress.DONE[one.verb](folder, progress.configured(point, self.out, self.points)):
+        if status == 0 and progress.DONE[one.verb](folder, progress.configured(point, self.points)):
             progress.note(folder, one.verb, 0, "")
             if not self.stopping:
                 return self._next(point, one.lock)
