@@ -71,11 +71,10 @@ def pack(recipe: str) -> ConfigDict:
         small_transformer(config)
         config.sampling.num_inference_steps = 50
     world = dict(num_sprites=24, jitter=1)
-    config.data.update(
-        prepared=f"runs/scaling/{OUT_OF[recipe][1]}/data", seq_len=448, window_rows=256, sources=dict(
-            scenes=dict(kind="scenes", share=0.6, num_records=32_000, **world),
-            stories=dict(kind="stories", share=0.2, num_records=8000, **world),
-            glosses=dict(kind="glosses", share=0.2)))
+    config.data.update(prepared=f"runs/scaling/{OUT_OF[recipe][1]}/data", seq_len=448, window_rows=256)
+    config.data.sources = dict(scenes=dict(kind="scenes", share=0.6, num_records=32_000, **world),
+                               stories=dict(kind="stories", share=0.2, num_records=8000, **world),
+                               glosses=dict(kind="glosses", share=0.2))
     config.optimizer.update(learning_rate=LEARNING_RATES[recipe], ema_decay=0.0)
     config.train.update(
         batch_size=2, eval_every=1000, eval_documents=256, diagnostics_every=0, checkpoint_every=100_000,
