@@ -21,7 +21,8 @@ def run() -> dict:
     """What every kind of training has."""
     return dict(
         seed=0,
-        optimizer=dict(learning_rate=3e-4, warmup_steps=4000, b2=0.95, weight_decay=0.1, ema_decay=0.9999),
+        optimizer=dict(learning_rate=3e-4, warmup_steps=4000, decay_steps=0, b2=0.95, weight_decay=0.1,
+                       ema_decay=0.9999),
         train=dict(
             num_steps=250_000, batch_size=512, num_microbatches=1, log_every=50, eval_every=5000,
             eval_documents=8192, diagnostics_every=1000, checkpoint_every=5000,
