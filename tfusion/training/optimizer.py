@@ -1,6 +1,8 @@
 """AdamW as in the paper: betas 0.9/0.95 (b2 from the config), eps 1e-8, weight decay on matrices and
-embeddings but not on norm scales and biases, global-norm clip at 1.0, warm-up and cosine to 5 % of the peak. Or, with decay_steps, warm-up, plateau and decay:
-until it decays a run is the same for any number of steps, so that runs of several lengths branch from one.
+embeddings but not on norm scales and biases, global-norm clip at 1.0, warm-up and cosine to 5 % of the peak.
+
+Or, with decay_steps, warm-up, plateau and decay: until it decays a run is the same for any number of steps, so
+that runs of several lengths branch from one.
 """
 
 import jax
