@@ -29,7 +29,7 @@ OWN = ("objectives", "inference", "config.py")  # where a kind may be named; con
 def verb(name: str, monkeypatch, **given):
     """Runs a verb with flags given by name."""
     module = import_verb(name)
-    monkeypatch.setattr(module.distributed, "start_process", lambda: None)
+    monkeypatch.setattr(module.distributed, "start_process", lambda **given: None)
     for flag, value in given.items():
         monkeypatch.setattr(module, flag, SimpleNamespace(value=value))
     module.main()
