@@ -79,6 +79,8 @@ def test_the_rest_is_fitted_where_runs_are_missing(sweep):
     change(runs / "transfusion-s1-seed0/config.json", train={"num_steps": 400})
     (runs / "transfusion-s2-seed0/evaluation/metrics.json").unlink()
     change(runs / "transfusion-s2-seed1/evaluation/metrics.json", step=50)
+    change(runs / "transfusion-s3-seed1/evaluation/metrics.json", step=80)
+    change(runs / "transfusion-s3-seed1/summary.json", steps=80)  # of a shorter schedule
     (runs / "chameleon-s1-seed0/evaluation/metrics.json").write_text('{"metr')
     shutil.rmtree(runs / "chameleon-s1-seed1")
     (runs / "chameleon-s2-seed1/summary.json").unlink()
@@ -88,12 +90,32 @@ def test_the_rest_is_fitted_where_runs_are_missing(sweep):
         "transfusion-s1-seed0": "stopped or under way at step 100 of 400",
         "transfusion-s2-seed0": "trained, not evaluated",
         "transfusion-s2-seed1": "trained to step 100, evaluated at step 50",
+        "transfusion-s3-seed1": "trained to step 80, evaluated at step 80",
         "chameleon-s1-seed0": "trained, not evaluated", "chameleon-s1-seed1": "not begun",
         "chameleon-s2-seed1": "begun, nothing logged"}
-    assert len(found.ladder()) == 10 and found.planned == 26
+    assert len(found.ladder()) == 9 and found.planned == 26
     panel = found.panels[0]
-    assert [len(some) for some in panel.values.values()] == [5, 5]
+    assert [len(some) for some in panel.values.values()] == [4, 5]
     assert [len(fit.groups) for fit in panel.fits["six_nd"].values()] == [3, 3]
+
+
+def test_references_of_one_modality_are_no_part_of_the_ladder(sweep):
+    """They have no codec or draw nothing, and are compared with nobody."""
+    root, points = sweep
+    points = [*points, write_point(root, "text-s1", "transfusion", "s1", 0, "reference")]
+    write_lines(root / "points.jsonl", points)
+    path = root / "runs/text-s1/evaluation/metrics.json"
+    figures = json.loads(path.read_text())["metrics"]
+    change(path, metrics={"scenes_lm_loss": figures["scenes_lm_loss"]})
+    found = study.read(root)
+    assert len(found.runs) == 27 and len(found.ladder()) == 16
+    assert [run.figures["scenes_lm_loss"] for run in found.runs][-1] == figures["scenes_lm_loss"]
+
+
+def test_processes_may_sample_otherwise(sweep):
+    root, _ = sweep
+    change(root / "runs/transfusion-s2-flow/evaluation/metrics.json", sampling={"sampler": "euler"})
+    assert len(study.read(root).runs) == 26
 
 
 def test_too_few_runs_are_no_line_and_no_crash(tmp_path):

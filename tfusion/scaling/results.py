@@ -36,11 +36,11 @@ def read_json(path: Path):
         return None
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether a folder holds a run that is trained to its end and was evaluated there."""
+def is_whole(folder: Path, steps: int | None = None) -> bool:
+    """Whether a folder holds a run that is trained to its end, of so many steps, and was evaluated there."""
     summary, evaluation = (read_json(folder / name) for name in ("summary.json", EVALUATION))
     return bool(summary and evaluation and (folder / "config.json").is_file()
-                and evaluation.get("step") == summary["steps"])
+                and evaluation.get("step") == summary["steps"] == (steps or summary["steps"]))
 
 
 def kept(results: Path, name: str, config_hash: str) -> Path | None:

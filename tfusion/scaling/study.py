@@ -121,34 +121,46 @@ def read_points(sweep: Path) -> list[dict]:
 
 def finished(sweep: Path, point: dict, kept: Path | None) -> Path | None:
     """The folder with a point's finished run: its workdir, else where it is kept; None of neither."""
-    if results.is_whole(workdir := sweep / point["workdir"]):
+    workdir = sweep / point["workdir"]
+    if results.is_whole(workdir, steps_of(point)):
         return workdir
     return kept and results.kept(kept, point["name"], point["config_hash"])
+
+
+def steps_of(point: dict) -> int | None:
+    """Of its whole schedule, where the point says so."""
+    return point.get("resolved", {}).get("train", {}).get("num_steps")
 
 
 def keep(sweep: Path, kept: Path) -> list[Path]:
     """Copies what finished in its workdir and is not kept yet; returns the new folders."""
     return [results.keep(point, sweep / point["workdir"], kept) for point in read_points(sweep)
-            if results.is_whole(sweep / point["workdir"])
+            if results.is_whole(sweep / point["workdir"], steps_of(point))
             and not results.kept(kept, point["name"], point["config_hash"])]
 
 
 def read_run(point: dict, folder: Path) -> Run:
     config, summary, evaluation = (results.read_json(folder / name) for name in results.DONE)
-    tags, process = point.get("tags", {}), config.get("process", {})
-    model = config["model"]
-    found, params, tokens = evaluation["metrics"], float(point["params"]), float(point["tokens"])
-    identity = results.identity(folder)
-    same = {name: identity[name] for name in identity if name == "tokenizer" or name.startswith("sizes.")}
-    same |= {f"{config['objective']}: {key}": json.dumps(value, sort_keys=True) for key, value in (
-        ("codec", identity.get("codec")), ("sampling", evaluation.get("sampling")))}
-    same |= {"pictures looked at": (found.get("generation_all") or found.get("cider") or {}).get("n")}
+    tags, model, params, tokens = point.get("tags", {}), config["model"], point["params"], point["tokens"]
+    process = config.get("process", {})
+    process = process.get("prediction", process.get("kind", ""))
     size = tags.get("size", f"{model['num_layers']} x {model['d_model']}")
     return Run(
-        point["name"], folder, config["objective"], size,
-        tags.get("part", LADDER), config["seed"], config["optimizer"]["learning_rate"],
-        process.get("prediction", process.get("kind", "")), params, tokens, 6 * params * tokens,
-        float(summary["flops"]), float(summary.get("images", 0)), found, drops(folder), same)
+        point["name"], folder, config["objective"], size, tags.get("part", LADDER), config["seed"],
+        config["optimizer"]["learning_rate"], process, float(params), float(tokens), 6.0 * params * tokens,
+        float(summary["flops"]), float(summary.get("images", 0)), evaluation["metrics"], drops(folder),
+        held_fixed(f"{config['objective']} {process}".strip(), evaluation, results.identity(folder)))
+
+
+def held_fixed(recipe: str, evaluation: dict, identity: dict) -> dict:
+    """{what: value} that a comparison holds fixed; None of what a reference of one modality lacks."""
+    found = evaluation["metrics"]
+    looked = found.get("generation_all") or found.get("cider") or {}
+    same = {name: identity[name] for name in identity if name == "tokenizer" or name.startswith("sizes.")}
+    return same | {
+        f"the codec of {recipe.split()[0]}": identity.get("codec"),
+        f"the sampling of {recipe}": json.dumps(evaluation.get("sampling"), sort_keys=True),
+        "how many pictures were looked at": looked.get("n")}
 
 
 def drops(folder: Path) -> dict[str, float]:
@@ -168,7 +180,8 @@ def check_alike(runs: list[Run]) -> None:
     seen: dict[str, dict] = {}
     for run in runs:
         for key, value in run.same.items():
-            seen.setdefault(key, {}).setdefault(value, []).append(run.name)
+            if value is not None:
+                seen.setdefault(key, {}).setdefault(value, []).append(run.name)
     for key, values in seen.items():
         if len(values) > 1:
             names = " | ".join(f"{', '.join(some[:3])}{' ...' * (len(some) > 3)}" for some in values.values())
