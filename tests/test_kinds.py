@@ -29,7 +29,7 @@ OWN = ("objectives", "inference", "config.py")  # where a kind may be named; con
 def verb(name: str, monkeypatch, **given):
     """Runs a verb with flags given by name."""
     module = import_verb(name)
-    monkeypatch.setattr(module.distributed, "start_process", lambda: None)
+    monkeypatch.setattr(module.distributed, "start_process", lambda **given: None)
     for flag, value in given.items():
         monkeypatch.setattr(module, flag, SimpleNamespace(value=value))
     module.main()
@@ -83,9 +83,9 @@ def test_plans():
     assert plan["memory"]["parameters"] == 8 * 4 / 8 and "points as they come" in text.render(plan)
 
 
-def test_every_kind_plans_its_real_batch(cfg):
+def test_every_kind_plans_its_real_batch(cfg, chameleon):
     """abstract_batch has the shapes and types of what open_rows gives."""
-    for each in (cfg, config.from_dict(toy.get_config())):
+    for each in (cfg, chameleon, config.from_dict(toy.get_config())):
         kind, B = KINDS[each.objective], each.train.batch_size
         rows = kind.open_rows(each)
         real = jax.tree.map(lambda *x: np.stack(x), *rows.read(range(B)))

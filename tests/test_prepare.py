@@ -15,6 +15,8 @@ from tests.conftest import import_verb
 from tests.external.test_codecs import write as write_pretrained
 from tests.kills import killed_at
 from tfusion.data import store
+from tfusion.data.config import RowFormat
+from tfusion.data.layout import Vocabulary
 from tfusion.data.sources.base import Source, Unreadable
 from tfusion.data.tokenizers import ByteTokenizer
 from tfusion.errors import UserError
@@ -142,10 +144,14 @@ def test_codes_are_stored_as_whole_numbers(tmp_path, capsys):
 def test_a_pretrained_codec_is_opened_for_the_configs_grid(tmp_path):
     """Its network fits any: what the config's model reads decides the size of the pictures."""
     named = write_pretrained(tmp_path, "kl")
-    found = verb.open_codec(named, SimpleNamespace(image_shape=(8, 8, 4)))
+
+    def format(channels):
+        return RowFormat(None, Vocabulary(1022, 16), (8, 8, channels), None)
+
+    found = verb.open_codec(named, format(4))
     assert found.image_size == 16 and found.fit().shape == (8, 8, 4) and found.fingerprint
-    with pytest.raises(UserError, match=r"makes float32 \(8, 8, 4\) of a picture, .* reads \(8, 8, 8\)"):
-        verb.open_codec(named, SimpleNamespace(image_shape=(8, 8, 8)))
+    with pytest.raises(UserError, match=r"makes latents of shape \(8, 8, 4\), the model expects .*8, 8, 8"):
+        verb.open_codec(named, format(8))
 
 
 def test_killed_at_any_change_and_run_again(tmp_path):

@@ -60,9 +60,12 @@ class Unfitted(NamedTuple):
 
 def open_codec(named: str, format: RowFormat) -> Unfitted:
     """Of the workdir of a run, or of a pretrained one's 'FILE.safetensors#SHA256'."""
+    def check(codec: Codec) -> None:
+        format.check_images(f"{named} makes", codec.shape, num_codes(codec), "the image tokenizer")
+
     if named.partition("#")[0].endswith(".safetensors"):
         codec = diffusers.open_file(named, format.image_shape[0])
-        check_shape(codec, format, named)
+        check(codec)
         return Unfitted(codec.image_size, codec.fingerprint, lambda: codec)
     run_ = trained.load(named, mesh=sharding.local_mesh(1))
     can = decoder(run_)
@@ -73,16 +76,15 @@ def open_codec(named: str, format: RowFormat) -> Unfitted:
     def fit() -> Codec:
         codec = can.make_codec(
             run_, lambda size: pictures(format.data.sources, "train", size, STATISTICS_IMAGES))
-        check_shape(codec, format, named)
+        check(codec)
         return codec
 
     return Unfitted(can.image_size, trained.fingerprint(run_), fit)
 
 
-def check_shape(codec: Codec, format: RowFormat, named: str) -> None:
-    if tuple(codec.shape) != format.image_shape:
-        raise UserError(f"{named} makes {np.dtype(codec.dtype)} {tuple(codec.shape)} of a picture, the model "
-                        f"reads {format.image_shape}: change the config's group 'model', or the codec")
+def num_codes(codec: Codec) -> int:
+    """Of one that makes latents: 0."""
+    return getattr(codec, "num_codes", 0)
 
 
 def fitted(folder: Path, unfitted: Unfitted) -> Codec:
@@ -145,7 +147,8 @@ def finish(folder: Path, format: RowFormat, tokenizer, codec: Codec | None, bega
     store.write_meta(folder, tokenizer, codec.fingerprint if codec else "", format.image_shape,
                      CODEC_RUN.value and str(Path(CODEC_RUN.value).absolute()),
                      {name: dataclasses.asdict(spec) for name, spec in format.data.sources.items()},
-                     store.stored_dtype(codec.dtype if codec else np.float32))
+                     store.stored_dtype(codec.dtype if codec else np.float32),
+                     num_codes(codec) if codec else format.vocabulary.num_codes)
     print("\n".join(card.lines(about)))
 
 

@@ -247,11 +247,3 @@ def test_what_a_card_says_stands_in_the_table(tmp_path):
     (tmp_path / card.NAME).write_text("{")
     with pytest.raises(ValueError, match=r"card.json is broken .* or delete it"):
         data_page.open_data(made)
-
-
-def test_codes_are_told_apart_by_colour():
-    codes = np.arange(256, dtype=np.int32).reshape(1, 16, 16)
-    drawn = data_page.false_colours(np.concatenate([codes, codes[:, ::-1]]))
-    assert drawn.shape == (2, 16, 16, 3) and drawn.dtype == np.uint8
-    assert len(np.unique(drawn[0].reshape(-1, 3), axis=0)) == 256
-    np.testing.assert_array_equal(drawn[1], drawn[0, ::-1])
