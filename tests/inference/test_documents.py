@@ -29,6 +29,9 @@ def test_a_run_can_what_it_has_the_parts_for(run):
     assert inference.can(run) == everything and inference.decoder(run).image_size == 32
     assert inference.can(run._replace(codec=None)) == {"go_on"}
     assert inference.can(run._replace(tokenizer=None)) == set()
+    coded = run._replace(codec=SimpleNamespace(image_size=32, num_codes=9, encode=lambda pictures: pictures[0]))
+    assert inference.can(coded) == everything | {"codes"} and inference.decoder(coded).num_codes == 9
+    assert inference.decoder(coded).codes(coded, [5, 6]) == 5
 
 
 def test_chunks_have_one_shape_and_keep_the_order(run, monkeypatch):
