@@ -4,7 +4,7 @@
   python benchmarks/decode.py --out benchmarks/results/decode_cpu.json  # and a file
 
 The transformer of experiments/quickstart.py with random weights writes a row of 1,024 positions from its BOS,
-greedily, never ending it early. `kept` is tfusion/inference/transfusion.py:write_text; `recomputed` runs the
+greedily, never ending it early. `kept` is tfusion/inference/writing.py:write_text; `recomputed` runs the
 whole row for each token, as it did before. Both are compiled first, then take turns, round after round, and a
 ratio is taken within one round. The tokens they write must be the same. On two cores it takes three minutes.
 """
@@ -26,7 +26,7 @@ from flax import linen as nn
 from benchmarks.report import machine, save
 from experiments import quickstart
 from tfusion import config, sharding
-from tfusion.inference import transfusion as decoding
+from tfusion.inference import writing as decoding
 from tfusion.models.transfusion import Transfusion
 from tfusion.objectives import make_objective
 from tfusion.types import EOS
@@ -43,7 +43,7 @@ def recomputed(model: Transfusion, params, rows: decoding.Rows, limit_B, tempera
         h_BTD, _ = apply(x_BTD, decoding.sight(model, rows), method="hidden")
         logits_BV = apply(h_BTD[each, rows.length_B - 1], method="logits")
         token = decoding._next_tokens(model, logits_BV, rows, temperature)
-        return decoding._append(rows, token, rows.length_B < limit_B)
+        return decoding.append(rows, token, rows.length_B < limit_B)
 
     return jax.lax.while_loop(lambda rows: jnp.any(rows.length_B < limit_B), body, rows)
 

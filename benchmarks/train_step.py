@@ -43,7 +43,7 @@ from tfusion import config, distributed, sharding
 from tfusion.data import layout, packing
 from tfusion.errors import UserError, run
 from tfusion.models import transformer
-from tfusion.objectives import make_objective, transfusion
+from tfusion.objectives import make_objective, packed, transfusion
 from tfusion.training import state as states
 from tfusion.training import step as steps
 from tfusion.training.optimizer import make_optimizer
@@ -154,7 +154,7 @@ def work(name: str) -> None:
 
         step()
         losses = {key: float(value / count) for key, (value, count) in last.items() if key in objective.weights}
-        needed = transfusion.model_flops(cfg.model, transfusion.count(cfg.model, batch))
+        needed = transfusion.model_flops(cfg, packed.count(cfg.model, batch))
         total = sum(weight * losses[key] for key, weight in objective.weights.items())
         serve({"params": sum(x.size for x in jax.tree.leaves(state.params)), "first_loss": total,
                "config": cfg.to_dict()["model"], "model_flops": jax.tree.map(float, needed),

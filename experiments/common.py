@@ -21,7 +21,8 @@ def run() -> dict:
     """What every kind of training has."""
     return dict(
         seed=0,
-        optimizer=dict(learning_rate=3e-4, warmup_steps=4000, b2=0.95, weight_decay=0.1, ema_decay=0.9999),
+        optimizer=dict(learning_rate=3e-4, warmup_steps=4000, decay_steps=0, b2=0.95, weight_decay=0.1,
+                       ema_decay=0.9999),
         train=dict(
             num_steps=250_000, batch_size=512, num_microbatches=1, log_every=50, eval_every=5000,
             eval_documents=8192, diagnostics_every=1000, checkpoint_every=5000,
@@ -32,11 +33,17 @@ def run() -> dict:
 
 def transformer(size: str) -> dict:
     size = MODEL_SIZES[size]
-    return dict(**size, num_kv_heads=size["num_heads"], remat="full", compute_dtype="bfloat16")
+    return dict(**size, num_kv_heads=size["num_heads"], qk_norm="none", norm_order="pre",
+                remat="full", compute_dtype="bfloat16")
 
 
 def linear_adapter() -> dict:
     return dict(kind="linear", latent_size=32, latent_channels=8, patch_size=2, patch_positions="none")
+
+
+def rectified_flow() -> dict:
+    """In place of ddpm, with sampling.sampler = "euler"."""
+    return dict(kind="flow", times="uniform", shift=1.0)
 
 
 def packed_data(**sources) -> dict:
@@ -64,25 +71,51 @@ def base(size: str | None = None, preset: str | None = None) -> ConfigDict:
         process=dict(kind="ddpm", prediction="eps", num_timesteps=1000), loss_weight=5.0,
         data=packed_data(text=files("jsonl", 0.5, "data/text"), images=files("folder", 0.5, "data/images")),
         sampling=dict(sampler="ddpm", variance="fixed_small", num_inference_steps=250, guidance_scale=3.0)))
-    config.train.update(checkpoint_minutes=30.0, nonfinite="skip")  # a run of weeks
+    return of_weeks(config, preset)
+
+
+def of_weeks(config: ConfigDict, preset: str | None) -> ConfigDict:
+    config.train.update(checkpoint_minutes=30.0, nonfinite="skip")
     if preset == "strict":
         config.optimizer.ema_decay = 0.0
         config.data.caption_dropout = 0.0
     return config
 
 
+def chameleon(size: str | None = None, preset: str | None = None) -> ConfigDict:
+    """The paper's baseline: the same transformer, data and schedule as `base`; images are 1,024 codes of a VQ
+    tokenizer. What changes besides is Chameleon's: queries and keys normalised, norms behind the branches,
+    z-loss, a third of the learning rate. Codes are sampled as its released code does."""
+    config = ConfigDict(dict(
+        objective="chameleon", **run(),
+        model=dict(**transformer(size or "0.76b"), text_vocab_size=32_000, num_codes=16_384,
+                   codes_per_image=1024),
+        z_loss_weight=1e-5,
+        data=packed_data(text=files("jsonl", 0.5, "data/text"), images=files("folder", 0.5, "data/images")),
+        sampling=dict(temperature=0.7, top_p=0.9, guidance_scale=3.0)))
+    config.model.update(qk_norm="layernorm", norm_order="post")
+    config.optimizer.learning_rate = 1e-4
+    config.data.prepared = "data/prepared_codes"
+    return of_weeks(config, preset)
+
+
 def small_transformer(config: ConfigDict) -> None:
     """Makes a base config one for two CPU cores and minutes: 32 x 32 pictures, the shipped tokenizer."""
+    small(config)
+    config.model.adapter.update(latent_size=8, latent_channels=8, patch_positions="learned")
+    config.process.prediction = "v"
+    config.sampling.update(sampler="ddim", num_inference_steps=25, guidance_scale=2.5)
+
+
+def small(config: ConfigDict) -> None:
+    """What of it any run on packed rows has."""
     config.model.update(
         num_layers=4, d_model=128, num_heads=4, num_kv_heads=4, d_ff=336, text_vocab_size=1022, remat="none",
         compute_dtype="float32")
-    config.model.adapter.update(latent_size=8, latent_channels=8, patch_positions="learned")
-    config.process.prediction = "v"
     config.data.update(tokenizer="default", image_first_fraction=0.45, image_first_max_t=0.25)
     config.optimizer.update(learning_rate=3e-3, warmup_steps=60, b2=0.98, weight_decay=0.02, ema_decay=0.995)
     config.train.update(batch_size=4, log_every=50, eval_every=1000, eval_documents=128, diagnostics_every=1000,
                         checkpoint_minutes=0.0, nonfinite="stop")
-    config.sampling.update(sampler="ddim", num_inference_steps=25, guidance_scale=2.5)
 
 
 def small_autoencoder() -> ConfigDict:
@@ -98,9 +131,26 @@ def small_autoencoder() -> ConfigDict:
     return config
 
 
+def small_vq() -> ConfigDict:
+    """Its twin that makes codes: the same network, on the same pictures, in the same steps."""
+    config = small_autoencoder()
+    config.objective = "vq_autoencoder"
+    kept = {key: config.autoencoder[key] for key in ("image_size", "downsample", "width", "num_blocks")}
+    config.autoencoder = ConfigDict(dict(**kept, num_codes=512, code_dim=8, commitment_weight=0.25))
+    return config
+
+
 def shorten(config: ConfigDict) -> None:
     """The same path in seconds, for CI."""
     config.train.update(num_steps=60, log_every=20, eval_every=30, eval_documents=16, checkpoint_every=30)
+
+
+def product(**axes) -> list[dict]:
+    """[{axis: value}] of all combinations, the last axis first: for get_sweep."""
+    combinations = [{}]
+    for axis, values in axes.items():
+        combinations = [{**each, axis: value} for each in combinations for value in values]
+    return combinations
 
 
 def parse(arg: str | None, **groups) -> dict[str, str | None]:

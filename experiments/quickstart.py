@@ -4,6 +4,8 @@
   python -m tfusion.prepare --config=experiments/quickstart.py --codec=runs/quickstart/autoencoder
   python -m tfusion.train   --config=experiments/quickstart.py --workdir=runs/quickstart/transfusion
 
+`quickstart.py:chameleon` is the baseline: the same pictures as codes of a VQ tokenizer, one next-token loss.
+
 `quickstart.py:captions_last` shows how shares change on the way: over the last fifth of the run that
 of the dictionary goes to 0, and what is learnt at last are captions with their pictures.
 
@@ -14,7 +16,8 @@ and with little noise, and a short, fast optimizer schedule. docs/recipe.md has 
 
 from ml_collections import ConfigDict
 
-from experiments.common import base, parse, shorten, small_autoencoder, small_transformer
+from experiments.common import base, parse, shorten, small, small_autoencoder, small_transformer, small_vq
+from experiments.common import chameleon as chameleon_base
 
 
 def world(kind: str, share: float, num_records: int) -> dict:
@@ -35,17 +38,33 @@ def transfusion() -> ConfigDict:
     return config
 
 
+def chameleon() -> ConfigDict:
+    """The same pictures as 64 codes each, in rows twice as long."""
+    config = chameleon_base()
+    small(config)
+    config.model.update(num_codes=512, codes_per_image=64)
+    config.optimizer.learning_rate = 1e-3
+    config.data.update(prepared="runs/quickstart/codes", seq_len=256, image_share=0.76, window_rows=256)
+    config.train.update(num_steps=7500, checkpoint_every=1500)
+    return config
+
+
+OBJECTIVES = {"transfusion": transfusion, "autoencoder": small_autoencoder, "chameleon": chameleon,
+              "vq": small_vq}
+
+
 def get_config(arg=None):
-    chosen = parse(arg, objective=("transfusion", "autoencoder"), length=("smoke",), mixture=("captions_last",))
-    config = small_autoencoder() if chosen["objective"] == "autoencoder" else transfusion()
+    chosen = parse(arg, objective=OBJECTIVES, length=("smoke",), mixture=("captions_last",))
+    config = OBJECTIVES[chosen["objective"] or "transfusion"]()
     if chosen["length"] == "smoke":
         shorten(config)
         if "prepared" in config.data:
-            config.data.prepared = "runs/smoke/data"
+            config.data.prepared = config.data.prepared.replace("quickstart", "smoke")
     glosses = 0.12
     if chosen["mixture"] and "image_share" in config.data:
         rows = config.train.num_steps * config.train.batch_size
         glosses = ((0, glosses), (rows * 4 // 5, glosses), (rows, 0.0))
-        config.data.image_share = 0.62  # the most there is, at the end
+        most = dict(transfusion=0.62, chameleon=0.87)  # there is, at the end
+        config.data.image_share = most[config.objective]
     config.data.sources = sources(chosen["length"] == "smoke", glosses)
     return config

@@ -16,6 +16,7 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
 from experiments import quickstart
+from tests import codes
 from tests.golden import write_split
 from tfusion import config, objectives, sharding  # noqa: F401 (registers the kinds)
 from tfusion.data import store
@@ -118,6 +119,23 @@ def with_shares(cfg, **shares):
 @pytest.fixture
 def cfg(prepared_root):
     return tiny_config(prepared_root)
+
+
+@pytest.fixture(scope="session")
+def prepared_codes(tmp_path_factory):
+    """The like, its pictures codes."""
+    root = tmp_path_factory.mktemp("data") / "codes"
+    codes.write(root, tiny_chameleon(root))
+    return root
+
+
+def tiny_chameleon(root, **changes):
+    return codes.tiny_config(root, tiny_dict(root), **changes)
+
+
+@pytest.fixture
+def chameleon(prepared_codes):
+    return tiny_chameleon(prepared_codes)
 
 
 class InMemory(MemoryFileSystem):

@@ -29,7 +29,7 @@ OWN = ("objectives", "inference", "config.py")  # where a kind may be named; con
 def verb(name: str, monkeypatch, **given):
     """Runs a verb with flags given by name."""
     module = import_verb(name)
-    monkeypatch.setattr(module.distributed, "start_process", lambda: None)
+    monkeypatch.setattr(module.distributed, "start_process", lambda **given: None)
     for flag, value in given.items():
         monkeypatch.setattr(module, flag, SimpleNamespace(value=value))
     module.main()
@@ -83,9 +83,9 @@ def test_plans():
     assert plan["memory"]["parameters"] == 8 * 4 / 8 and "points as they come" in text.render(plan)
 
 
-def test_every_kind_plans_its_real_batch(cfg):
+def test_every_kind_plans_its_real_batch(cfg, chameleon):
     """abstract_batch has the shapes and types of what open_rows gives."""
-    for each in (cfg, config.from_dict(toy.get_config())):
+    for each in (cfg, chameleon, config.from_dict(toy.get_config())):
         kind, B = KINDS[each.objective], each.train.batch_size
         rows = kind.open_rows(each)
         real = jax.tree.map(lambda *x: np.stack(x), *rows.read(range(B)))
@@ -113,12 +113,12 @@ def test_a_component_is_one_file(tmp_path):
         (tmp_path / "tfusion" / file).write_text(
             "import dataclasses\nfrom tfusion.config import register\n\n"
             f"@register({group!r}, {kind!r})\n@dataclasses.dataclass(frozen=True)\nclass New:\n    kind: str\n")
-    (tmp_path / "tfusion/models/codecs/vq.py").write_text(
-        "from tfusion.models.codecs import base\n\n@base.register('vq')\nclass VQ: pass\n")
+    (tmp_path / "tfusion/models/codecs/wavelets.py").write_text(
+        "from tfusion.models.codecs import base\n\n@base.register('wavelets')\nclass Wavelets: pass\n")
     (tmp_path / "tfusion/inference/flows.py").write_text(
         "from tfusion.inference.base import register\n\nregister('flows', lambda run: None)\n")
     ask = ("from tfusion import config, inference, objectives; from tfusion.models.codecs.base import CODECS;"
-           "print(inference.base.DECODERS.keys() >= {'flows'}, 'vq' in CODECS, "
+           "print(inference.base.DECODERS.keys() >= {'flows'}, 'wavelets' in CODECS, "
            f"all(k in config.REGISTRY[g] for g, k in {list(NEW.values())!r}))")
     done = subprocess.run([sys.executable, "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True"] * 3

@@ -97,6 +97,7 @@ def choices(cls: type, key: str) -> tuple[str, ...]:
 class OptimizerConfig:
     learning_rate: float
     warmup_steps: int = number(zero=True)
+    decay_steps: int = number(zero=True)  # the last so many, linear, after a plateau; 0: one cosine
     b2: float
     weight_decay: float = number(zero=True)
     ema_decay: float = fraction()

@@ -11,7 +11,8 @@ import warnings
 
 from absl import app, flags, logging
 
-PREEMPTED, HUNG = 42, 134  # exit statuses that launchers restart: saved and ended; no step ended any more
+PREEMPTED, HUNG = 42, 134  # exit statuses: saved and ended; no step ended any more
+RESTARTED = (PREEMPTED, HUNG, 137, 139, 143)  # by launchers, up to their maximum; killed, segfault, terminated
 
 
 class UserError(ValueError):

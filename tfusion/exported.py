@@ -107,6 +107,7 @@ def start_from_llama(folder, form: llama.Form, params, shift: int) -> Started:
     the run's tokenizer moved the ids of its model (Tokenizer.shift): row i of the folder's vocabulary is row
     i + shift here. An export's rows are by our ids already. Raises UserError where the model is another.
     """
+    llama.check_model(form.model)
     folder = Path(folder)
     config, theirs = json.loads((folder / "config.json").read_text()), Tensors(folder)
     llama.check_config(config, form, folder / "config.json")

@@ -65,12 +65,15 @@ def open_codec(workdir: str, format: RowFormat) -> Unfitted:
     def fit() -> Codec:
         codec = can.make_codec(
             run_, lambda size: pictures(format.data.sources, "train", size, STATISTICS_IMAGES))
-        if tuple(codec.shape) != format.image_shape:
-            raise UserError(f"{workdir} makes latents of shape {codec.shape}, the config has "
-                            f"{format.image_shape}: change model.adapter.latent_* or the autoencoder")
+        format.check_images(f"{workdir} makes", codec.shape, num_codes(codec), "the autoencoder")
         return codec
 
     return Unfitted(can.image_size, trained.fingerprint(run_), fit)
+
+
+def num_codes(codec: Codec) -> int:
+    """Of one that makes latents: 0."""
+    return getattr(codec, "num_codes", 0)
 
 
 def fitted(folder: Path, unfitted: Unfitted) -> Codec:
@@ -133,7 +136,8 @@ def finish(folder: Path, format: RowFormat, tokenizer, codec: Codec | None, bega
     store.write_meta(folder, tokenizer, codec.fingerprint if codec else "", format.image_shape,
                      CODEC_RUN.value and str(Path(CODEC_RUN.value).absolute()),
                      {name: dataclasses.asdict(spec) for name, spec in format.data.sources.items()},
-                     store.stored_dtype(codec.dtype if codec else np.float32))
+                     store.stored_dtype(codec.dtype if codec else np.float32),
+                     num_codes(codec) if codec else format.vocabulary.num_codes)
     print("\n".join(card.lines(about)))
 
 

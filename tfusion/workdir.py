@@ -26,6 +26,7 @@ from tfusion.paths import replace_bytes, replace_text
 CODEC = "codec.npz"  # pictures <-> latents (models/codecs)
 LOCK, CHANGES = ".lock", "config_changes.jsonl"
 BEAT_S, TAKEN_OVER_S, SETTLE_S = 30.0, 120.0, 2.0  # of a lease; the last: until a write is seen everywhere
+LOOKED_S = 0.2  # `is_held` has a lock for less
 OLD_S = 1200.0  # from then on no clock is so wrong
 
 
@@ -39,6 +40,10 @@ def hold(lock):
         return Lease(lock)
     file = open(lock, "a+")  # noqa: SIM115 (it is the lock: who holds it closes it)
     try:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return _signed(file)
+        time.sleep(LOOKED_S)  # was it only looked at?
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
@@ -46,10 +51,35 @@ def hold(lock):
     except OSError:
         file.close()
         return Lease(lock)
+    return _signed(file)
+
+
+def _signed(file):
     file.truncate(0)
     file.write(f"{_me()}\n")
     file.flush()
     return file
+
+
+def is_held(lock) -> bool:
+    """Whether some process has it, as far as can be seen without taking it: of a lease, whether it is fresh."""
+    if not lock.exists():
+        return False
+    if not paths.in_bucket(lock):
+        with open(lock) as file, contextlib.suppress(OSError):
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return _lease_is_fresh(lock)
+            except BlockingIOError:
+                return True
+    return _lease_is_fresh(lock)
+
+
+def _lease_is_fresh(lock) -> bool:
+    try:
+        return time.time() - json.loads(lock.read_text())["time"] < TAKEN_OVER_S
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _me() -> str:

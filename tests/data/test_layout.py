@@ -121,3 +121,60 @@ def test_specials_are_not_text():
 def test_each_image_has_its_own_limit():
     document = Document((image(), image()._replace(max_t=0.25), layout.image(np.zeros((4, 4, 2)))))
     np.testing.assert_array_equal(LAYOUT.lay(document).max_t_I, np.float32([0.7, 0.25, 1.0]))
+
+
+# ---------------------------------------------------------------- codes
+
+CODES = layout.codes(VOCABULARY._replace(num_codes=10))
+GRID = np.array([[3, 0], [9, 9]], np.int32)
+IDS = [25, 22, 31, 31]  # 20 text ids, BOI, EOI, then code 0
+CODE_LAYOUTS = {  # parts, score_text -> tokens, image ids, scored positions
+    "caption first": (
+        [text(5, 6), layout.image(GRID)], True,
+        [BOS, 5, 6, BOI, *IDS, EOI, EOS],
+        [0, 0, 0, 0, 1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1, 1, 1, 0, 1, 0]),  # BOI predicts the first code, the last one nothing, EOI EOS
+    "image first": (
+        [layout.image(GRID), text(5, 6)], True,
+        [BOS, BOI, *IDS, EOI, 5, 6, EOS],
+        [0, 0, 1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0, 1, 1, 1, 0]),
+    "two images side by side": (
+        [layout.image(GRID), layout.image(GRID[::-1])], True,
+        [BOS, BOI, *IDS, EOI, BOI, *IDS[2:], *IDS[:2], EOI, EOS],
+        [0, 0, 1, 1, 1, 1, 0, 0, 2, 2, 2, 2, 0, 0],
+        [1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 0, 1, 0]),
+    "dropped caption": (
+        [layout.image(GRID)], False,
+        [BOS, BOI, *IDS, EOI, EOS],
+        [0, 0, 1, 1, 1, 1, 0, 0],
+        [0, 1, 1, 1, 1, 0, 0, 0]),  # codes alone
+    "text only": ([text(5)], True, [BOS, 5, EOS], [0, 0, 0], [1, 1, 0]),
+}
+
+
+@pytest.mark.parametrize("parts, score, tokens, ids, scored", CODE_LAYOUTS.values(), ids=CODE_LAYOUTS.keys())
+def test_codes_by_hand(parts, score, tokens, ids, scored):
+    example = CODES.lay(Document(tuple(parts), score))
+    np.testing.assert_array_equal(example.tokens_L, tokens)
+    np.testing.assert_array_equal(example.image_ids_L, ids)
+    np.testing.assert_array_equal(example.loss_mask_L, np.array(scored, bool))
+    images = sum(part.kind == "image" for part in parts)
+    assert example.latents_Ihwc.shape == (images, 0, 0, 0) and example.max_t_I.tolist() == [0] * images
+    begun, _ = layout.begin(VOCABULARY._replace(num_codes=10), parts)
+    np.testing.assert_array_equal([*begun, EOS], tokens)
+
+
+def test_sizes_of_codes_are_those_of_what_is_laid():
+    """Captions dropped too: what is scored of them is their codes."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        parts = tuple(layout.image(rng.integers(0, 10, (2, 2))) if rng.random() < 0.4
+                      else text(*rng.integers(4, 20, rng.integers(0, 7))) for _ in range(rng.integers(0, 8)))
+        words = sum(len(part.values) for part in parts if part.kind == "text")
+        images = sum(part.kind == "image" for part in parts)
+        assert tuple(CODES.sizes(words, images)) == as_laid(CODES.lay(Document(parts)))
+        alone = tuple(part for part in parts if part.kind == "image")
+        dropped = as_laid(CODES.lay(Document(alone, score_text=False)))
+        assert dropped == (2 + 6 * images, 4 * images, images)
+        assert CODES.sizes(0, images).positions == dropped[0]

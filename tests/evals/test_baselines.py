@@ -166,7 +166,7 @@ def test_fit_needs_no_source_without_a_share(cfg, gaussian_root):
 
 def text(*rows):
     """(token, next token) at scored positions of rows (tokens, mask)."""
-    pairs = [baselines.scored_pairs(np.array([t], np.int32), np.array([m], bool)) for t, m in rows]
+    pairs = [baselines.scored_pairs(np.array([t], np.int32), np.array([m], bool), 262) for t, m in rows]
     return tuple(np.concatenate(x) for x in zip(*pairs))
 
 

@@ -13,7 +13,8 @@ from tfusion.types import Batch
 
 CFG = ModelConfig(
     num_layers=inputs.L, d_model=inputs.D, num_heads=inputs.H, num_kv_heads=inputs.K, d_ff=inputs.F,
-    text_vocab_size=inputs.V - 2, image_attention="bidirectional", remat="none", compute_dtype="float32",
+    text_vocab_size=inputs.V - 2, image_attention="bidirectional", qk_norm="none", norm_order="pre",
+    remat="none", compute_dtype="float32",
     adapter=LinearConfig("linear", latent_size=2, latent_channels=1, patch_size=2, patch_positions="none"))
 
 

@@ -9,7 +9,7 @@ import pytest
 from tfusion import inference
 from tfusion.data import layout
 from tfusion.data.tokenizers import load_tokenizer
-from tfusion.inference import documents, transfusion
+from tfusion.inference import documents, transfusion, writing
 from tfusion.inference.trained import Trained
 from tfusion.objectives.base import Aux
 
@@ -51,7 +51,7 @@ def test_every_prompt_has_noise_of_its_own_whatever_the_chunk(run, monkeypatch):
     """What a row is keyed by, over two chunks and over one: all different, and the same both times."""
 
     def generate(cfg, params, prompts, **options):
-        rows = transfusion.start_rows(cfg, prompts, options["seed"], 8, options["first_row"])
+        rows = writing.start_rows(cfg, prompts, options["seed"], 8, options["first_row"])
         return [bytes(key) for key in np.asarray(jax.random.key_data(rows.key_B))]
 
     monkeypatch.setattr(transfusion, "generate", generate)

@@ -19,7 +19,7 @@ from tfusion import config
 from tfusion.data import layout, packing
 from tfusion.diffusion import sampler
 from tfusion.errors import UserError
-from tfusion.inference import cache, transfusion
+from tfusion.inference import cache, transfusion, writing
 from tfusion.models.transfusion import Transfusion
 from tfusion.objectives import make_objective
 from tfusion.types import BOS, EOS, PAD, Document
@@ -85,11 +85,11 @@ def parts_of(prompt):
 
 
 def start_rows(prompts, seed: int = 0, max_len: int = T):
-    return transfusion.start_rows(CFG, list(map(parts_of, prompts)), seed, max_len)
+    return writing.start_rows(CFG, list(map(parts_of, prompts)), seed, max_len)
 
 
 def write_text(params, rows):
-    return transfusion.write_text(NETWORK, params, rows, jnp.full(ROWS, T), jnp.float32(0))
+    return writing.write_text(NETWORK, params, rows, jnp.full(ROWS, T), jnp.float32(0))
 
 
 def draw_images(params, rows, scale: float, variance: str = "fixed_small", fn=transfusion.draw_images):
@@ -160,10 +160,10 @@ def test_boi_switches_to_diffusion_and_eoi_back():
     params = bigram({BOS: A, A: BOI, EOI: B, B: EOS})
     rows = start_rows([[], [[B]], [[A]]])
     rows = write_text(params, rows)
-    assert rows.mode_B.tolist() == [transfusion.DRAW, transfusion.DONE, transfusion.DRAW]
+    assert rows.mode_B.tolist() == [writing.DRAW, writing.DONE, writing.DRAW]
     assert rows.length_B.tolist() == [3, 3, 3]
     drawn = draw_images(params, rows, 1)
-    assert drawn.mode_B.tolist() == [transfusion.WRITE, transfusion.DONE, transfusion.WRITE]
+    assert drawn.mode_B.tolist() == [writing.WRITE, writing.DONE, writing.WRITE]
     assert drawn.length_B.tolist() == [3 + N + 1, 3, 3 + N + 1]
     assert drawn.tokens_BT[0, : 3 + N + 1].tolist() == [BOS, A, BOI] + [PAD] * N + [EOI]
     assert drawn.image_ids_BT[0].tolist() == [0] * 3 + [1] * N + [0] * (T - 3 - N)
@@ -352,7 +352,7 @@ def test_forward_equals_the_training_forward(random_params):
     np.testing.assert_allclose(got[0, :2], want, rtol=1e-4, atol=1e-4)
     assert np.abs(want).max() > 0.1
 
-    kept = jax.jit(transfusion.read, static_argnums=0)(NETWORK, random_params, rows)
+    kept = jax.jit(writing.read, static_argnums=0)(NETWORK, random_params, rows)
     step = jax.jit(cache.step, static_argnums=0)
     logits, _ = training(jnp.stack([x, y]), 0.0)
     for p in np.flatnonzero(example.image_ids_L == 0):
@@ -365,14 +365,14 @@ def test_writing_on_after_a_prompt_is_the_full_forward(random_params):
     """Each token is the likeliest by one pass over the finished rows, of unequal lengths and with pictures."""
     x, y = latents(2, 2)
     start = start_rows([[[A, B, C]], [[A], x, [B], y, [D]], []])
-    rows = transfusion.write_text(NETWORK, random_params, start, start.length_B + 8, jnp.float32(0))
+    rows = writing.write_text(NETWORK, random_params, start, start.length_B + 8, jnp.float32(0))
 
     @jax.jit
     def full(rows):
         apply = functools.partial(NETWORK.apply, {"params": random_params})
         x_BTD, _ = apply(rows.tokens_BT, rows.image_start_BI, rows.latents_BIhwc, jnp.zeros((ROWS, I)),
                          method="embed")
-        h_BTD, _ = apply(x_BTD, transfusion.sight(NETWORK, rows), method="hidden")
+        h_BTD, _ = apply(x_BTD, writing.sight(NETWORK, rows), method="hidden")
         return apply(h_BTD, method="logits").at[..., jnp.array([PAD, BOS, EOI])].set(-jnp.inf).argmax(-1)
 
     tokens, likeliest = np.asarray(rows.tokens_BT), np.asarray(full(rows))

@@ -12,7 +12,7 @@ from experiments import transfusion
 from tfusion import config
 from tfusion.models import flops, lm_head
 from tfusion.models.adapters.linear import TIME_FEATURES
-from tfusion.objectives import make_objective
+from tfusion.objectives import make_objective, packed
 from tfusion.objectives import transfusion as objective
 from tfusion.objectives.base import Aux
 from tfusion.planning import walk
@@ -80,7 +80,7 @@ def dense_counts(cfg):
 def formula(cfg):
     """The formula at dense_counts. Two differences to a program, itemised: every position goes through the
     blocks once (patches replace tokens), and the head's columns are padded to a multiple of 128."""
-    parts = objective.model_flops(cfg.model, dense_counts(cfg))
+    parts = objective.model_flops(cfg, dense_counts(cfg))
     parts["blocks"] = parts.pop("text matmuls")
     parts.pop("patch matmuls")
     parts["lm head"] *= cfg.model.padded_vocab_size / cfg.model.vocab_size
@@ -112,7 +112,7 @@ def test_full_remat_adds_a_forward_pass():
 
 def test_parts_by_hand():
     cfg = small_config()
-    parts = objective.model_flops(cfg.model, flops.Counts(text=10, patches=32, scored=7, images=2, pairs=100))
+    parts = objective.model_flops(cfg, flops.Counts(text=10, patches=32, scored=7, images=2, pairs=100))
     block = 48 * 12 * (2 * 4 + 2 * 2) + 3 * 48 * 160
     assert parts == {
         "text matmuls": 6 * 3 * block * 10, "patch matmuls": 6 * 3 * block * 32, "lm head": 6 * 48 * 602 * 7,
@@ -131,14 +131,14 @@ def test_counts_of_a_batch():
     cfg = small_config()
     segments, images = [1] * 6 + [2] * 3 + [0], [0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
     batch = batch_of(segments, images, [1, 0, 0, 0, 0, 0, 1, 1, 0, 0], [2, 10], 10)
-    counted = jax.device_get(objective.count(cfg.model, batch))
+    counted = jax.device_get(packed.count(cfg.model, batch))
     assert counted == flops.Counts(text=6, patches=3, scored=3, images=1, pairs=21 + 3 + 6)
     causal = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, image_attention="causal"))
-    assert objective.count(causal.model, batch).pairs == 21 + 6
+    assert packed.count(causal.model, batch).pairs == 21 + 6
     exact = flops.Counts(*(float(x) for x in counted))
     totals = jax.device_get(jax.jit(lambda batch: objective.totals(cfg, batch))(batch))
     assert totals == {"tokens": 9, "patches": 3, "images": 0, "flops": pytest.approx(
-        sum(objective.model_flops(cfg.model, exact).values()), rel=1e-6)}  # summed in float32
+        sum(objective.model_flops(cfg, exact).values()), rel=1e-6)}  # summed in float32
     assert all(totals[name].dtype == np.int32 for name in ("tokens", "patches", "images"))
 
 

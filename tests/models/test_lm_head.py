@@ -151,6 +151,52 @@ def test_bfloat16_loses_what_rounding_its_inputs_loses(monkeypatch):
     assert_near(dhead, want_dhead, 2**-7)
 
 
+# ---------------------------------------------------------------- codes, and z-loss
+
+FIRST_CODE, Z = 20, 0.05
+SCORING = lm_head.Scoring(VOCAB, Z, FIRST_CODE)
+
+
+def dense_parts(h, head, tokens, mask):
+    """({name: (sum, count)}, gradients of token_loss), float64."""
+    z = np.float64(h) @ np.float64(head)[:, :VOCAB]
+    log_z = np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1)) + z.max(-1)
+    target = np.roll(tokens, -1, axis=1)
+    nll, code = log_z - np.take_along_axis(z, target[..., None], -1)[..., 0], target >= FIRST_CODE
+    p, hit = np.exp(z - log_z[..., None]), np.eye(VOCAB)[target]
+    dz = mask[..., None] * (p - hit + 2 * Z * log_z[..., None] * p)
+    dhead = np.pad(np.einsum("btd,btv->dv", np.float64(h), dz), ((0, 0), (0, V - VOCAB)))
+    parts = {"token_loss": (nll + Z * log_z**2, mask), "lm_loss": (nll, mask & ~code),
+             "code_loss": (nll, mask & code), "z_loss": (log_z**2, mask)}
+    return ({name: ((x * m).sum(), m.sum()) for name, (x, m) in parts.items()},
+            (dz @ np.float64(head)[:, :VOCAB].T, dhead))
+
+
+def token_losses(h, head, tokens, mask):
+    losses = lm_head.token_losses(h, head, tokens, mask, SCORING)
+    return 0.25 * losses["token_loss"][0] + sum(losses[name][0] for name in list(losses)[1:]), losses
+
+
+@pytest.mark.parametrize("name", ["one", "tensor8", "fsdp2-tensor2-sequence2", "sequence8"])
+def test_losses_of_text_and_codes_are_the_dense_ones(monkeypatch, name):
+    """token_loss alone has a gradient, of its z-loss too, though the others are asked for theirs."""
+    small_chunks(monkeypatch)
+    inputs = random_inputs(7)
+    with on_mesh(MESHES[name]):
+        step, plain = jax.jit(jax.value_and_grad(token_losses, (0, 1), has_aux=True)), jax.jit(token_losses)
+        for mask in (MASKS["unequal"], MASKS["none"]):
+            want, (dh, dhead) = dense_parts(*inputs, mask)
+            (_, got), (got_dh, got_dhead) = step(*inputs, mask)
+            for losses in (got, plain(*inputs, mask)[1]):
+                assert losses.keys() == want.keys()
+                for loss, (total, count) in want.items():
+                    assert int(losses[loss][1]) == count
+                    assert float(losses[loss][0]) == pytest.approx(total, rel=1e-5), loss
+            assert_near(got_dh, dh / 4, 1e-5)
+            assert_near(got_dhead, dhead / 4, 1e-5)
+    assert 0 < dense_parts(*inputs, MASKS["unequal"])[0]["code_loss"][1] < MASKS["unequal"].sum()
+
+
 # ---------------------------------------------------------------- the work
 
 @pytest.mark.parametrize("positions, vocab, want", [
@@ -203,12 +249,12 @@ def products(jaxpr):
             for e in equations(jaxpr) if e.primitive.name == "dot_general"]
 
 
-def traced(dtype, rows: int = 4, length: int = 256, gradients: bool = True):
+def traced(dtype, rows: int = 4, length: int = 256, gradients: bool = True, losses=None):
     shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (
         ((rows, length, D), dtype), ((D, V), jnp.float32), ((rows, length), jnp.int32), ((rows, length), bool))]
 
     def loss(*x):
-        return lm_head.next_token_loss(*x, VOCAB)[0]
+        return losses(*x)[0] if losses else lm_head.next_token_loss(*x, VOCAB)[0]
 
     return jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)) if gradients else loss)(*shapes).jaxpr
 
@@ -216,7 +262,8 @@ def traced(dtype, rows: int = 4, length: int = 256, gradients: bool = True):
 def test_three_products_a_chunk_and_one_without_gradients():
     """A logit is made once; nothing is larger than h, the head, or one chunk of logits."""
     C = lm_head.chunk_size(4 * 256, V)
-    assert [shape for *_, shape in products(traced(jnp.float32))] == [(C, V), (C, D), (D, V)]
+    for losses in (None, token_losses):
+        assert [shape for *_, shape in products(traced(jnp.float32, losses=losses))] == [(C, V), (C, D), (D, V)]
     assert [shape for *_, shape in products(traced(jnp.float32, gradients=False))] == [(C, V)]
     largest = max(v.aval.size for e in equations(traced(jnp.float32)) for v in e.outvars)
     assert largest == max(4 * 256 * D, D * V, C * V) < 4 * 256 * V

@@ -22,7 +22,7 @@ from tfusion.types import BOS, EOS, PAD, Batch
 
 MODEL = ModelConfig(
     num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, d_ff=32, text_vocab_size=20,
-    image_attention="bidirectional", remat="none", compute_dtype="float32",
+    image_attention="bidirectional", qk_norm="none", norm_order="pre", remat="none", compute_dtype="float32",
     adapter=LinearConfig("linear", latent_size=4, latent_channels=2, patch_size=2, patch_positions="learned"))
 MODES = ("bidirectional", "causal")
 N, BOI, EOI = MODEL.num_patches, MODEL.text_vocab_size, MODEL.text_vocab_size + 1

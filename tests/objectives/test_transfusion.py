@@ -21,7 +21,7 @@ from tfusion.data.layout import image, text
 from tfusion.diffusion import losses as diffusion_losses
 from tfusion.diffusion.process import ddpm
 from tfusion.models.transfusion import Transfusion
-from tfusion.objectives import kind_of, make_objective, transfusion
+from tfusion.objectives import kind_of, make_objective, packed
 from tfusion.objectives.base import Aux
 from tfusion.types import BOS, EOS, PAD, Batch, Document
 
@@ -305,7 +305,7 @@ def test_what_plans_expect_is_about_what_batches_hold(cfg, shares):
     kind = kind_of(cfg)
     batches = list(pipeline.batches(kind.open_rows(cfg), 0, 8, 8))
     totals = [jax.device_get(kind.totals(cfg, batch)) for batch in batches]
-    counts = [jax.device_get(transfusion.count(cfg.model, batch)) for batch in batches]
+    counts = [jax.device_get(packed.count(cfg.model, batch)) for batch in batches]
     expected = kind.expected(cfg)
 
     def mean(name, of):

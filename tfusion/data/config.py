@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from tfusion.config import components, fraction, path
 from tfusion.data import sources as _sources  # noqa: F401 (registers)
-from tfusion.data.layout import Layout, Vocabulary
+from tfusion.data.layout import NO_LATENTS, Layout, Vocabulary
 from tfusion.data.mixture import knots
 from tfusion.errors import UserError
 
@@ -63,5 +63,24 @@ class RowFormat(NamedTuple):
     layout: Layout
 
     @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of one slot of a batch."""
+        return NO_LATENTS if self.vocabulary.num_codes else self.image_shape
+
+    def check_images(self, has: str, shape, num_codes: int, then: str) -> None:
+        """Raises UserError where images are others than the model's. has: who has them; then: what to do."""
+        theirs = images_said(shape, num_codes)
+        ours = images_said(self.image_shape, self.vocabulary.num_codes)
+        if theirs != ours:
+            keys = "model.num_codes, codes_per_image" if self.vocabulary.num_codes else "model.adapter.latent_*"
+            raise UserError(f"{has} {theirs}, the model expects {ours}: change {keys} or {then}")
+
+    @property
     def image_slots(self) -> int:
         return self.data.image_slots(self.vocabulary.num_patches)
+
+
+def images_said(shape, num_codes: int) -> str:
+    """What a codec makes of a picture: latents (h, w, c), or codes (h, w), of so many."""
+    shape = tuple(shape)
+    return f"latents of shape {shape}" if len(shape) == 3 else f"codes of shape {shape} from {num_codes}"

@@ -59,9 +59,9 @@ class Documents:
 
     def _check(self) -> None:
         source, V = self.source, self.format.vocabulary.text_vocab_size
-        if source.image_shape not in (None, self.format.image_shape):
-            raise UserError(f"{source.folder} holds latents of shape {source.image_shape}, the model expects "
-                            f"{self.format.image_shape}: write that source again")
+        if source.image_shape:
+            self.format.check_images(f"{source.folder} holds", source.image_shape,
+                                     self.format.vocabulary.num_codes, "write that source again")
         largest = max((shard.max_token_id for shard in source.shards), default=0)
         if largest >= V:
             raise UserError(f"{source.folder}: token id {largest} is not below model.text_vocab_size = {V}; "

@@ -2,13 +2,16 @@
 
     <bos> text ... <boi> patch x N <eoi> ... text <eos>
 
-An image takes N positions, which hold the pad id, between BOI and EOI. Position p is scored on token p + 1:
-text yes, the token before BOI (it predicts BOI) and EOI (it predicts what follows) too; BOI and patches no, for
-they predict no token; the last position of a document no.
+An image takes N positions between BOI and EOI: patches of latents, which hold the pad id, or codes, each with
+an id of its own. Position p is scored on token p + 1: text yes, the token before BOI (it predicts BOI) and EOI
+(it predicts what follows) too; BOI and patches no, for they predict no token. BOI predicts the first code and
+each code the next, whether text is scored or not; after the last one EOI is forced, and nobody predicts it. The
+last position of a document is not scored.
 
 N patches per image, V text vocabulary, L positions of a document.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +20,7 @@ import numpy as np
 
 from tfusion.types import BOS, EOS, PAD, Document, Example, Part
 
-NO_IMAGES = np.zeros((0, 0, 0, 0), np.float32)
+NO_LATENTS = (0, 0, 0)  # their shape where images are codes
 
 
 class Sizes(NamedTuple):
@@ -40,7 +43,8 @@ class Vocabulary(NamedTuple):
     """Ids beyond the text's own, and how many positions an image has."""
 
     text_vocab_size: int  # V; text ids are below
-    num_patches: int  # N
+    num_patches: int  # N, patches or codes
+    num_codes: int = 0  # K; 0 = images are latents, which no token stands for
 
     @property
     def boi(self) -> int:
@@ -51,8 +55,13 @@ class Vocabulary(NamedTuple):
         return self.text_vocab_size + 1
 
     @property
-    def vocab_size(self) -> int:
+    def first_code(self) -> int:
+        """Code k is the id first_code + k."""
         return self.text_vocab_size + 2
+
+    @property
+    def vocab_size(self) -> int:
+        return self.first_code + self.num_codes
 
 
 def text(ids) -> Part:
@@ -74,7 +83,8 @@ def begin(vocabulary: Vocabulary, parts) -> tuple[np.ndarray, np.ndarray]:
         else:
             images += 1
             N = vocabulary.num_patches
-            tokens.append([vocabulary.boi, *[PAD] * N, vocabulary.eoi])
+            here = vocabulary.first_code + np.ravel(part.values) if vocabulary.num_codes else [PAD] * N
+            tokens.append([vocabulary.boi, *here, vocabulary.eoi])
             image_ids.append([0, *[images] * N, 0])
     return tuple(np.concatenate(x).astype(np.int32) for x in (tokens, image_ids))
 
@@ -83,17 +93,22 @@ def lay(vocabulary: Vocabulary, document: Document) -> Example:
     """A whole document."""
     tokens, image_ids = begin(vocabulary, document.parts)
     tokens, image_ids = np.append(tokens, np.int32(EOS)), np.append(image_ids, np.int32(0))
-    scored = (image_ids == 0) & (tokens != vocabulary.boi)
+    scored = (image_ids == 0) & (tokens != vocabulary.boi) & document.score_text
     scored[-1] = False
     images = [part for part in document.parts if part.kind == "image"]
-    latents = np.stack([part.values for part in images]).astype(np.float32) if images else NO_IMAGES
-    return Example(tokens, image_ids, scored & document.score_text, latents,
+    if vocabulary.num_codes:
+        scored[:-1] |= image_ids[1:] > 0
+        nothing = np.zeros(len(images), np.float32)
+        return Example(tokens, image_ids, scored, nothing.reshape(-1, 1, 1, 1)[:, :0, :0, :0], nothing)
+    latents = np.stack([part.values for part in images]) if images else np.zeros((0, *NO_LATENTS))
+    return Example(tokens, image_ids, scored, latents.astype(np.float32),
                    np.array([part.max_t for part in images], np.float32))
 
 
 def sizes(vocabulary: Vocabulary, text_tokens, images) -> Sizes:
-    positions = text_tokens + images * (vocabulary.num_patches + 2) + 2
-    return Sizes(positions, text_tokens + images + 1, images)
+    N = vocabulary.num_patches
+    scored = text_tokens + images + 1 + (N * images if vocabulary.num_codes else 0)
+    return Sizes(text_tokens + images * (N + 2) + 2, scored, images)
 
 
 def latents_of(row):
@@ -103,3 +118,17 @@ def latents_of(row):
 def latent_patches(vocabulary: Vocabulary) -> Layout:
     """Images as N patches of latents, which no token stands for."""
     return Layout(partial(sizes, vocabulary), partial(lay, vocabulary), latents_of)
+
+
+def codes_of(vocabulary: Vocabulary, row):
+    """int32 (I, h, w), zeros in unused slots."""
+    side = math.isqrt(vocabulary.num_patches)
+    places = row.image_start_BI[:, None] + np.arange(vocabulary.num_patches)
+    used = row.image_start_BI[:, None] < len(row.tokens_BT)
+    tokens = row.tokens_BT[np.where(used, places, 0)]
+    return np.where(used, tokens - vocabulary.first_code, 0).reshape(-1, side, side)
+
+
+def codes(vocabulary: Vocabulary) -> Layout:
+    """Images as a square of N codes, row by row, each a token."""
+    return Layout(partial(sizes, vocabulary), partial(lay, vocabulary), partial(codes_of, vocabulary))

@@ -140,7 +140,7 @@ def empty_row(row_id: int, format: RowFormat) -> Batch:
     return Batch(
         row_ids_B=np.int32(row_id), tokens_BT=np.full(T, PAD, np.int32), segment_ids_BT=np.zeros(T, np.int32),
         image_ids_BT=np.zeros(T, np.int32), positions_BT=np.zeros(T, np.int32), loss_mask_BT=np.zeros(T, bool),
-        latents_BIhwc=np.zeros((I, *format.image_shape), np.float32), image_start_BI=np.full(I, T, np.int32),
+        latents_BIhwc=np.zeros((I, *format.latent_shape), np.float32), image_start_BI=np.full(I, T, np.int32),
         max_t_BI=np.zeros(I, np.float32), noise_ids_BI2=noise_ids(np.int32(row_id), I))
 
 
@@ -204,3 +204,7 @@ def check_batch(batch: Batch, vocabulary: Vocabulary) -> None:
     if bad.any():
         fail(bad, f"image id {batch.image_ids_BT[bad][0]} does not match the image slots "
                   f"({N} patches each): an image id without its patches")
+    bad = (batch.tokens_BT >= vocabulary.first_code) != (batch.image_ids_BT > 0)
+    if vocabulary.num_codes and bad.any():
+        fail(bad, f"token id {batch.tokens_BT[bad][0]}: ids from {vocabulary.first_code} on are codes, which "
+                  "stand in images alone, and nothing else does")

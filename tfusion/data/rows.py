@@ -45,9 +45,7 @@ def read_meta(format: RowFormat) -> dict:
             _fingerprint(name) != store.identity(meta)["tokenizer"]):
         raise UserError(f"{root} was tokenised by another tokenizer than data.tokenizer = '{name}': set it to "
                         "the one that prepared them, or prepare again")
-    if tuple(meta["image_shape"]) != format.image_shape:
-        raise UserError(f"{root} holds latents of shape {tuple(meta['image_shape'])}, the model expects "
-                        f"{format.image_shape}: change model.adapter.latent_* or prepare again")
+    format.check_images(f"{root} holds", meta["image_shape"], meta["num_codes"], "prepare again")
     return meta
 
 

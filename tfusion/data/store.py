@@ -376,12 +376,12 @@ def _shard(line: dict) -> Shard:
 # ---------------------------------------------------------------- the whole
 
 def write_meta(root, tokenizer: Tokenizer, codec: str, image_shape, codec_run: str | None = None,
-               sources: dict | None = None, image_dtype: str = str(BFLOAT16)) -> None:
+               sources: dict | None = None, image_dtype: str = str(BFLOAT16), num_codes: int = 0) -> None:
     """Completes a folder of sources: collects the ledgers, saves the tokenizer, and says what the images are.
 
     codec: the fingerprint of what encoded the pictures; '' where there are none. codec_run: the workdir that
-    trained it, sources: {name: its spec}, as far as they are known. A line on stderr where latents are far from
-    unit variance.
+    trained it, sources: {name: its spec}, as far as they are known. num_codes: of a codec that makes
+    codes. A line on stderr where latents are far from unit variance.
     """
     root = epath.Path(root)
     for folder in split_folders(root):
@@ -390,7 +390,7 @@ def write_meta(root, tokenizer: Tokenizer, codec: str, image_shape, codec_run: s
     tokenizer.save(root)
     meta = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer.fingerprint, "codec": codec,
             "vocab_size": tokenizer.vocab_size, "image_shape": list(image_shape), "image_dtype": image_dtype,
-            "codec_run": codec_run, "sources": sources or {}}
+            "num_codes": num_codes, "codec_run": codec_run, "sources": sources or {}}
     _replace(root / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
 
 
@@ -427,7 +427,7 @@ def read_meta(root) -> dict:
     if meta["format_version"] != FORMAT_VERSION:
         raise UserError(f"{path} has format version {meta['format_version']}, this code reads "
                         f"{FORMAT_VERSION}: run `python -m tfusion.prepare` again")
-    return meta
+    return {"num_codes": 0} | meta  # written before there were codes
 
 
 def identity(meta: dict) -> dict:

@@ -41,7 +41,7 @@ class LeftOut(Exception):
 
 EVALUATORS: dict[str, Evaluator] = {}
 CANNOT = {"draw": "draw pictures", "describe": "describe pictures", "go_on": "write documents",
-          "reconstruct": "reconstruct pictures"}
+          "reconstruct": "reconstruct pictures", "codes": "write pictures as codes"}
 
 
 def register(evaluator: Evaluator) -> None:

@@ -91,9 +91,11 @@ def linear_losses(cfg: RunConfig, gaussian, batch) -> dict:
     return jax.device_get(diffusion_losses(prediction, target, t, batch.max_t_BI))
 
 
-def scored_pairs(tokens, mask):
-    """(token, next token) at every scored position, each (n,). tokens, mask: (..., T)."""
-    return tokens[mask], np.roll(tokens, -1, axis=-1)[mask]
+def scored_pairs(tokens, mask, first_code: int):
+    """(token, next token) wherever a position is scored on text, each (n,). tokens, mask: (..., T)."""
+    following = np.roll(tokens, -1, axis=-1)
+    mask = mask & (following < first_code)
+    return tokens[mask], following[mask]
 
 
 class Ngrams:
@@ -132,26 +134,26 @@ def count_ngrams(cfg: RunConfig, source: Documents, number: int) -> Ngrams | Non
     first, as held-out ones are laid out; None where they hold no text. A run's order is a shuffle, so as many
     as it has read are as good as those: the bigram knows no more text than the model.
     """
+    size = kind_of(cfg).row_format(cfg).vocabulary.first_code
     chosen, pairs = np.linspace(0, len(source) - 1, min(number, MAX_RECORDS)).astype(int), []
     for records in np.array_split(chosen, -(-len(chosen) // AT_ONCE)):
         cut = source.cut(records)
         examples = source.read(list(zip(records[cut.of].tolist(), cut.pieces.tolist())))
-        pairs += [scored_pairs(example.tokens_L, example.loss_mask_L) for example in examples]
+        pairs += [scored_pairs(example.tokens_L, example.loss_mask_L, size) for example in examples]
     first, second = (np.concatenate(x) for x in zip(*pairs))
     has_text = any(shard.text_tokens for shard in source.source.shards)
-    size = kind_of(cfg).row_format(cfg).vocabulary.vocab_size
     return Ngrams(size, first, second) if has_text else None
 
 
 def measure(cfg: RunConfig, held, gaussian, source: str) -> tuple[Sums, list]:
     """(the linear predictor's losses, (token, next token) at every scored position) of one source's held-out
     documents."""
-    sums, pairs = NOTHING, []
+    sums, pairs, first_code = NOTHING, [], kind_of(cfg).row_format(cfg).vocabulary.first_code
     for batch in losses.batches(held, source):
         if gaussian and (batch.max_t_BI > 0).any():
             linear = linear_losses(cfg, gaussian, batch)
             sums += Sums({name: [float(x) for x in pair] for name, pair in linear.items()}, 0)
-        pairs.append(scored_pairs(batch.tokens_BT, batch.loss_mask_BT))
+        pairs.append(scored_pairs(batch.tokens_BT, batch.loss_mask_BT, first_code))
     return sums, [np.concatenate(x) for x in zip(*pairs)]
 
 

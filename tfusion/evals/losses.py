@@ -115,13 +115,13 @@ def other_figures(name: str, sums: dict[str, Sums], total: Sums) -> dict:
     return {name: loss(title, total)} | (parts if len(parts) > 1 else {})
 
 
-def table(sums: dict[str, Sums], weights, figures: dict) -> dict:
+def table(sums: dict[str, Sums], names, figures: dict) -> dict:
     """The block of the report: a source a row, a loss a column."""
-    head, rows = ["held out", *weights], []
+    head, rows = ["held out", *names], []
     per_byte = any(name.endswith("_bits_per_byte") for name in figures)
     for source, some in sums.items():
         bits = figures.get(f"{source}_bits_per_byte", {"value": None})["value"]
-        rows.append([source, *(some.mean(name) for name in weights), *[bits] * per_byte])
+        rows.append([source, *(some.mean(name) for name in names), *[bits] * per_byte])
     head = [word.replace("_", " ").replace("lm ", "LM ") for word in head] + ["bits per byte"] * per_byte
     return {"kind": "table", "title": "Held-out losses by source", "head": head, "rows": rows,
             "reading": "Held-out documents: the same, on the same noise, in every run on these data."}
@@ -129,17 +129,18 @@ def table(sums: dict[str, Sums], weights, figures: dict) -> dict:
 
 def run(run: Trained, folder: Path, options: Options) -> dict:
     """Sources without held-out documents are named and left out (data/heldout.py)."""
-    weights, step, sums, figures = make_objective(run.cfg).weights, make_step(run.cfg), {}, {}
+    objective, step, sums, figures = make_objective(run.cfg), make_step(run.cfg), {}, {}
+    names = (*objective.weights, *objective.reported)
     for source, held in open_heldout(run.cfg).items():
         sums[source] = some = measure(run, held, step, source)
         if some.mean("lm_loss") is not None:
             figures |= text_figures(source, some, text_bytes(held, run.tokenizer))
     total = sum(sums.values(), NOTHING)
-    for name in weights:
+    for name in names:
         if name != "lm_loss" and total.mean(name) is not None:
             figures |= other_figures(name, sums, total)
     replace_text(folder / SUMS, json.dumps({source: some._asdict() for source, some in sums.items()}) + "\n")
-    write_card(folder, section("held-out", "Held-out losses", table(sums, weights, figures)))
+    write_card(folder, section("held-out", "Held-out losses", table(sums, names, figures)))
     return figures
 
 

@@ -143,7 +143,7 @@ def read_drawn(folder: Path) -> np.ndarray:
 
 
 def run(run: Trained, folder: Path, options: Options) -> dict:
-    """Draws the held-out captions, describes the held-out pictures; and judges the codec as what draws them."""
+    """Draws the held-out captions and describes the held-out pictures."""
     decoder, (world, held, real) = inference.decoder(run), held_out(run.cfg, options.number)
     level = chance(held)
     drawn = decoder.draw(run, [scene.caption for scene in held], options.seed)
@@ -152,10 +152,7 @@ def run(run: Trained, folder: Path, options: Options) -> dict:
     figures, classes = metrics("generation", DRAWN, held, right, level["generation"])
     truths = judge_captions(world, held, told)
     more, by_class = metrics("caption", TOLD, held, truths, level["caption"])
-    again = judge_pictures(world, held, decoder.reconstruct(run, real))
-    ceiling, _ = metrics("generation", DRAWN, held, again, level["generation"])
-    figures |= more | {"autoencoder_sprites": ceiling["generation_sprites"] | {
-        "title": "Ceiling: the same of the autoencoder's reconstructions", "want": None}}
+    figures |= more
     write_verdicts(folder / "drawn.jsonl", held, right)
     write_verdicts(folder / TOLD_LINES, held, truths, told=told)
     replace_by(folder / PICTURES, lambda file: np.savez_compressed(file, drawn=drawn))
@@ -165,4 +162,4 @@ def run(run: Trained, folder: Path, options: Options) -> dict:
                       for name, one in (classes[word] | by_class[word]).items()}
 
 
-register(Evaluator("scenes", ("world", "draw", "describe", "reconstruct"), run, order=10))
+register(Evaluator("scenes", ("world", "draw", "describe"), run, order=10))

@@ -25,10 +25,12 @@ FILE_BYTES = 2**31  # of one file, and so of memory, at most; a tensor that is l
 
 
 def check(cfg: config.RunConfig, where) -> None:
-    """Raises UserError where the kind of training has no such form."""
-    if kind_of(cfg).llama(cfg) is None:
+    """Raises UserError where the kind of training has no such form, or the model is no Llama."""
+    form = kind_of(cfg).llama(cfg)
+    if form is None:
         raise UserError(f"{where} holds a run with objective = '{cfg.objective}', which has no transformer in "
                         "Llama's form: export it with --format=orbax")
+    llama.check_model(form.model)
 
 
 def write(export: Export, folder: Path) -> list[str]:

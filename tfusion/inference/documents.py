@@ -1,18 +1,19 @@
-"""What a trained Transfusion can do, in words and pictures: draw, describe, go on with documents.
+"""What a run on packed rows can do, in words and pictures: draw, describe, go on with documents.
 
 Of many prompts CHUNK go at once, the last chunk filled up, so that one compiled shape serves any number;
-noise is keyed by a prompt's number among all of them.
+draws are keyed by a prompt's number among all of them.
 """
 
 import numpy as np
 from tqdm import tqdm
 
 from tfusion.data import layout
-from tfusion.inference import transfusion
+from tfusion.inference import chameleon, transfusion
 from tfusion.inference.base import Decoder, register
 from tfusion.inference.trained import Trained
 
 CHUNK = 64
+KINDS = {"transfusion": transfusion, "chameleon": chameleon}
 MAX_CAPTION_TOKENS = 128  # of a description, as far as the row has room
 
 
@@ -25,18 +26,22 @@ def decoder(run: Trained) -> Decoder:
     return Decoder(draw, describe, go_on, reconstruct, image_size=run.codec.image_size)
 
 
+def generate(run: Trained, prompts: list, **options) -> list:
+    return KINDS[run.cfg.objective].generate(run.cfg, run.params, prompts, **options)
+
+
 def in_chunks(run: Trained, prompts: list, title: str, **options) -> list:
-    """`transfusion.generate` over CHUNK prompts at a time, with a progress bar."""
+    """`generate` over CHUNK prompts at a time, with a progress bar."""
     out = []
     for start in tqdm(range(0, len(prompts), CHUNK), desc=title, unit="chunk"):
         chunk = prompts[start : start + CHUNK]
         filled = chunk + [chunk[-1]] * (CHUNK - len(chunk))
-        out += transfusion.generate(run.cfg, run.params, filled, first_row=start, **options)[: len(chunk)]
+        out += generate(run, filled, first_row=start, **options)[: len(chunk)]
     return out
 
 
 def draw(run: Trained, texts: list[str], seed: int):
-    """A picture for each text, uint8 (n, H, W, 3): diffusion mode straight after it."""
+    """A picture for each text, uint8 (n, H, W, 3): drawn straight after it."""
     prompts = [[layout.text([*run.tokenizer.encode(text), run.cfg.vocabulary.boi])] for text in texts]
     room = max(len(p[0].values) for p in prompts) + run.cfg.model.num_patches + 2
     parts = in_chunks(run, prompts, "draw", seed=seed, max_new_tokens=0, max_images=1, max_len=room)
@@ -62,8 +67,8 @@ def go_on(run: Trained, documents: list[list], *, seed: int = 0, temperature: fl
     begin = [layout.text([run.cfg.vocabulary.boi])] if draw_first else []
     prompts = [[layout.text(run.tokenizer.encode(part)) if isinstance(part, str) else
                 layout.image(next(latents)) for part in parts] + begin for parts in documents]
-    rows = transfusion.generate(run.cfg, run.params, prompts, seed=seed, temperature=temperature,
-                                max_images=max_images if run.codec else 0)
+    rows = generate(run, prompts, seed=seed, temperature=temperature,
+                    max_images=max_images if run.codec else 0)
     drawn = [part.values for parts in rows for part in parts if part.kind == "image"]
     images = iter(run.codec.decode(np.stack(drawn)) if drawn else ())
     return [[next(images) if part.kind == "image" else run.tokenizer.decode(part.values.tolist())
@@ -71,8 +76,9 @@ def go_on(run: Trained, documents: list[list], *, seed: int = 0, temperature: fl
 
 
 def reconstruct(run: Trained, pictures):
-    """Pictures coded to latents and back, uint8 (n, H, W, 3)."""
+    """Pictures encoded and decoded, uint8 (n, H, W, 3)."""
     return run.codec.decode(run.codec.encode(pictures))
 
 
-register("transfusion", decoder)
+for kind in KINDS:
+    register(kind, decoder)

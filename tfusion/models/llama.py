@@ -29,6 +29,7 @@ LAYER = {
     "decoder/blocks/mlp/up_kernel": "mlp.up_proj",
     "decoder/blocks/mlp/down_kernel": "mlp.down_proj",
 }
+NO_LLAMA = {"qk_norm": "none", "norm_order": "pre"}  # options, and what they are in a Llama
 TRUNK = "decoder/"  # leaves below it are the transformer's
 
 
@@ -40,10 +41,11 @@ class Form(NamedTuple):
     text_vocab_size: int  # ids of text; symbols of ours stand behind them
     symbols: dict[str, int]  # {their name in config.json: id}
     logits: Callable  # (params, tokens_BT) -> float32 (B, T, V) of one document a row, computed in float32
+    num_codes: int = 0  # ids of images, behind those
 
     @property
     def vocab_size(self) -> int:
-        return self.text_vocab_size + len(self.symbols)
+        return self.text_vocab_size + len(self.symbols) + self.num_codes
 
 
 class Tensor(NamedTuple):
@@ -67,6 +69,15 @@ def tensors(num_layers: int) -> list[Tensor]:
     first, last = (tensors_of(leaf, num_layers) for leaf in TABLES)
     norm = tensors_of(*NORM, num_layers)
     return [*first, *(one for layer in zip(*layers) for one in layer), *norm, *last]
+
+
+def check_model(model: TransformerConfig) -> None:
+    """Raises UserError where it has an option that Llama has not."""
+    strange = [f"model.{key} = '{value}'" for key, none in NO_LLAMA.items()
+               if (value := getattr(model, key)) != none]
+    if strange:
+        raise UserError(f"Hugging Face's Llama has no {' and no '.join(strange)}: such a model can be exported "
+                        "with --format=orbax alone, and begins with no Llama's parameters")
 
 
 def check_leaves(leaves) -> None:

@@ -1,4 +1,5 @@
-"""A Llama-style decoder: RMSNorm pre-norm, rotary attention, SwiGLU; depth by scan and remat.
+"""A Llama-style decoder: RMSNorm, rotary attention, SwiGLU; depth by scan and remat. Two options are
+Chameleon's (arXiv 2405.09818): queries and keys normalised, and each branch's norm after it.
 
 With a cache, the tokens are some of their rows': their keys and values are written into it, and they attend to
 what it holds. Without one they are the whole row.
@@ -38,6 +39,8 @@ class TransformerConfig:
     num_heads: int
     num_kv_heads: int
     d_ff: int
+    qk_norm: str = choice("none", "layernorm")  # of queries and keys, before they are rotated
+    norm_order: str = choice("pre", "post")  # x + f(norm(x)), as Llama; x + norm(f(x)), as Swin and Chameleon
     remat: str = choice("none", *REMAT_POLICIES, may_change=True)
     compute_dtype: str = choice("float32", "bfloat16", may_change=True)
 
@@ -50,6 +53,16 @@ class TransformerConfig:
     @property
     def head_dim(self) -> int:
         return self.d_model // self.num_heads
+
+    def branch_std(self, fan_in: int) -> float:
+        """Of the matrices that end a branch: a sum of 2L branches is as large as its first summand. Where a
+        norm follows, it says how large they are."""
+        return (fan_in * (1 if self.norm_order == "post" else 2 * self.num_layers)) ** -0.5
+
+    @property
+    def embedding_std(self) -> float:
+        """As large as the branches that are added to it, where a norm follows each: it would drown in them."""
+        return 1.0 if self.norm_order == "post" else self.d_model**-0.5
 
 
 @jax.custom_vjp
@@ -113,6 +126,15 @@ def rms_norm(x, scale):
 
 
 @jax.checkpoint
+def layer_norm(x, scale, bias):
+    """(x - mean) / standard deviation * scale + bias over the last axis, in float32, returned in x's dtype."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + NORM_EPS)
+    return (y * scale + bias).astype(x.dtype)
+
+
+@jax.checkpoint
 def swiglu(gate, up):
     return jax.nn.silu(gate) * up
 
@@ -129,6 +151,14 @@ def norm_scale(module: nn.Module, name: str, size: int):
     return module.param(name, init, (size,), jnp.float32)
 
 
+def qk_norm(module: nn.Module, name: str, x_BTHE):
+    """LayerNorm of each head, all with the same weights."""
+    E = x_BTHE.shape[-1]
+    init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("norm",))
+    bias = module.param(f"{name}_norm_bias", init, (E,), jnp.float32)
+    return layer_norm(x_BTHE, norm_scale(module, f"{name}_norm_scale", E), bias)
+
+
 class Attention(nn.Module):
     cfg: TransformerConfig
 
@@ -139,10 +169,12 @@ class Attention(nn.Module):
         wq = kernel(self, "wq_kernel", (D, H * E), ("embed", "heads"))
         wk = kernel(self, "wk_kernel", (D, K * E), ("embed", "kv_heads"))
         wv = kernel(self, "wv_kernel", (D, K * E), ("embed", "kv_heads"))
-        wo = kernel(self, "wo_kernel", (H * E, D), ("heads", "embed"),
-                    std=(H * E * 2 * cfg.num_layers) ** -0.5)
-        q_BTHE = apply_rope(linear(x_BTD, wq).reshape(B, T, H, E), rope)
-        k_BTKE = apply_rope(linear(x_BTD, wk).reshape(B, T, K, E), rope)
+        wo = kernel(self, "wo_kernel", (H * E, D), ("heads", "embed"), std=cfg.branch_std(H * E))
+        q_BTHE = linear(x_BTD, wq).reshape(B, T, H, E)
+        k_BTKE = linear(x_BTD, wk).reshape(B, T, K, E)
+        if cfg.qk_norm == "layernorm":
+            q_BTHE, k_BTKE = qk_norm(self, "q", q_BTHE), qk_norm(self, "k", k_BTKE)
+        q_BTHE, k_BTKE = apply_rope(q_BTHE, rope), apply_rope(k_BTKE, rope)
         v_BTKE = linear(x_BTD, wv).reshape(B, T, K, E)
         q_BTHE = constrain(q_BTHE, "batch", "length", "heads", "head_dim")
         k, v = k_BTKE, v_BTKE
@@ -161,8 +193,7 @@ class MLP(nn.Module):
         D, F = self.cfg.d_model, self.cfg.d_ff
         gate = kernel(self, "gate_kernel", (D, F), ("embed", "mlp"))
         up = kernel(self, "up_kernel", (D, F), ("embed", "mlp"))
-        down = kernel(self, "down_kernel", (F, D), ("mlp", "embed"),
-                      std=(F * 2 * self.cfg.num_layers) ** -0.5)
+        down = kernel(self, "down_kernel", (F, D), ("mlp", "embed"), std=self.cfg.branch_std(F))
         h_BTF = constrain(swiglu(linear(x_BTD, gate), linear(x_BTD, up)), "batch", "length", "mlp")
         return linear(h_BTF, down)
 
@@ -172,12 +203,14 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry, layer, rope, sight):
-        (x_BTD, cache), D = carry, self.cfg.d_model
-        h = rms_norm(x_BTD, norm_scale(self, "attention_norm_scale", D))
+        (x_BTD, cache), D, post = carry, self.cfg.d_model, self.cfg.norm_order == "post"
+        scale = norm_scale(self, "attention_norm_scale", D)
+        h = x_BTD if post else rms_norm(x_BTD, scale)
         h, cache = Attention(self.cfg, name="attention")(h, cache, layer, rope, sight)
-        x_BTD = x_BTD + h
-        h = rms_norm(x_BTD, norm_scale(self, "mlp_norm_scale", D))
-        x_BTD = x_BTD + MLP(self.cfg, name="mlp")(h)
+        x_BTD = x_BTD + (rms_norm(h, scale) if post else h)
+        scale = norm_scale(self, "mlp_norm_scale", D)
+        h = MLP(self.cfg, name="mlp")(x_BTD if post else rms_norm(x_BTD, scale))
+        x_BTD = x_BTD + (rms_norm(h, scale) if post else h)
         return (constrain(x_BTD, "batch", "length", "hidden"), cache), None
 
 

@@ -11,43 +11,27 @@ vector takes the place of the token embedding. What a position sees is its sight
 plus full attention among the patches of one image, never across documents. The model is given noisy latents
 and their t; it knows neither the noise nor the losses (objectives/transfusion.py).
 
-B batch, T tokens, D d_model, V vocabulary, I image slots, N patches per image, M = I * N, h w c latent.
+B batch, T tokens, D d_model, I image slots, N patches per image, M = I * N, h w c latent.
 """
 
 import dataclasses
-import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from tfusion.config import choice, component
 from tfusion.models import adapters as _adapters  # noqa: F401 (registers)
-from tfusion.models import lm_head
-from tfusion.models.attention import Cache
-from tfusion.models.masks import Sight, row_sight
-from tfusion.models.rope import rope_tables
-from tfusion.models.transformer import Decoder, TransformerConfig, kernel
+from tfusion.models.language import LanguageConfig, LanguageModel
+from tfusion.models.masks import row_sight
 from tfusion.sharding import constrain
 from tfusion.types import Batch
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig(TransformerConfig):
-    text_vocab_size: int  # V; BOI and EOI come on top
+class ModelConfig(LanguageConfig):
     image_attention: str = choice("bidirectional", "causal")
     adapter: Any = component("adapter")
-
-    @property
-    def vocab_size(self) -> int:
-        return self.text_vocab_size + 2
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rounded up to 128 so that the vocabulary shards; the added ids get no probability."""
-        return math.ceil(self.vocab_size / 128) * 128
 
     @property
     def num_patches(self) -> int:
@@ -57,24 +41,6 @@ class ModelConfig(TransformerConfig):
     @property
     def latent_shape(self) -> tuple[int, ...]:
         return self.adapter.latent_shape
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def embed_tokens(table_VD, tokens_BT, dtype: str):
-    """(B, T, D) in dtype: the table is cast, gathered over fsdp, once, and looked up. The gradient adds up in
-    the table's own float32, on each device and over them: some tokens are everywhere."""
-    table_VD = constrain(table_VD.astype(dtype), "vocab", "embed")  # else it is gathered, then cast
-    return constrain(table_VD, "vocab", None)[tokens_BT]
-
-
-def _embed_tokens_bwd(dtype, inputs, cotangent):
-    table_VD, tokens_BT = inputs
-    zeros_VD = jnp.zeros(table_VD.shape, table_VD.dtype)
-    return constrain(zeros_VD, "vocab", None).at[tokens_BT].add(cotangent.astype(table_VD.dtype)), None
-
-
-embed_tokens.defvjp(lambda table, tokens, dtype: (embed_tokens(table, tokens, dtype), (table, tokens)),
-                    _embed_tokens_bwd)
 
 
 class Places(NamedTuple):
@@ -128,22 +94,12 @@ def take_patches(h_BTD, places: Places, num_patches: int):
     return h_BMD.reshape(B, M // num_patches, num_patches, D)  # -1 would not do without slots
 
 
-class Transfusion(nn.Module):
+class Transfusion(LanguageModel):
     cfg: ModelConfig
-    seq_len: int  # positions that a document can have: RoPE's tables
 
     def setup(self):
-        cfg = self.cfg
-        self.image_adapter = cfg.adapter.make(cfg.d_model)
-        self.token_embedding = kernel(self, "token_embedding", (cfg.padded_vocab_size, cfg.d_model),
-                                      ("vocab", "embed"), std=cfg.d_model**-0.5)
-        self.lm_head_kernel = kernel(self, "lm_head_kernel", (cfg.d_model, cfg.padded_vocab_size),
-                                     ("embed", "vocab"), std=0.02)
-        self.decoder = Decoder(cfg)
-
-    def embed_tokens(self, tokens_BT):
-        """x_BTD in the compute dtype."""
-        return embed_tokens(self.token_embedding, tokens_BT, self.cfg.compute_dtype)
+        super().setup()
+        self.image_adapter = self.cfg.adapter.make(self.cfg.d_model)
 
     def embed(self, tokens_BT, image_start_BI, x_t_BIhwc, t_BI):
         """(x_BTD in the compute dtype, the adapter's skips).
@@ -156,23 +112,9 @@ class Transfusion(nn.Module):
         places = patch_places(image_start_BI, self.cfg.num_patches, x_BTD.shape[1])
         return put_patches(x_BTD, patches_BIND, places), skips
 
-    def hidden(self, x_BTD, sight: Sight, cache: Cache | None = None):
-        """(the last hidden states h_BTD, after the final norm, in the compute dtype; the cache, with these
-        positions' keys and values in it).
-
-        Without a cache x is whole rows. With one it is any positions of them, which see what the cache holds.
-        """
-        x_BTD = constrain(x_BTD, "batch", "length", "hidden")
-        rope = rope_tables(sight.positions_BT, self.cfg.head_dim, self.seq_len)
-        return self.decoder(x_BTD, rope, sight, cache)
-
-    def lm_head(self):
-        """head_DV, float32; models/lm_head.py applies it where tokens are scored."""
-        return self.lm_head_kernel
-
-    def logits(self, h):
-        """(..., D) -> the next token's, float32 (..., V padded)."""
-        return lm_head.logits(h, self.lm_head_kernel, self.cfg.vocab_size)
+    def embed_rows(self, tokens_BT, image_start_BI, latents_BIhwc):
+        """x_BTD of rows whose images are finished: clean, t = 0."""
+        return self.embed(tokens_BT, image_start_BI, latents_BIhwc, jnp.zeros(image_start_BI.shape))[0]
 
     def predict(self, h_BTD, image_start_BI, t_BI, skips):
         """The diffusion target's estimate in every image slot, (B, I, h, w, c), float32."""

@@ -26,6 +26,7 @@ class Objective(NamedTuple):
     loss: Callable  # (params, aux, batch, key) -> {name: (sum, count)}; counts depend on the data only
     counts: Callable  # (batch) -> {name: count} for the names in `weights`
     weights: dict  # {name: weight in the total}; other names are reported only
+    reported: tuple = ()  # those of them that stand beside the weighted ones in an evaluation
     init_buffers: Callable = lambda key: {}  # (key) -> buffers, boxed likewise: no optimizer, decay or average
     after_update: Callable = lambda params, buffers, batch, key: buffers  # -> buffers, of the step's new params
     frozen: Callable = lambda: {}  # () -> dict of arrays, dicts, lists, where a run begins

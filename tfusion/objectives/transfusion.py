@@ -19,11 +19,11 @@ from tfusion.data import layout
 from tfusion.data.config import DataConfig, RowFormat
 from tfusion.diffusion.losses import diffusion_losses, draw_noise
 from tfusion.diffusion.sampler import SamplingConfig
-from tfusion.models import flops, llama
+from tfusion.models import flops
 from tfusion.models.lm_head import next_token_loss
-from tfusion.models.masks import key_intervals, row_sight
 from tfusion.models.transfusion import ModelConfig, Transfusion
-from tfusion.objectives.base import Aux, Expected, Kind, Objective, Trunk, register
+from tfusion.objectives import packed
+from tfusion.objectives.base import Aux, Kind, Objective, register
 from tfusion.types import Batch
 
 
@@ -84,90 +84,21 @@ def make(cfg: TransfusionConfig) -> Objective:
                      weights={"lm_loss": 1.0, "diffusion_loss": cfg.loss_weight})
 
 
-def open_rows(cfg: TransfusionConfig):
-    from tfusion.data.rows import PackedRows  # here, so that who only uses a trained run needs no grain
-
-    return PackedRows(cfg.rows, cfg.seed)
-
-
-def open_heldout(cfg: TransfusionConfig, documents: int | None = None) -> dict:
-    from tfusion.data.heldout import open_heldout
-
-    return open_heldout(cfg.rows, documents)
-
-
-def abstract_batch(cfg: TransfusionConfig) -> Batch:
-    B, T, I = cfg.train.batch_size, cfg.data.seq_len, cfg.rows.image_slots
-    int32, f32 = (partial(jax.ShapeDtypeStruct, dtype=dtype) for dtype in (jnp.int32, jnp.float32))
-    return Batch(
-        row_ids_B=int32((B,)), tokens_BT=int32((B, T)), segment_ids_BT=int32((B, T)),
-        image_ids_BT=int32((B, T)), positions_BT=int32((B, T)),
-        loss_mask_BT=jax.ShapeDtypeStruct((B, T), jnp.bool_),
-        latents_BIhwc=f32((B, I, *cfg.model.latent_shape)), image_start_BI=int32((B, I)), max_t_BI=f32((B, I)),
-        noise_ids_BI2=jax.ShapeDtypeStruct((B, I, 2), jnp.uint32))
-
-
-def model_flops(m: ModelConfig, n: flops.Counts) -> dict:
+def model_flops(cfg: TransfusionConfig, n: flops.Counts) -> dict:
     """{part: FLOPs of forward and backward}."""
+    m = cfg.model
     parts = flops.transformer_flops(m, m.vocab_size, n)
     return parts | {"image adapter": m.adapter.flops(m.d_model, n.patches, n.images)}
 
 
-def count(m: ModelConfig, batch: Batch) -> flops.Counts:
-    def total(mask):
-        return jnp.sum(mask, dtype=jnp.int32)
-
-    patches = total(batch.image_ids_BT > 0)
-    k_start_BT, k_end_BT = key_intervals(batch.segment_ids_BT, batch.image_ids_BT, m.image_attention)
-    return flops.Counts(
-        text=total(batch.segment_ids_BT > 0) - patches, patches=patches, scored=total(batch.loss_mask_BT),
-        images=total(batch.image_start_BI < batch.tokens_BT.shape[1]),
-        pairs=flops.visible_pairs(k_start_BT, k_end_BT, batch.segment_ids_BT))
-
-
 def totals(cfg: TransfusionConfig, batch: Batch) -> dict:
     """tokens: positions that hold a token or a patch; images: those with a loss."""
-    n = count(cfg.model, batch)
+    n = packed.count(cfg.model, batch)
     return {"tokens": n.text + n.patches, "patches": n.patches, "images": jnp.sum(batch.max_t_BI > 0),
-            "flops": sum(model_flops(cfg.model, n).values())}
-
-
-def expected(cfg: TransfusionConfig) -> Expected:
-    """Full rows, data.image_share of them in images: documents of one image and an equal share of text."""
-    m, rows, T, N = cfg.model, cfg.train.batch_size, cfg.data.seq_len, cfg.model.num_patches
-    per_row = min(cfg.rows.image_slots, round(cfg.data.image_share * T / (N + 2)))
-    documents = max(per_row, 1)
-    length = T / documents
-    pairs = length * (length + 1) / 2
-    if per_row and m.image_attention == "bidirectional":
-        pairs += N * (N - 1) / 2
-    text = T - per_row * N
-    n = flops.Counts(text=rows * text, patches=rows * per_row * N,
-                     scored=rows * (text - per_row - documents),  # not BOI, not EOS
-                     images=rows * per_row, pairs=round(rows * documents * pairs))
-    return Expected(rows * T, n.scored, n.pairs, model_flops(m, n),
-                    "full rows, data.image_share of them in images, one image a document")
-
-
-def trunk(cfg: TransfusionConfig) -> Trunk:
-    return Trunk(cfg.model, cfg.data.seq_len, cfg.model.padded_vocab_size, cfg.model.image_attention)
-
-
-def llama_form(cfg: TransfusionConfig) -> llama.Form:
-    model = Transfusion(dataclasses.replace(cfg.model, compute_dtype="float32"), cfg.data.seq_len)
-
-    def logits(params, tokens_BT):
-        apply, zero_BT = partial(model.apply, {"params": params}), jnp.zeros_like(tokens_BT)
-        positions_BT = zero_BT + jnp.arange(tokens_BT.shape[1])
-        sight = row_sight(positions_BT, zero_BT + 1, zero_BT)
-        h_BTD, _ = apply(apply(tokens_BT, method="embed_tokens"), sight, method="hidden")
-        return apply(h_BTD, method="logits")[..., : cfg.model.vocab_size]
-
-    symbols = {"boi_token_id": cfg.vocabulary.boi, "eoi_token_id": cfg.vocabulary.eoi}
-    return llama.Form(cfg.model, cfg.data.seq_len, cfg.model.text_vocab_size, symbols, logits)
+            "flops": sum(model_flops(cfg, n).values())}
 
 
 register("transfusion", Kind(
-    config=TransfusionConfig, make=make, open_rows=open_rows, open_heldout=open_heldout,
-    abstract_batch=abstract_batch, totals=totals, expected=expected,
-    row_format=lambda cfg: cfg.rows, trunk=trunk, llama=llama_form))
+    config=TransfusionConfig, make=make, open_rows=packed.open_rows, open_heldout=packed.open_heldout,
+    abstract_batch=packed.abstract_batch, totals=totals, expected=partial(packed.expected, model_flops),
+    row_format=lambda cfg: cfg.rows, trunk=packed.trunk, llama=packed.llama_form))

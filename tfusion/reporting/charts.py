@@ -30,6 +30,9 @@ class Words(NamedTuple):
 IMAGE_COLOURS = (plots.IMAGE, plots.IMAGE_LIGHT)
 KNOWN = {  # in this order; others follow under their own name
     "lm_loss": Words("LM loss", "Next-token loss on text, in nats per token."),
+    "code_loss": Words("Code loss", "Next-token loss on the codes of images, in nats per code.", IMAGE_COLOURS),
+    "token_loss": Words("Token loss", "What is trained: next-token loss on text and codes, and z-loss."),
+    "z_loss": Words("log Z squared", "Of the softmax's normaliser; z-loss keeps it small."),
     "diffusion_loss": Words("Diffusion loss", "Squared error per latent element, over all noise levels.",
                             IMAGE_COLOURS),
     "reconstruction_l1": Words("Reconstruction loss", "Mean absolute error of pixels in -1..1.", IMAGE_COLOURS),

@@ -102,8 +102,9 @@ def open_codec(root: Path, meta: dict) -> codecs.Codec | None:
 
 
 def false_colours(latents: np.ndarray) -> np.ndarray:
-    """(n, h, w, c) -> uint8 (n, h, w, 3): the first three channels, each about its own mean."""
-    x = np.asarray(latents, np.float32)[..., :3]
+    """(n, h, w, c), or codes (n, h, w) -> uint8 (n, h, w, 3): the first three channels, each about its mean."""
+    x = np.asarray(latents, np.float32)
+    x = (x if x.ndim == 4 else x[..., None])[..., :3]
     x = np.concatenate([x, *[x[..., -1:]] * (3 - x.shape[-1])], axis=-1)
     spread = x.std((0, 1, 2)) + 1e-6
     return np.clip(127.5 * (1 + (x - x.mean((0, 1, 2))) / (SPREAD * spread)), 0, 255).astype(np.uint8)
@@ -144,7 +145,8 @@ def header(data: Data, drawn: list) -> str:
              ("image slots of a row", f"{format.image_slots:,}"),
              ("text ids", f"{format.vocabulary.text_vocab_size:,}")]
     if format.image_slots:
-        pairs.append(("latents of an image", " × ".join(map(str, format.image_shape))))
+        what = "codes" if format.vocabulary.num_codes else "latents"
+        pairs.append((f"{what} of an image", " × ".join(map(str, format.image_shape))))
     return (f'<header class="hero"><div><p class="kicker">tfusion prepared data</p><h1>{escape(root.name)}</h1>'
             '<p class="lead">What a run with this config will train on: what was prepared, how it fills rows, '
             "and the first rows as the model is given them, read back into words and pictures.</p>"

@@ -62,7 +62,7 @@ def read_pieces(row: Batch, start: int, end: int, known: Vocabulary, tokenizer: 
     pieces = []
     for (image, _, yes), a, b in ((keys[a], a, b) for a, b in itertools.pairwise(cuts)):
         if image:
-            pieces.append(Piece("image", "", bool(row.max_t_BI[image - 1] > 0), image - 1))
+            pieces.append(Piece("image", "", scored[a] or bool(row.max_t_BI[image - 1] > 0), image - 1))
         else:
             pieces.append(Piece("special", named[a], yes) if named[a] else
                           Piece("text", tokenizer.decode(tokens[a:b]), yes))
@@ -118,7 +118,8 @@ def flow(pieces: list[Piece], images: np.ndarray, max_t_I: np.ndarray) -> str:
             made.append(f'<span class="{css}">{escape(piece.words)}</span>')
             continue
         max_t = float(max_t_I[piece.slot])
-        below = "" if max_t == 1 else f"<small>{f't ≤ {max_t:g}' if max_t else 'no loss'}</small>"
+        said = f"t ≤ {max_t:g}" if 0 < max_t < 1 else "" if piece.scored else "no loss"
+        below = f"<small>{said}</small>" if said else ""
         drawn = pictures.pixel_image(images[piece.slot], "a picture of the row")
         made.append(f'<span class="{css}">{drawn}{below}</span>')
     return "".join(made)
