@@ -20,7 +20,9 @@ from tfusion.objectives.base import Aux
 from tfusion.reporting.run_page import write_report
 
 TOKENIZER = load_tokenizer("byte")
-ALL = ["scenes", "drawn", "described", "documents", "reconstructions", "codes", "mask", "losses", "baselines"]
+ALL = ["scenes", "captions", "frechet", "drawn", "described", "documents", "captions_of_documents",
+       "reconstructions", "codes", "mask", "losses", "baselines"]
+ON_SCENES = dict.fromkeys(("captions", "frechet"), "goes on from 'scenes', which is left out")
 
 
 def run_of(cfg, codec=None, tokenizer=TOKENIZER):
@@ -53,12 +55,15 @@ LATENTS = {"codes": "the run cannot write pictures as codes"}
 CASES = {  # codec, shares, changes of data: what is left out, and why
     "all": (None, {}, {}, LATENTS),
     "text": ("none", {"scenes": 0.0, "stories": 0.0}, {}, LATENTS | {
-        "scenes": "data.sources has no 'scenes'", "drawn": "cannot draw pictures: it has no codec",
-        "described": "cannot describe pictures: it has no codec",
+        "scenes": "data.sources has no 'scenes'", **ON_SCENES,
+        "drawn": "cannot draw pictures: it has no codec",
+        **dict.fromkeys(("described", "captions_of_documents"), "cannot describe pictures: it has no codec"),
         "reconstructions": "cannot reconstruct pictures: it has no codec"}),
-    "no scenes": (None, {"scenes": 0.0}, {}, LATENTS | {"scenes": "data.sources has no 'scenes'"}),
+    "no scenes": (None, {"scenes": 0.0}, {}, LATENTS | {
+        "scenes": "data.sources has no 'scenes'", **ON_SCENES}),
     "data gone": (None, {}, {"prepared": "/nowhere/data"}, LATENTS | {
-        **dict.fromkeys(("drawn", "described", "mask", "losses"), "/nowhere/data is gone: --config"),
+        **dict.fromkeys(("drawn", "described", "captions_of_documents", "mask", "losses"),
+                        "/nowhere/data is gone: --config"),
         "baselines": "goes on from 'losses', which is left out"}),
 }
 
@@ -197,7 +202,7 @@ def test_metrics_json_is_the_last_file(done, prepared_root, tmp_path, monkeypatc
     monkeypatch.setattr(measure, "replace_text", lambda path, text: (
         stood.extend(p.name for p in tmp_path.iterdir()), replace(path, text)))
     measure.evaluate(run_of(tiny_config(prepared_root)), tmp_path, Options(seed=5))
-    assert {"timing.json", *ALL} == set(stood)
+    assert {"timing.json", *ALL} - {"codes"} == set(stood)
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert found["seed"] == 5 and found["data"]["prepared"] == str(prepared_root) and found["sampling"]
 

@@ -13,7 +13,7 @@ import pytest
 from experiments import quickstart
 from tfusion import config, sharding
 from tfusion.config import MeshConfig
-from tfusion.models.codecs.convolutional import to_unit
+from tfusion.models.codecs.network import to_unit
 from tfusion.models.codecs.vq import VQAutoencoder
 from tfusion.objectives import make_objective, vq_autoencoder
 from tfusion.objectives.base import Aux

@@ -100,7 +100,7 @@ def _no_rows(run: Trained) -> str | None:
 
 
 NEEDS = {  # (run) -> why it is not given, None where it is
-    "data": _no_data, "rows": _no_rows, "scenes": _no_scenes, **{need: _unable(need) for need in CANNOT}}
+    "data": _no_data, "rows": _no_rows, "world": _no_scenes, **{need: _unable(need) for need in CANNOT}}
 
 
 def lacking(evaluator: Evaluator, run: Trained, done) -> str | None:

@@ -15,8 +15,8 @@ import numpy as np
 from tfusion.config import RunConfig, components
 from tfusion.data.config import check_sources
 from tfusion.data.sources import NoPictures
-from tfusion.models.codecs.convolutional import NetworkConfig, to_unit
 from tfusion.models.codecs.kl import Autoencoder, AutoencoderConfig
+from tfusion.models.codecs.network import NetworkConfig, to_unit
 from tfusion.objectives.base import Aux, Expected, Kind, Objective, register
 from tfusion.types import ImageBatch
 

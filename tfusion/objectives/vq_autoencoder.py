@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from tfusion.config import RunConfig
-from tfusion.models.codecs.convolutional import to_unit
+from tfusion.models.codecs.network import to_unit
 from tfusion.models.codecs.vq import VQAutoencoder, VQConfig, nearest
 from tfusion.objectives import autoencoder
 from tfusion.objectives.autoencoder import PicturesConfig

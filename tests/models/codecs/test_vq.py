@@ -12,7 +12,7 @@ from tfusion import sharding
 from tfusion.config import MeshConfig
 from tfusion.errors import UserError
 from tfusion.models.codecs import base, load
-from tfusion.models.codecs.convolutional import to_pixels, to_unit
+from tfusion.models.codecs.network import to_pixels, to_unit
 from tfusion.models.codecs.vq import VQAutoencoder, VQCodec, VQConfig, nearest
 
 CFG = VQConfig(image_size=8, downsample=4, width=8, num_blocks=1, num_codes=7, code_dim=3,
@@ -42,11 +42,12 @@ def test_codes_and_pictures():
     codec, images = VQCodec(CFG, params()), pictures(40)
     codes = codec.encode(images)
     assert codes.shape == (40, *codec.shape) == (40, 2, 2) and codes.dtype == codec.dtype == np.int32
-    apply = functools.partial(VQAutoencoder(CFG).apply, {"params": params()})
-    z, book = np.asarray(apply(to_unit(images), method="encode")), np.asarray(params()["codebook"])
+    encode, decode = (jax.jit(functools.partial(VQAutoencoder(CFG).apply, {"params": params()}, method=name))
+                      for name in ("encode", "decode"))
+    z, book = np.asarray(encode(to_unit(images))), np.asarray(params()["codebook"])
     np.testing.assert_array_equal(codes, ((z[..., None, :] - book) ** 2).sum(-1).argmin(-1))
     assert len(np.unique(codes)) > 2 and codec.num_codes == 7
-    decoded = to_pixels(apply(book[codes], method="decode"))
+    decoded = to_pixels(decode(book[codes]))
     assert np.abs(codec.decode(codes).astype(int) - np.asarray(decoded)).max() <= 1  # rounding
 
 

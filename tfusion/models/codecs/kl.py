@@ -8,7 +8,6 @@ B batch, H W pixels, C 3 colours, h w latent size, c latent channels.
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +15,7 @@ import numpy as np
 
 from tfusion.config import number
 from tfusion.models.codecs import base
-from tfusion.models.codecs.convolutional import (
-    Network,
-    NetworkConfig,
-    from_arrays,
-    to_arrays,
-    to_pixels,
-    to_unit,
-)
+from tfusion.models.codecs.network import Network, NetworkConfig, from_arrays, to_arrays, to_pixels, to_unit
 
 LOG_VARIANCE_RANGE = (-20.0, 10.0)
 
@@ -60,10 +52,8 @@ class Autoencoder(Network):
 
 
 @base.register("kl")
-class KLCodec:
+class KLCodec(base.Arrays):
     """A trained autoencoder: pictures <-> normalised latents."""
-
-    dtype = np.float32
 
     def __init__(self, cfg: AutoencoderConfig, params, mean, std):
         self.cfg, self.params, self.mean, self.std = cfg, params, mean, std
@@ -72,24 +62,13 @@ class KLCodec:
         self._encode = jax.jit(lambda x: (apply(to_unit(x), method="encode")[0] - mean) / std)
         self._decode = jax.jit(lambda z: to_pixels(apply(z * std + mean, method="decode")))
 
-    def encode(self, images):
-        base.check_pictures(images, self.image_size)
-        return base.in_chunks(self._encode, images)
-
-    def decode(self, latents):
-        return base.in_chunks(self._decode, np.asarray(latents, np.float32))
-
-    @property
-    def fingerprint(self) -> str:
-        return base.fingerprint(self._arrays())
-
     def _arrays(self) -> dict:
         return to_arrays(self.params) | {"mean": np.asarray(self.mean), "std": np.asarray(self.std)}
 
-    def save(self, path: Path) -> None:
+    def _about(self) -> dict:
         cfg = dataclasses.asdict(self.cfg)
         del cfg["kl_weight"]  # only its training needs that
-        base.write(path, {"kind": "kl", "cfg": cfg}, self._arrays())
+        return cfg
 
     @classmethod
     def read(cls, about: dict, arrays: dict) -> "KLCodec":

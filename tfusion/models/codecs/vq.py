@@ -6,7 +6,6 @@ B batch, H W pixels, C 3 colours, h w grid, K codes, c code_dim.
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +14,7 @@ from flax import linen as nn
 
 from tfusion.config import number
 from tfusion.models.codecs import base
-from tfusion.models.codecs.convolutional import (
-    Network,
-    NetworkConfig,
-    from_arrays,
-    to_arrays,
-    to_pixels,
-    to_unit,
-)
+from tfusion.models.codecs.network import Network, NetworkConfig, from_arrays, to_arrays, to_pixels, to_unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +49,7 @@ def nearest(z, codebook_Kc):
 
 
 @base.register("vq")
-class VQCodec:
+class VQCodec(base.Arrays):
     """A trained VQ autoencoder: pictures <-> codes, 0 to num_codes - 1, as the rows of a grid."""
 
     dtype = np.int32
@@ -65,27 +57,17 @@ class VQCodec:
     def __init__(self, cfg: VQConfig, params):
         self.cfg, self.params = cfg, params
         self.shape, self.image_size, self.num_codes = cfg.grid, cfg.image_size, cfg.num_codes
-        apply = partial(VQAutoencoder(cfg).apply, {"params": params})
-        self._encode = jax.jit(lambda x: nearest(apply(to_unit(x), method="encode"), params["codebook"]))
-        self._decode = jax.jit(lambda codes: to_pixels(apply(params["codebook"][codes], method="decode")))
+        apply, book = partial(VQAutoencoder(cfg).apply, {"params": params}), jnp.asarray(params["codebook"])
+        self._encode = jax.jit(lambda x: nearest(apply(to_unit(x), method="encode"), book))
+        self._decode = jax.jit(lambda codes: to_pixels(apply(book[codes], method="decode")))
 
-    def encode(self, images):
-        base.check_pictures(images, self.image_size)
-        return base.in_chunks(self._encode, images)
+    def _arrays(self) -> dict:
+        return to_arrays(self.params)
 
-    def decode(self, codes):
-        """Raises UserError where a code is none of the codebook's."""
-        codes = base.check_codes(codes, self.num_codes)
-        return base.in_chunks(self._decode, codes)
-
-    @property
-    def fingerprint(self) -> str:
-        return base.fingerprint(to_arrays(self.params))
-
-    def save(self, path: Path) -> None:
+    def _about(self) -> dict:
         cfg = dataclasses.asdict(self.cfg)
         del cfg["commitment_weight"]  # only its training needs that
-        base.write(path, {"kind": "vq", "cfg": cfg}, to_arrays(self.params))
+        return cfg
 
     @classmethod
     def read(cls, about: dict, arrays: dict) -> "VQCodec":
