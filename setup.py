@@ -27,6 +27,7 @@ REQUIREMENTS = [
     "einops>=0.8",  # patchify, space-to-depth
     "absl-py>=2.1",  # flags of the verbs
     "numpy>=2.0",  # all data work on the host
+    "scipy>=1.13",  # robust least squares: L(N, D); jax brings it
     "pillow>=11.0",  # decodes the emoji of the data pack
     "sentencepiece>=0.2",  # the shipped tokenizer, Llama's, or any other
     "tqdm>=4.66",  # progress bars with an ETA

@@ -21,7 +21,8 @@ def run() -> dict:
     """What every kind of training has."""
     return dict(
         seed=0,
-        optimizer=dict(learning_rate=3e-4, warmup_steps=4000, b2=0.95, weight_decay=0.1, ema_decay=0.9999),
+        optimizer=dict(learning_rate=3e-4, warmup_steps=4000, decay_steps=0, b2=0.95, weight_decay=0.1,
+                       ema_decay=0.9999),
         train=dict(
             num_steps=250_000, batch_size=512, num_microbatches=1, log_every=50, eval_every=5000,
             eval_documents=8192, diagnostics_every=1000, checkpoint_every=5000,
@@ -38,6 +39,11 @@ def transformer(size: str) -> dict:
 
 def linear_adapter() -> dict:
     return dict(kind="linear", latent_size=32, latent_channels=8, patch_size=2, patch_positions="none")
+
+
+def rectified_flow() -> dict:
+    """In place of ddpm, with sampling.sampler = "euler"."""
+    return dict(kind="flow", times="uniform", shift=1.0)
 
 
 def packed_data(**sources) -> dict:
@@ -125,9 +131,26 @@ def small_autoencoder() -> ConfigDict:
     return config
 
 
+def small_vq() -> ConfigDict:
+    """Its twin that makes codes: the same network, on the same pictures, in the same steps."""
+    config = small_autoencoder()
+    config.objective = "vq_autoencoder"
+    kept = {key: config.autoencoder[key] for key in ("image_size", "downsample", "width", "num_blocks")}
+    config.autoencoder = ConfigDict(dict(**kept, num_codes=512, code_dim=8, commitment_weight=0.25))
+    return config
+
+
 def shorten(config: ConfigDict) -> None:
     """The same path in seconds, for CI."""
     config.train.update(num_steps=60, log_every=20, eval_every=30, eval_documents=16, checkpoint_every=30)
+
+
+def product(**axes) -> list[dict]:
+    """[{axis: value}] of all combinations, the last axis first: for get_sweep."""
+    combinations = [{}]
+    for axis, values in axes.items():
+        combinations = [{**each, axis: value} for each in combinations for value in values]
+    return combinations
 
 
 def parse(arg: str | None, **groups) -> dict[str, str | None]:

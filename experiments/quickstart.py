@@ -16,7 +16,7 @@ and with little noise, and a short, fast optimizer schedule. docs/recipe.md has 
 
 from ml_collections import ConfigDict
 
-from experiments.common import base, parse, shorten, small, small_autoencoder, small_transformer
+from experiments.common import base, parse, shorten, small, small_autoencoder, small_transformer, small_vq
 from experiments.common import chameleon as chameleon_base
 
 
@@ -49,7 +49,8 @@ def chameleon() -> ConfigDict:
     return config
 
 
-OBJECTIVES = {"transfusion": transfusion, "autoencoder": small_autoencoder, "chameleon": chameleon}
+OBJECTIVES = {"transfusion": transfusion, "autoencoder": small_autoencoder, "chameleon": chameleon,
+              "vq": small_vq}
 
 
 def get_config(arg=None):

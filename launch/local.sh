@@ -2,10 +2,15 @@
 # Trains on the devices of this host: launch/local.sh --config=experiments/quickstart.py --workdir=runs/mine
 # In several processes, joined over loopback: launch/local.sh --processes=2 -- --config=... --workdir=...
 # (of as many GPUs or more, each takes its share). Another verb: VERB=evaluate launch/local.sh --workdir=...
+# A sweep that `python -m tfusion.sweep` froze: launch/local.sh --sweep=sweeps/x [--parallel=2] [--retry]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
 run=(python -m "tfusion.${VERB:-train}")
+
+if [[ "${1-}" == --sweep=* ]]; then
+  exec python -m tfusion.sweep --run --out="${1#--sweep=}" "${@:2}"
+fi
 
 if [[ "${1-}" != --processes* ]]; then
   exec "${run[@]}" "$@"

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+ENDS = ("error:", "preempted", "stopped")  # how the line begins that says why a process ended
 
 
 class Process:
@@ -37,8 +38,8 @@ class Process:
         return (self.folder / "err").read_text()
 
     def errors(self) -> list[str]:
-        """Its lines that begin with `error:`."""
-        return [line for line in re.split(r"[\r\n]+", self.stderr()) if line.startswith("error:")]
+        """Its lines that say why it ended."""
+        return [line for line in re.split(r"[\r\n]+", self.stderr()) if line.startswith(ENDS)]
 
 
 def free_port() -> int:
@@ -56,11 +57,12 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
 
 
 def start(n: int, module: str, *flags: str, devices_per_process: int = 1, **more: str) -> list[Process]:
-    """`python -m module flags` in n processes, process 0 first. more: of their environment."""
+    """`python -m module flags` in n processes, process 0 first; {process} in a flag is its number. more: of
+    their environment."""
     address = f"127.0.0.1:{free_port()}"
-    return [Process([sys.executable, "-m", module, *flags], environment(
-        devices_per_process, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(n), JAX_PROCESS_ID=str(k),
-        **more)) for k in range(n)]
+    return [Process([sys.executable, "-m", module, *(flag.replace("{process}", str(k)) for flag in flags)],
+                    environment(devices_per_process, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(n),
+                                JAX_PROCESS_ID=str(k), **more)) for k in range(n)]
 
 
 @contextlib.contextmanager

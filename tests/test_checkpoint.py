@@ -228,6 +228,17 @@ def test_what_a_killed_save_left_is_cleared_by_the_next_writer_alone(saved):
     assert not left.exists() and (saved / "checkpoints" / "notes").exists()
 
 
+def test_what_a_killed_save_left_in_a_bucket_is_known(bucket):
+    """There it has the step's own name from the beginning."""
+    for step, marker in ((2, checkpoint.COMMITTED), (4, None), (6, None)):
+        (bucket / str(step) / "params").mkdir(parents=True)
+        (bucket / str(step) / "params" / "array").write_bytes(b"x")
+        if marker:
+            (bucket / str(step) / marker).write_bytes(b"x")
+    (bucket / "6" / checkpoint.MARKER).write_text('{"commit_timestamp_nsecs": 7}')
+    assert checkpoint.never_whole(bucket) == ["4"]
+
+
 def test_what_a_killed_deletion_left_is_cleared_likewise(saved):
     left = saved / "checkpoints" / checkpoint.DELETING / "2"
     left.mkdir(parents=True)

@@ -179,7 +179,8 @@ NUMBERS = {name: value for name, (value, _) in leaf_rules(quickstart.get_config(
 def test_negative_numbers_are_rejected(name):
     kind = type(NUMBERS[name])
     for value in (kind(-2), *([float("nan"), float("inf")] if kind is float else [])):
-        assert message(**{name.replace(".", "__"): value}) == f"{name} = {value} must be positive and finite"
+        said = message(**{name.replace(".", "__"): value})
+        assert said in [f"{name} = {value} must be {what} and finite" for what in ("positive", "0 or more")]
 
 
 ZERO = ("seed", "optimizer.warmup_steps", "train.eval_every", "train.diagnostics_every", "train.keep_every",
@@ -188,8 +189,9 @@ ZERO = ("seed", "optimizer.warmup_steps", "train.eval_every", "train.diagnostics
 
 @pytest.mark.parametrize("name", ZERO)
 def test_zero_where_it_means_off(name):
-    changed = tree(**{name.replace(".", "__"): type(NUMBERS[name])(0)})
-    assert leaf_rules(changed)[name][0] == 0
+    kind = type(NUMBERS[name])
+    assert leaf_rules(tree(**{name.replace(".", "__"): kind(0)}))[name][0] == 0
+    assert message(**{name.replace(".", "__"): kind(-2)}) == f"{name} = {kind(-2)} must be 0 or more and finite"
 
 
 @pytest.mark.parametrize("name", ["model.num_layers", "train.num_steps", "train.batch_size", "train.log_every",

@@ -1,6 +1,7 @@
 """What a process does before the first computation."""
 
 import ctypes
+import json
 import os
 import sys
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from tests.conftest import import_verb
 from tfusion import distributed
 from tfusion.errors import UserError
 
@@ -173,7 +175,7 @@ def test_sigterm_before_steps_are_under_way_ends_a_process_at_once(pipe, capfd):
     sigterm()
     wait_until(lambda: ended)
     assert ended[0] == 42
-    assert capfd.readouterr().err == "error: stopped by SIGTERM; the same command goes on\n"
+    assert capfd.readouterr().err == "stopped by SIGTERM; the same command goes on\n"
 
 
 def test_a_second_sigterm_ends_a_process_that_saves(pipe):
@@ -207,3 +209,68 @@ def test_a_preemption_is_asked_for_with_numbers_of_its_own_and_stays(monkeypatch
     assert [first.due() for _ in range(4)] == [False, True, True, True] and first.came
     distributed.Preemption().due()
     assert asked == [asked[0], asked[0] + 1, asked[0] + 2]  # JAX knows one count a process
+
+
+class Client:
+    """What the processes tell each other, as process 0 keeps it."""
+
+    def __init__(self, **said):
+        self.said = said
+
+    def key_value_set(self, key: str, value: str) -> None:
+        self.said[key] = value
+
+    def key_value_try_get(self, key: str) -> str:
+        return self.said[key]
+
+    def wait_at_barrier(self, *_) -> None:
+        pass
+
+
+def test_sigterm_to_one_of_several_before_steps_ends_all_as_preempted(pipe, monkeypatch):
+    """Nothing is under way that is lost; and it does not hear its own message."""
+    client, (sigterm, ended) = Client(), pipe
+    monkeypatch.setattr(distributed, "_leaving", threading.Event())
+    for name, value in (("client", client), ("num_processes", 2), ("process_id", 1)):
+        monkeypatch.setattr(distributed.runtime.global_state, name, value)
+    sigterm()
+    wait_until(lambda: ended)
+    assert set(ended) == {42} and distributed._leaving.is_set()
+    assert json.loads(client.said[distributed.ENDS]) == [1, 42, "stopped by SIGTERM", 0]
+    monkeypatch.setattr(distributed, "_leaving", threading.Event())
+    monkeypatch.setattr(distributed, "LISTEN_S", 0.01)
+    monkeypatch.setattr(distributed.os, "_exit", lambda status: ended.append(f"the other: {status}"))
+    distributed._listen()
+    assert ended[-1] == "the other: 42"
+
+
+@pytest.mark.parametrize(("error", "lost"), [
+    (jax.errors.JaxRuntimeError("UNKNOWN: Gloo context initialization failed"), True),
+    (jax.errors.JaxRuntimeError("UNAVAILABLE: socket closed"), True),
+    (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: shapes"), False),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), False),
+    (ValueError("UNAVAILABLE"), False), (None, False)], ids=str)
+def test_what_is_taken_for_the_end_of_another_process(error, lost):
+    """A fault that comes again is no reason to be restarted."""
+    assert distributed._lost_another(error) == lost
+    later = UserError("a save failed")
+    later.__cause__ = error
+    assert distributed._lost_another(later) == lost
+
+
+def test_who_was_started_unlike_process_0_is_told_in_what(monkeypatch):
+    distributed.check_alike({"seed": 1, "shape": (1, 2)})  # alone
+    monkeypatch.setattr(distributed, "broadcast", lambda mine: {"seed": 0, "shape": [1, 2], "x": 1})
+    with pytest.raises(UserError, match=r"unlike process 0: seed = 1, not 0, x = None, not 1: start all with"):
+        distributed.check_alike({"seed": 1, "shape": (1, 2)})
+
+
+def test_a_workdir_that_is_another_than_process_0s(monkeypatch, tmp_path):
+    monkeypatch.setattr(distributed, "is_writer", lambda: False)
+    monkeypatch.setattr(distributed, "broadcast", lambda mine: "its token")
+    (tmp_path / ".writable").write_text("its token")
+    assert import_verb("train").writable_folder(str(tmp_path)) == tmp_path
+    (tmp_path / ".writable").write_text("another")
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(UserError, match=r"is not the folder that process 0 writes to: name one that all"):
+            import_verb("train").writable_folder(str(folder))

@@ -322,7 +322,20 @@ def test_errors_of_the_user(error, line, monkeypatch, capsys):
 
 
 def test_a_run_that_was_stopped_is_one_that_launchers_restart(monkeypatch, capsys):
-    assert failing_with(errors.Stopped("stopped"), monkeypatch, capsys) == (42, "error: stopped\n")
+    assert failing_with(errors.Stopped("stopped"), monkeypatch, capsys) == (42, "stopped\n")
+
+
+def test_of_several_processes_one_whose_output_is_closed_tells_the_others(monkeypatch):
+    """It would leave them waiting in a collective."""
+    left = []
+
+    def main():
+        raise BrokenPipeError
+
+    monkeypatch.setattr(app, "run", lambda guarded, flags_parser: guarded(["verb"]))
+    monkeypatch.setattr(errors, "leave", lambda *told: left.append(told))
+    errors.run(main)
+    assert left == [(None, 1, "its output was closed")]
 
 
 def test_what_orbax_leaves_behind_is_not_heard(monkeypatch):

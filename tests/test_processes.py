@@ -106,7 +106,7 @@ def test_sigterm_to_the_launcher_ends_all(tmp_path):
     with launched(*flags, workdir=tmp_path / "run") as (shell, log):
         shell.send_signal(signal.SIGTERM)
         assert shell.wait(120) == 42, log.read_text()
-    assert "error: preempted at step" in log.read_text()
+    assert "preempted at step" in log.read_text() and "error:" not in log.read_text()
 
 
 def test_a_process_that_dies_ends_the_other_which_says_so(tmp_path):
@@ -131,6 +131,23 @@ def test_a_mistake_that_one_process_sees_ends_both(tmp_path):
     (own,), (told,) = (process.errors() for process in started)
     assert "is being written by another process" in own
     assert told == own.replace("error: ", "error: process 0 of 2 ended: ")
+
+
+def test_processes_that_were_started_unlike_are_refused(tmp_path):
+    flags = (*TOY, f"--workdir={tmp_path}", "--config.seed={process}")
+    with processes.running(2, "tfusion.train", *flags, **FAST) as started:
+        assert [process.wait(120) for process in started] == [1, 1]
+    (own,) = started[1].errors()
+    assert own.startswith("error: process 1 was started unlike process 0: seed = 1, not 0: start all with")
+
+
+def test_ctrl_c_in_one_of_two_ends_both(tmp_path):
+    flags = (*TOY, "--config.train.num_steps=1000000", f"--workdir={tmp_path}")
+    with processes.running(2, "tfusion.train", *flags, **FAST) as started:
+        processes.wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and losses(tmp_path), started)
+        started[1].kill(signal.SIGINT)
+        assert [process.wait(60) for process in started] == [1, 1]
+    assert "process 1 of 2 ended: interrupted" in started[0].errors()[0]
 
 
 def test_two_processes_prepare_what_one_does(tmp_path):

@@ -58,10 +58,10 @@ def verb(cfg, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("flags", "line"), [
-    (dict(GUIDANCE=float("nan")), "sampling.guidance_scale = nan must be positive and finite"),
-    (dict(GUIDANCE=float("inf")), "sampling.guidance_scale = inf must be positive and finite"),
-    (dict(TEMPERATURE=float("nan")), "--temperature = nan must be positive and finite"),
-    (dict(TEMPERATURE=float("inf")), "--temperature = inf must be positive and finite"),
+    (dict(GUIDANCE=float("nan")), "sampling.guidance_scale = nan must be 0 or more and finite"),
+    (dict(GUIDANCE=float("inf")), "sampling.guidance_scale = inf must be 0 or more and finite"),
+    (dict(TEMPERATURE=float("nan")), "--temperature = nan must be 0 or more and finite"),
+    (dict(TEMPERATURE=float("inf")), "--temperature = inf must be 0 or more and finite"),
     (dict(STEPS=1001), "sampling.num_inference_steps = 1001 must be at most process.num_timesteps = 1000"),
     (dict(DRAW=True, MAX_IMAGES=0), "--draw and --max_images=0 exclude each other")])
 def test_flags_are_held_to_the_configs_rules(verb, flags, line):

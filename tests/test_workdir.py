@@ -16,7 +16,7 @@ BEAT, TAKEN_OVER = 0.1, 1.0
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    for name, value in (("BEAT_S", BEAT), ("TAKEN_OVER_S", TAKEN_OVER), ("SETTLE_S", 0.02)):
+    for name, value in (("BEAT_S", BEAT), ("TAKEN_OVER_S", TAKEN_OVER), ("SETTLE_S", 0.02), ("OLD_S", 50.0)):
         monkeypatch.setattr(workdir, name, value)
 
 
@@ -66,7 +66,7 @@ def test_what_a_killed_holder_left_is_taken_over_when_it_is_old(lock, capsys):
         assert time.time() - left["time"] > TAKEN_OVER and time.time() - began < 3 * TAKEN_OVER
         assert json.loads(lock.read_text())["token"] != left["token"]
     assert "was written 0 s ago by process" in capsys.readouterr().err
-    lock.write_text(json.dumps(left))  # long ago by now
+    lock.write_text(json.dumps(left | {"time": left["time"] - 100}))  # long ago
     workdir.hold(lock).close()
     assert capsys.readouterr().err == ""
 
@@ -120,11 +120,36 @@ def test_a_holder_that_was_taken_for_dead_ends(lock, monkeypatch, capfd):
     assert json.loads(lock.read_text())["token"] == "another"  # it is the other's
 
 
-def test_a_file_system_that_is_away_for_a_moment_ends_nothing(lock, monkeypatch):
+def test_a_clock_that_is_ahead_takes_nothing_over(lock, monkeypatch):
+    """To it the holder's last beat seems to be old."""
+    with workdir.hold(lock):
+        real = time.time
+        monkeypatch.setattr(workdir.time, "time", lambda: real() + 10 * TAKEN_OVER)
+        with pytest.raises(UserError, match="being written by another process"):
+            workdir.hold(lock)
+
+
+def test_a_holder_that_cannot_renew_ends_before_another_takes_over(lock, monkeypatch, capfd):
+    lease, ended = workdir.hold(lock), []
+
+    def away(self, *_):
+        raise RuntimeError("503")  # of a bucket's client: no OSError
+
+    monkeypatch.setattr(workdir.os, "_exit", lambda status: ended.append(status) or lease._closed.set())
+    with monkeypatch.context() as patch:
+        patch.setattr(type(lock), "write_text", away)
+        began = time.monotonic()
+        lease._thread.join(20)
+    assert ended == [134] and time.monotonic() - began > 0.8 * TAKEN_OVER
+    assert "could not be written for 1 s: another may have taken it over" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("503")], ids=str)
+def test_a_file_system_that_is_away_for_a_moment_ends_nothing(lock, monkeypatch, error):
     lease, real = workdir.hold(lock), type(lock).read_text
 
     def away(self, *_):
-        raise OSError(5, "Input/output error")
+        raise error
 
     monkeypatch.setattr(type(lock), "read_text", away)
     time.sleep(3 * BEAT)

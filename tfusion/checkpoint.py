@@ -29,6 +29,7 @@ from tfusion.types import FORMAT_VERSION
 
 UNFINISHED = "[0-9]*.orbax-checkpoint-tmp*"  # Orbax's name for a folder until it is whole
 DELETING = "deleting"  # folder that old checkpoints are moved into, then deleted from
+COMMITTED = "commit_success.txt"  # Orbax's, of a step in a bucket: written last
 MARKER = "_CHECKPOINT_METADATA"  # Orbax's, of a step: the time at which it was whole is written into it last
 READ_BY = {1: "feb2e22", 2: "4cbf5a4", 3: "722f903"}  # older format version -> the last revision that reads it
 FROZEN = "frozen"  # folder of the trees that training reads and never changes
@@ -74,13 +75,13 @@ class Checkpoints:
         self._writing, self._keep, self._best = writing, keep, {}
         self._saving = self._failed = None  # the step under way; the error of the last save
         self._sweeper = None
-        self._sweep(UNFINISHED)  # DELETING is swept beside every save
+        self._sweep(UNFINISHED, *never_whole(self.folder))  # DELETING is swept beside every save
         distributed.wait_for_all()
         self._manager = self._open()
         if writing and keep.best != "none":
             for step in self.steps():
                 with contextlib.suppress(UserError):
-                    self._note(step, self.meta(step)["measured"])
+                    self.note(step, self.meta(step)["measured"])
 
     def _open(self) -> _Manager:
         keep = [policies.LatestN(self._keep.last), _Best(self._best)]
@@ -95,7 +96,7 @@ class Checkpoints:
         """After a failure, or a folder was moved: what the manager remembers is no longer so."""
         with contextlib.suppress(Exception):  # of what failed: it has been told
             self._manager.close()
-        self._sweep(UNFINISHED)
+        self._sweep(UNFINISHED, *never_whole(self.folder))
         self._manager = self._open()
 
     def _sweep(self, *patterns: str) -> None:
@@ -105,7 +106,8 @@ class Checkpoints:
                     with contextlib.suppress(OSError):
                         left.rmtree()
 
-    def _note(self, step: int, measured: dict) -> None:
+    def note(self, step: int, measured: dict) -> None:
+        """Figures of a step's state, which `keep.best` compares."""
         if np.isfinite(value := measured.get(self._keep.best) or np.nan):
             self._best[step] = value
 
@@ -129,7 +131,7 @@ class Checkpoints:
         meta = {"format_version": FORMAT_VERSION, "leaves": leaves, "measured": measured or {}, **meta}
         trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         trees["meta"] = ocp.args.JsonSave({"sum": _sum(meta), **meta})
-        self._note(step, meta["measured"])
+        self.note(step, meta["measured"])
         self._saving = step
         with self._attempt():
             self._manager.save(step, args=ocp.args.Composite(**trees), force=True)
@@ -152,9 +154,9 @@ class Checkpoints:
         error = None
         try:
             yield
-        except (OSError, ValueError, RuntimeError) as e:
+        except Exception as e:  # a bucket's client has kinds of its own
             error = e
-        if not distributed.largest(error is not None):  # all processes must take the same way on
+        if not _anywhere(error is not None):
             self._failed = None
             return
         step, self._saving = self._saving, None
@@ -170,10 +172,12 @@ class Checkpoints:
              f"{last}: make room before the next is due")
 
     def wait(self) -> None:
-        """Returns when everything is on disk. Raises UserError where the last save could not be written."""
+        """Returns when everything is on disk. Raises UserError, once, where the last save could not be
+        written."""
         self._settle()
-        if self._failed:
-            raise self._failed
+        failed, self._failed = self._failed, None
+        if failed:
+            raise failed
 
     def close(self) -> None:
         """As `wait`, and lets go of the folder."""
@@ -201,13 +205,13 @@ class Checkpoints:
         """What was saved beside the arrays. Raises UserError where it is of another format, Damaged where it is
         not as it was saved, or the checkpoint was never whole."""
         folder = self.folder / str(step)
-        if not _is_committed(folder):
+        if _anywhere(not _is_committed(folder)):
             raise Damaged(f"checkpoint {folder} has no commit marker ({MARKER}): it was never whole, or lost "
                           f"it; {self._instead(step)}")
         meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
         meta = meta if isinstance(meta, dict) else {}
         version, intact = meta.get("format_version"), _sum(meta) == meta.get("sum")
-        if not intact and version not in READ_BY:  # those had no sum
+        if _anywhere(not intact and version not in READ_BY):  # those had no sum
             raise Damaged(f"checkpoint {folder / 'meta'} is damaged: it is not as it was saved; "
                           f"{self._instead(step)}")
         if version != FORMAT_VERSION:
@@ -232,9 +236,10 @@ class Checkpoints:
                                    partial_restore=True) if partly else ocp.args.StandardRestore(target))
             for name, target in targets.items()})
         for name in targets:
-            if wrong := _differing(saved, checksum.leaves(name, trees[name])):
+            wrong = _differing(saved, checksum.leaves(name, trees[name]))
+            if _anywhere(bool(wrong)):
                 raise Damaged(f"checkpoint {self.folder / str(step)} is damaged, not as it was saved: "
-                              f"{some(wrong)}; {self._instead(step)}")
+                              f"{some(wrong) or 'another process read other bytes'}; {self._instead(step)}")
         return {name: trees[name] for name in targets}
 
     def _read(self, step: int, **items):
@@ -243,7 +248,7 @@ class Checkpoints:
             out = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as e:  # orbax and tensorstore raise many kinds, all meaning: cannot be read
             error = e
-        if not distributed.largest(error is not None):  # all processes must take the same way on
+        if not _anywhere(error is not None):
             return out
         if "RESOURCE_EXHAUSTED" in str(error):
             raise UserError(f"checkpoint {self.folder / str(step)} does not fit the memory of these devices; "
@@ -257,6 +262,14 @@ class Checkpoints:
         if not older:
             return "move that folder away to start again"
         return f"train with --resume=latest_good to go on from step {max(older)}, or move that folder away"
+
+
+def never_whole(folder) -> list[str]:
+    """Names of steps in a bucket that a killed save left: there Orbax writes to the step's own name, and lists
+    it once its last object is there."""
+    steps = folder.glob("[0-9]*") if paths.in_bucket(folder) else ()
+    return [step.name for step in steps
+            if step.name.isdecimal() and not (step / COMMITTED).exists() and not _is_committed(step)]
 
 
 def warn(text: str) -> None:
@@ -277,12 +290,17 @@ def _sum(meta: dict) -> int:
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
+def _anywhere(wrong: bool) -> bool:
+    """Whether it is so in any process: all must take the same way on."""
+    return bool(distributed.largest(wrong))
+
+
 def _is_committed(folder: Path) -> bool:
     """Whether the marker is there. On a local disk a folder is renamed when it is whole, and Orbax asks no
     more; but a copy that broke off has the name too."""
     try:
         return bool(json.loads((folder / MARKER).read_text())["commit_timestamp_nsecs"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return False
 
 

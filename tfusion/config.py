@@ -97,6 +97,7 @@ def choices(cls: type, key: str) -> tuple[str, ...]:
 class OptimizerConfig:
     learning_rate: float
     warmup_steps: int = number(zero=True)
+    decay_steps: int = number(zero=True)  # the last so many, linear, after a plateau; 0: one cosine
     b2: float
     weight_decay: float = number(zero=True)
     ema_decay: float = fraction()
@@ -322,7 +323,8 @@ def check_number(name: str, value: float, may_be_zero: bool = False, most: int =
     the devices do not hold: JAX takes seed 2^32 for seed 0.
     """
     if not (0 < value < math.inf or (value == 0 and may_be_zero)):  # NaN is neither
-        raise UserError(f"{name} = {value} must be positive and finite")
+        what = "0 or more" if may_be_zero else "positive"
+        raise UserError(f"{name} = {value} must be {what} and finite")
     if isinstance(value, int) and value > most:
         raise UserError(f"{name} = {value} must be at most {most}")
     if isinstance(value, float) and value and not FLOAT32[0] <= value < FLOAT32[1]:

@@ -38,6 +38,7 @@ LISTEN_S = 1  # how often it is asked whether another process ends
 LEAVE_S = 5  # how long a process that failed waits for the others to have heard it
 FOREVER_MS = 30 * 24 * 3600 * 1000
 ENDS = "tfusion/ends"  # the key under which the first process to end before its time says why
+LOST = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "Gloo", "NCCL", "onnection")  # in errors
 
 
 class Place(NamedTuple):
@@ -64,14 +65,17 @@ def start_process(alone: bool = False) -> None:
         place = None if alone else find_place()
         _join(place) if place and place.number > 1 else _be_alone()
         watch_sigterm()
+    if runtime.global_state.num_processes and runtime.global_state.num_processes > 1:
+        errors.leave = _leave
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as e:  # the latter where there is a plugin and no GPU
+        if errors.leave is _leave and isinstance(e, jax.errors.JaxRuntimeError):
+            raise  # the processes could not tell each other of their devices
         why = str(e).partition(" (set JAX_PLATFORMS")[0] or "there is none"
         raise UserError(f"JAX_PLATFORMS={jax.config.jax_platforms or ''} cannot be used here ({why}); unset "
                         "it, or install JAX for that device (README, Training at scale)") from e
     if jax.process_count() > 1:
-        errors.leave = _leave
         listener = threading.Thread(target=_listen, name="others", daemon=True)
         listener.start()
         atexit.register(_end_well, listener)
@@ -189,24 +193,37 @@ def largest(value: float) -> float:
     return float(np.max(multihost_utils.process_allgather(np.float32(value))))
 
 
+def check_alike(values: dict) -> None:
+    """Raises UserError where this process has other values (JSON) than process 0; every process calls it, at
+    the same point of the program."""
+    mine = json.loads(json.dumps(values))
+    first = broadcast(mine)
+    if other := [name for name in sorted({*first, *mine}) if first.get(name) != mine.get(name)]:
+        told = ", ".join(f"{name} = {mine.get(name)}, not {first.get(name)}" for name in other[:4])
+        raise UserError(f"process {jax.process_index()} was started unlike process 0: {told}"
+                        + (f" and {len(other) - 4} more" if len(other) > 4 else "")
+                        + ": start all with the same command, on the same data")
+
+
 def wait_for_all() -> None:
     """Returns when every process has come here, however long that takes."""
     if jax.process_count() > 1:
         runtime.global_state.client.wait_at_barrier(f"tfusion/here/{next(_calls)}", FOREVER_MS)
 
 
-def _leave(error: BaseException, status: int, text: str) -> None:
+def _leave(error: BaseException | None, status: int, text: str) -> None:
     """Ends this process, one of several, before its time; tells the others why, and does not wait for them in
     JAX's own barrier, as the interpreter's end would."""
     client, broken = runtime.global_state.client, _lost_another(error)
+    patience = STOP_S if isinstance(error, errors.Stopped) else 0  # those that were stopped save together
     _leaving.set()
     if broken:
         print("another process seems to be gone: waiting to hear which", file=sys.stderr, flush=True)
         time.sleep(HEARTBEAT_S + 15)  # within that the runtime ends this process, and says it
         status = errors.HUNG
     with contextlib.suppress(Exception):  # another was first, or process 0 is gone
-        client.key_value_set(ENDS, json.dumps([jax.process_index(), status, text]))
-    _part(status)
+        client.key_value_set(ENDS, json.dumps([runtime.global_state.process_id, status, text, patience]))
+    _part(status, patience)
 
 
 def _listen() -> None:
@@ -218,18 +235,19 @@ def _listen() -> None:
             return
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             said = runtime.global_state.client.key_value_try_get(ENDS)
-    process, status, text = json.loads(said)
-    if not _leaving.wait(_patience(status)):
-        tqdm.write(f"error: process {process} of {jax.process_count()} ended: {text}", sys.stderr)
+    process, status, text, patience = json.loads(said)
+    if not _leaving.wait(patience):
+        how = "" if status == errors.PREEMPTED else "error: "
+        tqdm.write(f"{how}process {process} of {jax.process_count()} ended: {text}", sys.stderr)
         sys.stderr.flush()
-        _part(status)
+        _part(status, patience)
 
 
-def _part(status: int) -> None:
+def _part(status: int, patience: int) -> None:
     """Ends this process together with the others, who lose their coordinator with process 0: it goes last."""
     with contextlib.suppress(Exception):
-        runtime.global_state.client.wait_at_barrier(ENDS, 1000 * (_patience(status) + LEAVE_S))
-        time.sleep(0.5 * is_writer())
+        runtime.global_state.client.wait_at_barrier(ENDS, 1000 * (patience + LEAVE_S))
+        time.sleep(0.5 * (runtime.global_state.process_id == 0))
     os._exit(status)
 
 
@@ -241,16 +259,11 @@ def _end_well(listener: threading.Thread) -> None:
     listener.join()
 
 
-def _patience(status: int) -> int:
-    """Seconds until a process is ended by another's end: those that were stopped save together."""
-    return STOP_S if status == errors.Stopped.status else 0
-
-
 def _lost_another(error: BaseException | None) -> bool:
-    """Whether an error began in JAX's runtime, and not for want of memory."""
+    """Whether an error began in JAX's runtime, where it did not reach another process."""
     while error is not None:
         if isinstance(error, jax.errors.JaxRuntimeError):
-            return "RESOURCE_EXHAUSTED" not in str(error)
+            return any(word in str(error) for word in LOST)
         error = error.__cause__ or error.__context__
     return False
 
@@ -315,12 +328,13 @@ def _end_on_sigterm(reading: int) -> None:
         os.set_blocking(reading, True)
         os.read(reading, 2**16)
         status = KILLED
-    os.write(2, b"error: stopped by SIGTERM; the same command goes on\n")
+    os.write(2, b"stopped by SIGTERM; the same command goes on\n")
     state = runtime.global_state
     if state.num_processes > 1:
+        _leaving.set()  # else this process hears itself
         threading.Timer(ONE_NOTICE_S, os._exit, (status,)).start()  # whatever becomes of the others
-        with contextlib.suppress(Exception):  # they cannot go on; KILLED: none of them waits for a save
-            state.client.key_value_set(ENDS, json.dumps([state.process_id, KILLED, "stopped by SIGTERM"]))
+        with contextlib.suppress(Exception):  # they cannot go on, and there is no save to wait for
+            state.client.key_value_set(ENDS, json.dumps([state.process_id, status, "stopped by SIGTERM", 0]))
             time.sleep(ONE_NOTICE_S)  # process 0 is whom they hear it from
     os._exit(status)
 

@@ -11,7 +11,8 @@ import warnings
 
 from absl import app, flags, logging
 
-PREEMPTED, HUNG = 42, 134  # exit statuses that launchers restart: saved and ended; no step ended any more
+PREEMPTED, HUNG = 42, 134  # exit statuses: saved and ended; no step ended any more
+RESTARTED = (PREEMPTED, HUNG, 137, 139, 143)  # by launchers, up to their maximum; killed, segfault, terminated
 
 
 class UserError(ValueError):
@@ -46,7 +47,7 @@ def run(main, words: bool = False) -> None:
             main(argv[1:]) if words else main()
         except BrokenPipeError:  # `... | head`: who read it has seen enough
             _flush()
-            sys.exit(1)
+            leave(None, 1, "its output was closed")
         except (UserError, OSError) as e:
             _fail(_first(e))
         except Exception as e:
@@ -55,7 +56,7 @@ def run(main, words: bool = False) -> None:
             traceback.print_exc()  # before the others are told, and this process ends
             leave(e, 1, f"{type(e).__name__}: {_text(e)}")
         except KeyboardInterrupt:
-            _fail("interrupted; run the same command again to go on from the last checkpoint")
+            _fail(UserError("interrupted; run the same command again to go on from the last checkpoint"))
         error = _flush()
         if error and not isinstance(error, BrokenPipeError):
             _fail(error)
@@ -124,7 +125,7 @@ def _text(error) -> str:
 
 
 def _fail(error) -> None:
-    print(f"error: {_text(error)}", file=sys.stderr)
+    print(_text(error) if isinstance(error, Stopped) else f"error: {_text(error)}", file=sys.stderr)
     threading.excepthook = lambda _: None  # a writer's thread that is cut off has nothing to add
     _flush()
     leave(error, getattr(error, "status", 1), _text(error))

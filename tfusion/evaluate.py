@@ -31,7 +31,8 @@ WORKDIR = paths.define("workdir", None, "workdir of a run; gs:// too", buckets=T
 NUMBER = flags.DEFINE_integer("number", 256, "of pictures, captions and documents looked at", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "of the sampling", lower_bound=0, upper_bound=2**32 - 1)
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the latest")
-MESH = flags.DEFINE_string("mesh", None, "devices to spread the model over, such as fsdp=4; default: one")
+MESH = flags.DEFINE_string("mesh", None,
+                           "devices to spread the model over, such as fsdp=4; default: one, or all processes'")
 FOLLOW = flags.DEFINE_bool("follow", False, "wait for new checkpoints and evaluate each, until the run is done")
 POLL = flags.DEFINE_float("poll_seconds", 30.0, "how long --follow waits between looks", lower_bound=0.1)
 # Sources are the run's own: those that flags name have a place for their path; `load` sees whether it has them.

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
@@ -26,14 +27,39 @@ def read(holder) -> config.RunConfig:
     return config.from_dict(holder.value)
 
 
-def _variants(path: str) -> str:
-    """What an experiment file says of its variants when it is asked for one that it does not have."""
-    path = path.partition(":")[0]
+def load(path: str):
+    """The module of an experiment file. Raises UserError where there is none."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} not found: experiments/FILE.py[:variant] is wanted")
     spec = importlib.util.spec_from_file_location("experiment", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def get(name: str):
+    """The ConfigDict of experiments/FILE.py[:variant]."""
+    return call(name, "get_config")
+
+
+def call(name: str, function: str):
+    """What a function of an experiment file returns for the words of `FILE.py[:words]`. Raises UserError where
+    there is no such function, or it refuses the words."""
+    path, _, words = name.partition(":")
+    module = load(path)
+    if not hasattr(module, function):
+        raise UserError(f"{path} has no {function}")
     try:
-        module.get_config("?")
+        return getattr(module, function)(words) if words else getattr(module, function)()
+    except ValueError as e:
+        raise UserError(f"{name}: {e}") from e
+
+
+def _variants(path: str) -> str:
+    """What an experiment file says of its variants when it is asked for one that it does not have."""
+    path = path.partition(":")[0]
+    try:
+        load(path).get_config("?")
     except TypeError:  # it takes no argument
         return f"{path} has no variants"
     except ValueError as e:

@@ -29,7 +29,8 @@ WEIGHTS = flags.DEFINE_enum("weights", None, ["ema", "raw"], "the moving average
                             "default: the average where the run kept one")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the weights")
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the latest")
-MESH = flags.DEFINE_string("mesh", None, "devices to spread the model over, such as fsdp=4; default: one")
+MESH = flags.DEFINE_string("mesh", None,
+                           "devices to spread the model over, such as fsdp=4; default: one, or all processes'")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace an export that stands at --out")
 
 

@@ -19,7 +19,7 @@ from etils import epath
 from tfusion.errors import UserError
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-BUCKETS = {"gs://": "gcsfs", "s3://": "s3fs"}  # and the package that epath needs for it
+BUCKETS = {"gs://": "gcsfs"}  # and the package that epath needs for it; on s3:// nothing is renamed in one move
 
 flags.disclaim_key_flags()  # `--help` of a verb lists its path flags among its own
 

@@ -29,7 +29,8 @@ IMAGES = paths.define_multi("image", [], "picture file to go on from; repeat for
 NUM_DOCUMENTS = flags.DEFINE_integer("num_documents", 0, "rows that start from nothing", lower_bound=0)
 DRAW = flags.DEFINE_bool("draw", False, "start a picture right after each prompt")
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the latest")
-MESH = flags.DEFINE_string("mesh", None, "devices to spread the model over, such as fsdp=4; default: one")
+MESH = flags.DEFINE_string("mesh", None,
+                           "devices to spread the model over, such as fsdp=4; default: one, or all processes'")
 OUT = paths.define("out", None, "where to write; default: WORKDIR/samples", buckets=True)
 SEED = flags.DEFINE_integer("seed", 0, "of the sampling", lower_bound=0, upper_bound=2**32 - 1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "of the text; 0 = greedy", lower_bound=0.0)

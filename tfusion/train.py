@@ -11,6 +11,7 @@
 """
 
 import contextlib
+import secrets
 from pathlib import Path
 
 import jax
@@ -44,19 +45,22 @@ def profiled_steps(text: str | None, num_steps: int):
 def writable_folder(path: str) -> Path:
     """Makes the folder. Raises UserError where nothing can be written there, or where it is another than that
     of process 0."""
-    folder = paths.path(path)
+    folder, token = paths.path(path), distributed.broadcast(secrets.token_hex(8))
+    proof = folder / ".writable"
     try:
-        if not distributed.is_writer():
-            distributed.wait_for_all()
-            folder.stat()
-            return folder
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").write_bytes(b"")
-        (folder / ".writable").unlink()
+        if distributed.is_writer():
+            folder.mkdir(parents=True, exist_ok=True)
+            proof.write_text(token)
+        distributed.wait_for_all()
+        same = proof.exists() and proof.read_text() == token
+        distributed.wait_for_all()
+        if distributed.is_writer():
+            proof.unlink()
     except OSError as e:
-        raise UserError(f"--workdir={path} is not writable ({e.strerror or e}); choose another folder, one "
-                        "that all hosts share") from e
-    distributed.wait_for_all()
+        raise UserError(f"--workdir={path} is not writable ({e.strerror or e}); choose another folder") from e
+    if not same:
+        raise UserError(f"--workdir={path} is not the folder that process 0 writes to: name one that all hosts "
+                        "share")
     return folder
 
 

@@ -20,12 +20,14 @@ import time
 from pathlib import Path
 
 from tfusion import paths
-from tfusion.errors import UserError
+from tfusion.errors import HUNG, UserError
 from tfusion.paths import replace_bytes, replace_text
 
 CODEC = "codec.npz"  # pictures <-> latents (models/codecs)
 LOCK, CHANGES = ".lock", "config_changes.jsonl"
 BEAT_S, TAKEN_OVER_S, SETTLE_S = 30.0, 120.0, 2.0  # of a lease; the last: until a write is seen everywhere
+LOOKED_S = 0.2  # `is_held` has a lock for less
+OLD_S = 1200.0  # from then on no clock is so wrong
 
 
 def hold(lock):
@@ -38,6 +40,10 @@ def hold(lock):
         return Lease(lock)
     file = open(lock, "a+")  # noqa: SIM115 (it is the lock: who holds it closes it)
     try:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return _signed(file)
+        time.sleep(LOOKED_S)  # was it only looked at?
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
@@ -45,10 +51,35 @@ def hold(lock):
     except OSError:
         file.close()
         return Lease(lock)
+    return _signed(file)
+
+
+def _signed(file):
     file.truncate(0)
     file.write(f"{_me()}\n")
     file.flush()
     return file
+
+
+def is_held(lock) -> bool:
+    """Whether some process has it, as far as can be seen without taking it: of a lease, whether it is fresh."""
+    if not lock.exists():
+        return False
+    if not paths.in_bucket(lock):
+        with open(lock) as file, contextlib.suppress(OSError):
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return _lease_is_fresh(lock)
+            except BlockingIOError:
+                return True
+    return _lease_is_fresh(lock)
+
+
+def _lease_is_fresh(lock) -> bool:
+    try:
+        return time.time() - json.loads(lock.read_text())["time"] < TAKEN_OVER_S
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _me() -> str:
@@ -82,7 +113,7 @@ class Lease(contextlib.AbstractContextManager):
         try:
             found = json.loads(self._lock.read_text())
             return found if {"who", "token", "time"} <= found.keys() else {}
-        except (OSError, ValueError, AttributeError):
+        except Exception:  # a bucket's client has many kinds
             return {}
 
     def _write(self) -> None:
@@ -91,11 +122,12 @@ class Lease(contextlib.AbstractContextManager):
     def _wait_for_holder(self) -> None:
         found = self._read()
         age = max(time.time() - found.get("time", 0.0), 0.0)
-        if age >= TAKEN_OVER_S:
+        if age >= OLD_S:
             return
-        print(f"{self._lock} was written {age:.0f} s ago by {found['who']}: waiting up to "
-              f"{TAKEN_OVER_S - age:.0f} s to see whether it lives", file=sys.stderr)
-        until = time.monotonic() + TAKEN_OVER_S - age
+        wait = max(TAKEN_OVER_S - age, 2 * BEAT_S)  # its host's clock may be another than this one's
+        print(f"{self._lock} was written {age:.0f} s ago by {found['who']}: waiting up to {wait:.0f} s to see "
+              "whether it lives", file=sys.stderr)
+        until = time.monotonic() + wait
         while time.monotonic() < until:
             time.sleep(BEAT_S / 10)
             if not self._lock.exists():
@@ -104,6 +136,7 @@ class Lease(contextlib.AbstractContextManager):
                 raise _held(self._lock, now["who"])
 
     def _beat(self) -> None:
+        renewed = time.monotonic()
         while not self._closed.wait(BEAT_S):
             now = self._read()  # {}: a file system that is away for a moment
             if now and now["token"] != self._token:
@@ -111,8 +144,13 @@ class Lease(contextlib.AbstractContextManager):
                       "two must not write here", file=sys.stderr, flush=True)
                 os._exit(UserError.status)
             elif now:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(Exception):
                     self._write()
+                    renewed = time.monotonic()
+            if time.monotonic() - renewed > TAKEN_OVER_S:
+                print(f"error: {self._lock} could not be written for {TAKEN_OVER_S:.0f} s: another may have "
+                      "taken it over, and two must not write here", file=sys.stderr, flush=True)
+                os._exit(HUNG)
 
     def close(self) -> None:
         self._closed.set()

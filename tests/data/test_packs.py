@@ -68,7 +68,7 @@ def test_shipped_files_fit_and_match_the_readme():
     shipped = [path for path in FOLDER.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     assert sum(path.stat().st_size for path in shipped) <= 12e6
     readme = (FOLDER / "README.md").read_text()
-    for name in (packs.EMOJI, packs.GLOSSES, packs.TOKENIZER):
+    for name in (packs.EMOJI, packs.GLOSSES, packs.TOKENIZER, "extractor.npz"):
         digest = hashlib.sha256((FOLDER / name).read_bytes()).hexdigest()
         assert f"{digest}  {name}" in readme, f"{name} changed: update its sum in packs/README.md"
 

@@ -1,6 +1,7 @@
 """Picture files as people have them: upright, on white, in 8 bits; damaged ones end in one line."""
 
 import io
+import os
 import runpy
 import warnings
 
@@ -175,10 +176,25 @@ def test_no_file_and_no_picture(tmp_path):
         read_picture(tmp_path / "x.png", 8)
 
 
+def test_what_would_be_executed_is_not_opened(tmp_path, monkeypatch):
+    """Pillow hands EPS files to Ghostscript, whatever they are called."""
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path / 'executed'}\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.eps")
+    eps = (tmp_path / "x.eps").rename(tmp_path / "cat.png")
+    for content in (None, eps.read_bytes()):
+        with pytest.raises(UserError, match="cannot be read as a picture"):
+            read_picture(eps, 8, content)
+    assert not (tmp_path / "executed").exists()
+
+
 def test_filters_of_warnings_are_set_once_and_for_pillow_alone(tmp_path, monkeypatch):
     """They are the whole process's: set and put back by several threads, `ignore` would stay for all."""
     path, seen, real = saved(tmp_path / "x.png", noisy()), [], Image.open
-    monkeypatch.setattr(Image, "open", lambda file: seen.append(list(warnings.filters)) or real(file))
+    monkeypatch.setattr(Image, "open",
+                        lambda file, **more: seen.append(list(warnings.filters)) or real(file, **more))
     read_picture(path, 8)
     assert seen == [list(warnings.filters)]
     with warnings.catch_warnings():

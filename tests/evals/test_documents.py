@@ -123,3 +123,22 @@ def test_reconstructions_of_any_pictures(make_run, tmp_path):
     assert figures["autoencoder_psnr"]["n"] == 4 and len(card(tmp_path)[1]["images"]) == 4
     with pytest.raises(LeftOut, match="none of these has pictures"):
         reconstructions.run(make_run(notes=Spec("jsonl", [["text"]])), tmp_path, Options())
+
+
+def test_reconstructions_are_measured_by_hand():
+    """Half of the pixels off by 51, that is by 0.4 of -1..1: L1 0.2, MSE 0.08."""
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    again = images.copy()
+    again[:, :2] += 51
+    values = {name: figure["value"] for name, figure in reconstructions.errors(images, again).items()}
+    assert values == pytest.approx({"autoencoder_psnr": 10 * np.log10(2 * 25), "autoencoder_l1": 0.2,
+                                    "autoencoder_mse": 0.08})
+
+
+def test_what_is_found_again_in_reconstructed_scenes(cfg):
+    run = SimpleNamespace(cfg=cfg)
+    real = reconstructions.held_out(run, 12)
+    half = np.where(np.arange(12)[:, None, None, None] < 6, real, real[:, ::-1, ::-1])
+    for images, share in ((real, 1.0), (half, 0.5)):
+        found = reconstructions.sprites(run, images)["autoencoder_sprites"]
+        assert found["value"] == share and found["n"] == 12

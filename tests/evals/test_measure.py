@@ -20,7 +20,9 @@ from tfusion.objectives.base import Aux
 from tfusion.reporting.run_page import write_report
 
 TOKENIZER = load_tokenizer("byte")
-ALL = ["scenes", "drawn", "described", "documents", "reconstructions", "mask", "losses", "baselines"]
+ALL = ["scenes", "captions", "frechet", "drawn", "described", "documents", "captions_of_documents",
+       "reconstructions", "codes", "mask", "losses", "baselines"]
+ON_SCENES = dict.fromkeys(("captions", "frechet"), "goes on from 'scenes', which is left out")
 
 
 def run_of(cfg, codec=None, tokenizer=TOKENIZER):
@@ -49,15 +51,19 @@ def done(monkeypatch):
     return called
 
 
+LATENTS = {"codes": "the run cannot write pictures as codes"}
 CASES = {  # codec, shares, changes of data: what is left out, and why
-    "all": (None, {}, {}, {}),
-    "text": ("none", {"scenes": 0.0, "stories": 0.0}, {}, {
-        "scenes": "data.sources has no 'scenes'", "drawn": "cannot draw pictures: it has no codec",
-        "described": "cannot describe pictures: it has no codec",
+    "all": (None, {}, {}, LATENTS),
+    "text": ("none", {"scenes": 0.0, "stories": 0.0}, {}, LATENTS | {
+        "scenes": "data.sources has no 'scenes'", **ON_SCENES,
+        "drawn": "cannot draw pictures: it has no codec",
+        **dict.fromkeys(("described", "captions_of_documents"), "cannot describe pictures: it has no codec"),
         "reconstructions": "cannot reconstruct pictures: it has no codec"}),
-    "no scenes": (None, {"scenes": 0.0}, {}, {"scenes": "data.sources has no 'scenes'"}),
-    "data gone": (None, {}, {"prepared": "/nowhere/data"}, {
-        **dict.fromkeys(("drawn", "described", "mask", "losses"), "/nowhere/data is gone: --config"),
+    "no scenes": (None, {"scenes": 0.0}, {}, LATENTS | {
+        "scenes": "data.sources has no 'scenes'", **ON_SCENES}),
+    "data gone": (None, {}, {"prepared": "/nowhere/data"}, LATENTS | {
+        **dict.fromkeys(("drawn", "described", "captions_of_documents", "mask", "losses"),
+                        "/nowhere/data is gone: --config"),
         "baselines": "goes on from 'losses', which is left out"}),
 }
 
@@ -74,12 +80,13 @@ def test_what_can_be_measured_is(done, case, prepared_root, tmp_path, capsys):
     assert all(why in result["left_out"][name] for name, why in left_out.items())
 
 
-def test_an_autoencoder_shows_its_reconstructions(done, prepared_root, tmp_path):
+@pytest.mark.parametrize("word, more", [("autoencoder", set()), ("vq", {"codes"})])
+def test_an_autoencoder_shows_its_reconstructions(done, tmp_path, word, more):
     from experiments import quickstart
 
-    run = run_of(config.from_dict(quickstart.get_config("smoke,autoencoder")), "none", None)
-    assert inference.can(run) == {"reconstruct", "make_codec"}
-    assert measure.measure(run, tmp_path, Options())["evaluators"] == ["reconstructions", "losses"]
+    run = run_of(config.from_dict(quickstart.get_config(f"smoke,{word}")), "none", None)
+    assert inference.can(run) == {"reconstruct", "make_codec"} | more
+    assert measure.measure(run, tmp_path, Options())["evaluators"] == ["reconstructions", *more, "losses"]
 
 
 def test_order_is_that_of_needs_and_numbers(monkeypatch):
@@ -96,9 +103,9 @@ def test_one_that_finds_nothing_leaves_no_folder(done, monkeypatch, prepared_roo
 
     monkeypatch.setitem(base.EVALUATORS, "drawn", base.EVALUATORS["drawn"]._replace(run=nothing))
     result = measure.measure(run_of(tiny_config(prepared_root)), tmp_path, Options())
-    assert result["left_out"] == {"drawn": "there is nothing"}
+    assert result["left_out"] == {"drawn": "there is nothing"} | LATENTS
     assert "left out: drawn (there is nothing)" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(set(ALL) - {"drawn"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(set(ALL) - {"drawn", "codes"})
 
 
 METRIC = '''
@@ -195,7 +202,7 @@ def test_metrics_json_is_the_last_file(done, prepared_root, tmp_path, monkeypatc
     monkeypatch.setattr(measure, "replace_text", lambda path, text: (
         stood.extend(p.name for p in tmp_path.iterdir()), replace(path, text)))
     measure.evaluate(run_of(tiny_config(prepared_root)), tmp_path, Options(seed=5))
-    assert {"timing.json", *ALL} == set(stood)
+    assert {"timing.json", *ALL} - {"codes"} == set(stood)
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert found["seed"] == 5 and found["data"]["prepared"] == str(prepared_root) and found["sampling"]
 

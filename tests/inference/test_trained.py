@@ -149,13 +149,17 @@ def test_data_of_another_codec_are_refused(copied, prepared_root):
         trained.check_data(trained.load(copied), prepared_root)
 
 
-def test_data_of_another_foreign_encoder_are_refused(copied, prepared_root, tmp_path):
+def test_data_of_another_foreign_encoder_are_refused(copied, prepared_root, tmp_path, capsys):
     """There is no codec to look at: what the checkpoint says of its data is compared."""
     identity = {"tokenizer": ByteTokenizer.fingerprint, "codec": "mine"}
     run = trained.load(copied)._replace(codec=None, identity=identity)
     root = shutil.copytree(prepared_root, tmp_path / "data")
     store.write_meta(root, ByteTokenizer(), "mine", run.cfg.model.latent_shape)
     trained.check_data(run, root)
+    assert "other records" not in capsys.readouterr().err
+    sizes = run.identity | {"sizes.glosses": "of others"}
+    trained.check_data(run._replace(identity=sizes), root)
+    assert f"{root} holds other records of glosses than the run was trained on" in capsys.readouterr().err
     store.write_meta(root, ByteTokenizer(), "another", run.cfg.model.latent_shape)
     with pytest.raises(UserError, match=r"\(changed: codec\)"):
         trained.check_data(run, root)

@@ -144,12 +144,14 @@ def test_the_verb_takes_runs_as_words_or_as_a_list(whole, tmp_path):
 
 @pytest.mark.parametrize(("flags", "words", "line"), [
     ({}, ["a", "b"], "unexpected argument 'a'"), ({"WORKDIR": "a"}, ["b"], "unexpected argument 'b'"),
-    ({}, [], "one of --workdir=RUN and --compare RUN RUN ... is needed"), ({"COMPARE": ["a"]}, [], "two runs"),
-    ({"WORKDIR": "a", "COMPARE": ["a"]}, ["b"], "one of --workdir=RUN and --compare RUN RUN"),
+    ({}, [], "one of --workdir=RUN, --compare RUN RUN ... and --scaling SWEEP is needed"),
+    ({"COMPARE": ["a"]}, [], "two runs"),
+    ({"WORKDIR": "a", "COMPARE": ["a"]}, ["b"], "one of --workdir=RUN, --compare RUN RUN"),
+    ({"WORKDIR": "a", "SCALING": "a"}, [], "one of --workdir=RUN, --compare RUN RUN"),
     ({"COMPARE": ["a"]}, ["file://b/run"], "a local path is needed, or one that begins")])
 def test_what_the_verb_does_not_take(monkeypatch, flags, words, line):
     report = import_verb("report")
-    for name in ("WORKDIR", "COMPARE", "OUT"):
+    for name in ("WORKDIR", "COMPARE", "SCALING", "OUT"):
         monkeypatch.setattr(report, name, SimpleNamespace(value=flags.get(name)))
     with pytest.raises(UserError, match=line):
         report.main(words)

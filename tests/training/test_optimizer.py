@@ -1,5 +1,6 @@
 """The optimizer: what decays, the learning rate's course, and AdamW against its formulas in numpy."""
 
+import dataclasses
 import math
 
 import jax
@@ -8,11 +9,14 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from tests import toy
+from tfusion import config, sharding
 from tfusion.config import OptimizerConfig
 from tfusion.objectives import make_objective
-from tfusion.training import optimizer
+from tfusion.training import loop, optimizer
 
-CFG = OptimizerConfig(learning_rate=1e-2, warmup_steps=4, b2=0.95, weight_decay=0.1, ema_decay=0.0)
+CFG = OptimizerConfig(learning_rate=1e-2, warmup_steps=4, decay_steps=0, b2=0.95, weight_decay=0.1,
+                      ema_decay=0.0)
 STEPS = 20
 
 
@@ -47,6 +51,41 @@ def test_what_decays_in_the_model(cfg):
     assert scanned.shape == (cfg.model.num_layers, cfg.model.d_model)  # two axes, and yet no decay
 
 
+PLATEAU = dataclasses.replace(CFG, decay_steps=5)
+
+
+@pytest.mark.parametrize("num_steps", [STEPS, 40])
+def test_with_decay_steps_there_is_a_plateau_and_a_line_at_the_end(num_steps):
+    """Until it decays the rate does not know how long the run is."""
+    for step in range(num_steps):
+        done, left = step + 1, num_steps - step - 1
+        want = 1e-2 * min(done / 4, 1.0, 0.05 + 0.95 * left / 5)
+        assert lr(step, PLATEAU, num_steps) == pytest.approx(want, rel=1e-5), step
+    assert lr(num_steps - 1, PLATEAU, num_steps) == pytest.approx(5e-4)
+
+
+def test_a_plateau_without_warm_up_begins_at_the_peak():
+    assert lr(0, dataclasses.replace(PLATEAU, warmup_steps=0)) == pytest.approx(1e-2)
+
+
+def test_one_plateau_decays_at_several_lengths(tmp_path):
+    """Branches of a longer run are, bit by bit, the runs of their lengths."""
+    def train(name: str, num_steps: int, branch_from: str = "none"):
+        tree = toy.get_config()
+        tree["optimizer"]["decay_steps"] = 20
+        tree["train"] |= dict(num_steps=num_steps, branch_from=branch_from, checkpoint_every=20, eval_every=0,
+                              diagnostics_every=0, keep_last=9)
+        cfg = config.from_dict(tree)
+        mesh = sharding.make_mesh(config.MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+        with jax.set_mesh(mesh):
+            return jax.device_get(loop.train(cfg, tmp_path / name, mesh)).params
+
+    train("long", 80)
+    for steps in (40, 60):
+        branch = train(f"branch{steps}", steps, f"{tmp_path}/long/checkpoints/{steps - 20}")
+        jax.tree.map(np.testing.assert_array_equal, branch, train(f"alone{steps}", steps))
+
+
 def lr(step, cfg=CFG, num_steps=STEPS):
     return float(optimizer.learning_rate_schedule(cfg, num_steps)(step))
 
@@ -65,7 +104,7 @@ def test_learning_rate_warms_up_peaks_and_ends_at_five_percent():
 
 
 def test_learning_rate_without_warm_up_and_in_a_run_shorter_than_it():
-    none = OptimizerConfig(1e-2, 0, 0.95, 0.1, 0.0)
+    none = OptimizerConfig(1e-2, 0, 0, 0.95, 0.1, 0.0)
     assert lr(0, none) == pytest.approx(1e-2, rel=0.01) and lr(STEPS - 1, none) == pytest.approx(5e-4)
     assert [lr(step, CFG, 2) for step in (0, 1)] == pytest.approx([2.5e-3, 5e-3])
 

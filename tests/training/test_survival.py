@@ -1,5 +1,6 @@
 """What ends a run, or tries to: preemption, numbers that are not finite, a step that does not end."""
 
+import functools
 import itertools
 import json
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from tests import toy
 from tests.conftest import replace
 from tests.test_resume import assert_same_bits, interrupt_after, lines, mesh, saved_steps
-from tfusion import config, distributed, errors
+from tfusion import checkpoint, checksum, config, distributed, errors
 from tfusion.checkpoint import Checkpoints
 from tfusion.errors import HUNG, PREEMPTED, Stopped, UserError
 from tfusion.objectives import make_objective
@@ -124,16 +125,45 @@ def test_a_notice_in_the_last_step_of_all_finishes_the_run(whole, tmp_path, noti
 
 
 def test_a_save_that_fails_at_the_end_is_said(tmp_path, notice, monkeypatch):
-    def fail(self):
-        raise UserError("a checkpoint cannot be written")
+    """And the process ends as one that was preempted, which launchers restart."""
+    def fail(*_, **__):
+        raise ValueError("no space left")
 
     notice(2)
-    monkeypatch.setattr(Checkpoints, "wait", fail)
-    monkeypatch.setattr(Checkpoints, "steps", lambda self: [])
-    with pytest.raises(UserError) as e:  # of closing, which fails as well
+    monkeypatch.setattr(checkpoint._Manager, "save", fail)
+    with pytest.raises(Stopped) as e:
         train(toy_config(), tmp_path)
-    assert isinstance(first := errors._first(e.value), Stopped)
-    assert str(first).startswith("preempted at step 2: it could not be saved, there is no checkpoint")
+    assert errors._first(e.value) is e.value
+    assert str(e.value).startswith("preempted at step 2: it could not be saved, there is no checkpoint")
+
+
+def test_an_evaluation_that_was_made_up_for_twice_stands_there_once(whole, tmp_path, notice, monkeypatch):
+    """By attempts that ended before they could save again."""
+    notice(EVERY)
+    with pytest.raises(Stopped):
+        train(whole[0], tmp_path)
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(loop, "compile_step", lambda *_: 1 / 0)
+            train(whole[0], tmp_path)
+    assert [line["step"] for line in lines(tmp_path)] == [3, EVERY]
+
+
+def test_all_that_a_save_runs_is_compiled_before_a_notice_is_waited_for(tmp_path, monkeypatch):
+    functions, sizes, real = [], [], distributed.Preemption.listen
+
+    @functools.cache
+    def compiled(out):
+        functions.append(jax.jit(lambda *args: checksum._sums(*args), out_shardings=out))
+        return functions[-1]
+
+    def size():
+        return sum(function._cache_size() for function in functions)
+
+    monkeypatch.setattr(checksum, "_compiled", compiled)
+    monkeypatch.setattr(distributed.Preemption, "listen", lambda self: sizes.append(size()) or real(self))
+    train(toy_config(), tmp_path)
+    assert 0 < size() == sizes[0]
 
 
 def test_until_steps_are_under_way_a_notice_ends_the_process_at_once(tmp_path, monkeypatch):

@@ -123,14 +123,49 @@ def test_a_failed_run_is_closed_as_failed(tmp_path, cfg, wandb):
     assert wandb.runs[0].exit_codes == [1]
 
 
-def test_one_writer_that_fails_to_close_does_not_keep_the_others_open(tmp_path, cfg, wandb):
+def test_one_writer_that_fails_to_close_does_not_keep_the_others_open(tmp_path, cfg, wandb, capsys):
     writer = writers.open_writers(tmp_path, 0, cfg, "my-project")
     wandb.runs[0].finish = lambda exit_code: 1 / 0
     writer.write(1, {"x": 1.0})
-    with pytest.raises(ZeroDivisionError):
-        writer.close()
+    writer.close()
+    assert "warning: WeightsAndBiases cannot be written (ZeroDivisionError: " in capsys.readouterr().err
     with pytest.raises(ValueError, match="closed file"):
         writer._writers[0].write(2, {"x": 1.0})
+
+
+class FullDisk:
+    """A file on a disk that takes so many bytes more."""
+
+    def __init__(self, file, room: int):
+        self.file, self.room = file, room
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        taken = self.file.write(data[: self.room])
+        self.room -= taken
+        return taken
+
+
+def test_a_full_disk_costs_no_line_and_stops_nothing(tmp_path, cfg, capsys, monkeypatch):
+    """It is said once; what could not be written is there when there is room again."""
+    writer = writers.open_writers(tmp_path, 0, cfg)
+    text = writer._writers[0]
+    real, text._file = text._file, FullDisk(text._file, 70)
+    with monkeypatch.context() as patch:
+        patch.setattr(writers.EventsWriter, "flush", lambda self: FullDisk(None, 0).write(b"x"))
+        for step in range(1, 30):
+            writer.write(step, {"train/x": float(step)})
+    said = capsys.readouterr().err.splitlines()
+    assert sorted(line.partition(" (")[0] for line in said) == [
+        f"warning: {name} cannot be written" for name in ("JsonLines", "TensorBoard")]
+    assert all(line.endswith("No space left on device); the run goes on") for line in said)
+    text._file = real
+    writer.write(30, {"train/x": 30.0})
+    writer.close()
+    assert [row["step"] for row in lines(tmp_path)] == list(range(1, 31)) and not capsys.readouterr().err
+    events = [path.read_bytes() for path in (tmp_path / "tensorboard").iterdir()]
+    assert sorted(b"train/x" in event for event in events) == [False, True]  # half a record may end the first
 
 
 @pytest.mark.parametrize("module", [None, SimpleNamespace()], ids=["missing", "a folder of that name"])

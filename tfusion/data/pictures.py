@@ -13,6 +13,10 @@ from PIL import Image, ImageOps
 from tfusion.errors import UserError
 
 WHITE = (255, 255, 255, 255)
+Image.init()
+# Not all that Pillow knows: for an EPS file it starts Ghostscript, which runs what stands in it.
+FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+           if name in Image.OPEN]  # the last needs a newer Pillow
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd files; here, for filters are the whole process's
 
 
@@ -28,7 +32,7 @@ def read_picture(path: str | Path, size: int | None, content: bytes | None = Non
     try:
         if content is None and not stat.S_ISREG(os.stat(path).st_mode):
             raise OSError(errno.EINVAL, "it is no file")  # to read from a pipe would never end
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             if size:  # a JPEG can be decoded at 1/2, 1/4 or 1/8, which is several times faster
                 image.draft(None, (2 * size, 2 * size))
             image.load()
@@ -46,7 +50,7 @@ def read_picture(path: str | Path, size: int | None, content: bytes | None = Non
         if isinstance(e, OSError) and e.strerror:  # the file, not what is in it
             raise UserError(f"{path} cannot be read: {e.strerror}") from e
         raise UserError(f"{path} cannot be read as a picture ({type(e).__name__}: {e}): it is damaged, too "
-                        "large, or of a format that Pillow does not read; save it anew, as PNG or JPEG") from e
+                        f"large, or none of {', '.join(FORMATS)}; save it anew, as PNG or JPEG") from e
 
 
 def _square(image: Image.Image, size: int) -> np.ndarray:

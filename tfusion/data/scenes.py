@@ -197,6 +197,12 @@ def make_scene(world: World, seed: int, index: int, held_out: bool) -> Scene:
             return Scene(canvas, nouns, relation, positions, caption)
 
 
+def moved(world: World, scene: Scene, seed: int, index: int) -> Scene:
+    """The same scene with its sprites moved by another jitter: as the same caption may be drawn once more."""
+    bits = np.random.Philox(key=np.array([seed, index], np.uint64))
+    return scene._replace(positions=_positions(world, scene.relation, bits.random_raw(4).tolist()))
+
+
 def _positions(world: World, relation: str, jitters: list[int]) -> tuple[tuple[int, int], ...]:
     """Places of the sprites: nominal +- jitter, each kept inside its own half of the image."""
     size, half, side = world.image_size, world.image_size // 2, world.sprite_size

@@ -41,7 +41,7 @@ class LeftOut(Exception):
 
 EVALUATORS: dict[str, Evaluator] = {}
 CANNOT = {"draw": "draw pictures", "describe": "describe pictures", "go_on": "write documents",
-          "reconstruct": "reconstruct pictures"}
+          "reconstruct": "reconstruct pictures", "codes": "write pictures as codes"}
 
 
 def register(evaluator: Evaluator) -> None:
@@ -100,7 +100,7 @@ def _no_rows(run: Trained) -> str | None:
 
 
 NEEDS = {  # (run) -> why it is not given, None where it is
-    "data": _no_data, "rows": _no_rows, "scenes": _no_scenes, **{need: _unable(need) for need in CANNOT}}
+    "data": _no_data, "rows": _no_rows, "world": _no_scenes, **{need: _unable(need) for need in CANNOT}}
 
 
 def lacking(evaluator: Evaluator, run: Trained, done) -> str | None:

@@ -1,4 +1,4 @@
-"""What is left of a picture after coding it to latents and back: no drawn picture can be sharper."""
+"""What is left of a picture after encoding and decoding it: no drawn picture can be sharper."""
 
 from pathlib import Path
 
@@ -44,17 +44,37 @@ def held_out(run: Trained, number: int):
         raise LeftOut(str(e)) from e
 
 
+def errors(images, reconstructions) -> dict:
+    """Figures of pictures, uint8, and what became of them; L1 and MSE of pixels in -1..1, as the losses."""
+    difference = (images.astype(np.float64) - reconstructions) / 127.5
+    title, n = "Autoencoder: {} of held-out pictures", len(images)
+    return {
+        "autoencoder_psnr": figure.number(title.format("PSNR") + " (dB)", psnr(images, reconstructions),
+                                          "higher", n=n),
+        "autoencoder_l1": figure.number(title.format("L1"), float(np.abs(difference).mean()), "lower", n=n),
+        "autoencoder_mse": figure.number(title.format("MSE"), float((difference**2).mean()), "lower", n=n)}
+
+
+def sprites(run: Trained, reconstructions) -> dict:
+    """Whether the sprites of held-out scenes are found again, judged as those of drawn pictures are."""
+    world, held, _ = scenes.held_out(run.cfg, len(reconstructions))
+    verdicts = scenes.judge_pictures(world, held, reconstructions)
+    found, _ = scenes.metrics("generation", scenes.DRAWN, held, verdicts, scenes.chance(held)["generation"])
+    return {"autoencoder_sprites": found["generation_sprites"] | {
+        "title": "Autoencoder: exactly the sprites, looking right, in reconstructed scenes", "want": None}}
+
+
 def run(run: Trained, folder: Path, options: Options) -> dict:
     real = held_out(run, options.number)
     again = inference.decoder(run).reconstruct(run, real)
     pairs = {"kind": "pairs", "above": "images", "below": "reconstructions",
-             "made": "Held-out pictures, coded to latents and back.",
-             "reading": "Above, held-out originals; below, the same after coding to latents and back. No "
-                        "generated picture can be sharper than these."}
+             "made": "Held-out pictures, encoded and decoded.",
+             "reading": "Above, held-out originals; below, the same after encoding and decoding. No generated "
+                        "picture can be sharper than these."}
     write_card(folder, section("reconstructions", "What the autoencoder keeps", pairs),
                images=real[:SHOWN], reconstructions=again[:SHOWN])
-    return {"autoencoder_psnr": figure.number(
-        "Autoencoder: PSNR of held-out pictures (dB)", psnr(real, again), "higher", n=len(real))}
+    found = sprites(run, again) if scenes_source(run.cfg) else {}
+    return found | errors(real, again)
 
 
 register(Evaluator("reconstructions", ("reconstruct",), run, order=30))

@@ -1,28 +1,44 @@
-"""What a trained autoencoder can do: reconstruct pictures, and become the codec of another run."""
-
-from collections.abc import Callable
+"""What a trained autoencoder can do: reconstruct pictures, write them as codes, and become the codec of another
+run."""
 
 import jax.numpy as jnp
 
 from tfusion.inference.base import Decoder, register
 from tfusion.inference.trained import Trained
+from tfusion.models.codecs import Codec
 from tfusion.models.codecs.kl import KLCodec
+from tfusion.models.codecs.vq import VQCodec
+from tfusion.objectives.vq_autoencoder import codebook
 
 
-def decoder(run: Trained) -> Decoder:
-    return Decoder(reconstruct=reconstruct, make_codec=make_codec, image_size=run.cfg.autoencoder.image_size)
+def kl(run: Trained) -> Decoder:
+    cfg, params = run.cfg.autoencoder, run.params
+
+    def plain() -> Codec:
+        channels = jnp.zeros(cfg.latent_channels)
+        return KLCodec(cfg, params, channels, channels + 1)
+
+    return Decoder(reconstruct=lambda run, pictures: reconstructed(plain(), pictures),
+                   make_codec=lambda run, read: KLCodec.fit(cfg, params, read(cfg.image_size)),
+                   image_size=cfg.image_size)
 
 
-def reconstruct(run: Trained, pictures):
-    """Pictures coded to latents and back, uint8 (n, H, W, 3)."""
-    channels = jnp.zeros(run.cfg.autoencoder.latent_channels)
-    codec = KLCodec(run.cfg.autoencoder, run.params, channels, channels + 1)
+def vq(run: Trained) -> Decoder:
+    """Codes need no normalisation: its codec looks at no pictures."""
+    cfg = run.cfg.autoencoder
+
+    def codec() -> Codec:
+        return VQCodec(cfg, {**run.params, "codebook": codebook(run.params, run.aux.buffers)})
+
+    return Decoder(reconstruct=lambda run, pictures: reconstructed(codec(), pictures),
+                   codes=lambda run, pictures: codec().encode(pictures), num_codes=cfg.num_codes,
+                   make_codec=lambda run, read: codec(), image_size=cfg.image_size)
+
+
+def reconstructed(codec: Codec, pictures):
+    """Pictures encoded and decoded, uint8 (n, H, W, 3)."""
     return codec.decode(codec.encode(pictures))
 
 
-def make_codec(run: Trained, read: Callable) -> KLCodec:
-    """Its latents are normalised over read(image_size), uint8 (n, H, W, 3)."""
-    return KLCodec.fit(run.cfg.autoencoder, run.params, read(run.cfg.autoencoder.image_size))
-
-
-register("autoencoder", decoder)
+register("autoencoder", kl)
+register("vq_autoencoder", vq)

@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from tfusion import config, exported, paths, sharding
-from tfusion.checkpoint import Checkpoints, check_identity, load_frozen
+from tfusion.checkpoint import Checkpoints, check_identity, load_frozen, warn
 from tfusion.data import store
 from tfusion.data.tokenizers import Tokenizer, load_saved
 from tfusion.errors import UserError
@@ -91,9 +91,16 @@ def fingerprint(run: Trained) -> str:
 
 
 def check_data(run: Trained, root) -> None:
-    """Raises UserError where prepared data are of another tokenizer or codec than the run's."""
+    """Raises UserError where prepared data are of another tokenizer or codec than the run's; a warning where
+    their records are others: what is held out may then be what the run has seen."""
     now = store.identity(store.read_meta(root))
     check_identity({name: run.identity.get(name) for name in now}, now, "the run", root)
+    trained_on = {name.removeprefix("sizes."): digest for name, digest in run.identity.items()
+                  if name.startswith("sizes.")}
+    there = {name for name in trained_on if store.split_folder(root, name, "train").is_dir()}
+    if other := sorted(name for name in there if store.Split(root, name, "train").digest != trained_on[name]):
+        warn(f"{root} holds other records of {', '.join(other)} than the run was trained on: what is held out "
+             "of them may be what it has seen")
 
 
 def _target(init, mesh: Mesh):

@@ -15,7 +15,8 @@ import numpy as np
 from tfusion.config import RunConfig, components
 from tfusion.data.config import check_sources
 from tfusion.data.sources import NoPictures
-from tfusion.models.codecs.kl import Autoencoder, AutoencoderConfig, to_unit
+from tfusion.models.codecs.kl import Autoencoder, AutoencoderConfig
+from tfusion.models.codecs.network import NetworkConfig, to_unit
 from tfusion.objectives.base import Aux, Expected, Kind, Objective, register
 from tfusion.types import ImageBatch
 
@@ -39,6 +40,24 @@ def kl_divergence(mean, log_variance):
     return 0.5 * jnp.sum(mean**2 + jnp.exp(log_variance) - 1 - log_variance)
 
 
+RECONSTRUCTION = {"reconstruction_l1": 1.0, "reconstruction_mse": 1.0}  # weights
+
+
+def reconstruction(error) -> dict:
+    """The losses of decoded - picture, in -1..1."""
+    return {"reconstruction_l1": (jnp.sum(jnp.abs(error)), error.size),
+            "reconstruction_mse": (jnp.sum(error**2), error.size)}
+
+
+def reconstruction_counts(batch: ImageBatch) -> dict:
+    return dict.fromkeys(RECONSTRUCTION, np.prod(batch.images_BHWC.shape))
+
+
+def row_noise(key, row_ids_B, draw):
+    """(B, ...): draw(key of the row), whichever rows stand together."""
+    return jax.vmap(lambda row: draw(jax.random.fold_in(key, row)))(row_ids_B)
+
+
 def make(cfg: AutoencoderRunConfig) -> Objective:
     model = Autoencoder(cfg.autoencoder)
     size = cfg.autoencoder.image_size
@@ -50,21 +69,16 @@ def make(cfg: AutoencoderRunConfig) -> Objective:
         del aux
         x = to_unit(batch.images_BHWC)
         mean, log_variance = model.apply({"params": params}, x, method="encode")
-        noise = jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(key, row), mean.shape[1:]))
-        z = mean + jnp.exp(0.5 * log_variance) * noise(batch.row_ids_B)
+        noise = row_noise(key, batch.row_ids_B, lambda key: jax.random.normal(key, mean.shape[1:]))
+        z = mean + jnp.exp(0.5 * log_variance) * noise
         error = model.apply({"params": params}, z, method="decode") - x
-        images = x.shape[0]
-        return {"reconstruction_l1": (jnp.sum(jnp.abs(error)), x.size),
-                "reconstruction_mse": (jnp.sum(error**2), x.size),
-                "kl": (kl_divergence(mean, log_variance), images)}
+        return reconstruction(error) | {"kl": (kl_divergence(mean, log_variance), x.shape[0])}
 
     def counts(batch: ImageBatch):
-        pixels = np.prod(batch.images_BHWC.shape)
-        return {"reconstruction_l1": pixels, "reconstruction_mse": pixels, "kl": len(batch.row_ids_B)}
+        return reconstruction_counts(batch) | {"kl": len(batch.row_ids_B)}
 
-    return Objective(
-        init=init, loss=loss, counts=counts,
-        weights={"reconstruction_l1": 1.0, "reconstruction_mse": 1.0, "kl": cfg.autoencoder.kl_weight})
+    return Objective(init=init, loss=loss, counts=counts,
+                     weights=RECONSTRUCTION | {"kl": cfg.autoencoder.kl_weight})
 
 
 def open_rows(cfg: AutoencoderRunConfig):
@@ -98,11 +112,12 @@ def expected(cfg: AutoencoderRunConfig) -> Expected:
     return Expected(0, 0, 0, {"convolutions": convolution_flops(cfg.autoencoder) * cfg.train.batch_size}, "")
 
 
-def convolution_flops(a: AutoencoderConfig) -> float:
-    """Of forward and backward, per picture; that the first layer's input needs no gradient is left out."""
-    pixels, P = (a.image_size // a.downsample) ** 2, 3 * a.downsample**2
+def convolution_flops(a: NetworkConfig) -> float:
+    """Of forward and backward, per picture; that the first layer's input needs no gradient is left out, and the
+    search for the nearest code."""
+    pixels, P = a.grid[0] * a.grid[1], 3 * a.downsample**2
     block = 10 * a.width**2  # 3 x 3 and 1 x 1
-    weights = (P * a.width + 2 * a.width * a.latent_channels + 9 * a.latent_channels * a.width + a.width * P
+    weights = (P * a.width + a.width * a.encoder_channels + 9 * a.decoder_channels * a.width + a.width * P
                + 2 * a.num_blocks * block)
     return 6.0 * pixels * weights
 

@@ -18,8 +18,9 @@ from tfusion.planning.search import Candidate, Planner, nearest_that_fits, searc
 def make_plan(cfg: RunConfig, accelerator: Accelerator, experiment: str, tokens: float | None = None,
               total_flops: float | None = None, search_too: bool = False) -> dict:
     """Compiles where the accelerator is a TPU; else by formula only. Raises UserError on what cannot be."""
+    topology.mesh_shape(cfg.mesh, accelerator)  # raises, before any work
     if accelerator.chip.is_tpu and not topology.have_libtpu():
-        topology.devices(accelerator)  # raises, before any work
+        topology.devices(accelerator)  # raises as well
     planner = Planner(cfg, accelerator)
     candidate = planner.candidate(cfg)
     compiled = planner.compile(candidate) if accelerator.chip.is_tpu else None

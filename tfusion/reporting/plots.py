@@ -67,8 +67,8 @@ def svg(name: str, draw: Callable[[Axes], None], size: tuple[float, float] = (5.
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
     text = re.sub(
-        r' (id)="(?:figure|axes|patch|line2d|text|matplotlib|[xy]tick|PathCollection|'
-        r'LineCollection|legend)[^"]*"',
+        r' (id)="(?:figure|axes|patch|line2d|text|matplotlib|[xy]tick|\w*Collection|'
+        r'legend)[^"]*"',
         "",
         text,
     )
@@ -84,7 +84,7 @@ def _step_axis(ax: Axes) -> None:
     ax.set_xlim(0, ax.dataLim.x1 * 1.01)
 
 
-def _log_axis(ax: Axes, values: Sequence[np.ndarray]) -> None:
+def log_axis(ax: Axes, values: Sequence[np.ndarray]) -> None:
     """Logarithmic y with plain numbers, and enough of them when the curves span little."""
     joined = np.concatenate([v[v > 0] for v in values])
     if not len(joined):
@@ -97,7 +97,7 @@ def _log_axis(ax: Axes, values: Sequence[np.ndarray]) -> None:
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _legend(ax: Axes, columns: int) -> None:
+def legend(ax: Axes, columns: int) -> None:
     ax.legend(
         loc="lower left",
         bbox_to_anchor=(-0.02, 1.0),
@@ -149,7 +149,7 @@ def loss(
             shown.append(series.values)
         _settled(ax, [*shown, np.full(2, train.values.min())])
         _step_axis(ax)
-        _legend(ax, 3)
+        legend(ax, 3)
 
     return svg(name, draw)
 
@@ -166,9 +166,9 @@ def noise_bins(name: str, curves: dict[int, Series], held_out: dict[int, Series]
             if k in curves:
                 ax.plot(*curve, color=shades[k], linestyle="none", marker="o", markersize=3.4,
                         markeredgecolor="white", markeredgewidth=0.5)
-        _log_axis(ax, [smooth(c).values for c in curves.values()])
+        log_axis(ax, [smooth(c).values for c in curves.values()])
         _step_axis(ax)
-        _legend(ax, min(number, 6))
+        legend(ax, min(number, 6))
 
     return svg(name, draw)
 
@@ -187,7 +187,7 @@ def curves(
         for (label, _, colour), series in zip(lines, drawn, strict=True):
             ax.plot(*series, color=colour, label=label)
         if log:
-            _log_axis(ax, [series.values for series in drawn])
+            log_axis(ax, [series.values for series in drawn])
         else:
             ax.set_ylim(bottom=0)
             if max(series.values.max() for series in drawn) >= 1000:
@@ -196,7 +196,7 @@ def curves(
         if unit:
             ax.set_ylabel(unit)
         if len(lines) > 1:
-            _legend(ax, 4)
+            legend(ax, 4)
 
     return svg(name, draw)
 
@@ -240,7 +240,7 @@ def standing_bars(name: str, names: Sequence[str], groups: Groups, tone: str) ->
                             fontsize=8, color=INK)
         ax.set_xticks(place, [label for label, _ in groups])
         ax.margins(y=0.1)
-        _legend(ax, len(names))
+        legend(ax, len(names))
 
     return svg(name, draw)
 
@@ -318,7 +318,7 @@ def compared(name: str, lines: Sequence[tuple[str, Series, Series | None, str]],
         if ax.dataLim.x1 >= 1000:  # counts; minutes are few
             ax.xaxis.set_major_formatter(EngFormatter())
         ax.set_xlabel(unit)
-        _legend(ax, 3)
+        legend(ax, 3)
 
     return svg(name, draw)
 

@@ -84,7 +84,7 @@ class Goodput:
     def _write(self) -> None:
         this = {"began": round(self._began, 1), "seconds": _rounded(self._attempt())}
         made = {"seconds": _rounded(self.seconds()), "attempts": [*self._attempts, this]}
-        with contextlib.suppress(OSError):  # a full disk costs these figures, not the run
+        with contextlib.suppress(Exception):  # a full disk costs these figures, not the run
             replace_text(self._path, json.dumps(made, indent=1) + "\n")
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 from tfusion import config, distributed, paths, sharding
@@ -93,13 +94,15 @@ class Log:
     written, in the next.
     """
 
-    def __init__(self, cfg: config.RunConfig, objective: Objective, rows, workdir: Path, first: int, totals,
+    def __init__(self, cfg: config.RunConfig, objective: Objective, rows, workdir: Path, begun: resume.Start,
                  goodput: Goodput, wandb: str | None):
+        first = int(begun.state.step)
+        written = first - (begun.unwritten is not None)  # an earlier attempt may have been here before
         self.cfg, self.objective, self.rows = cfg, objective, rows
-        self.writer = writers.open_writers(workdir, first, cfg, wandb) if distributed.is_writer() else (
+        self.writer = writers.open_writers(workdir, written, cfg, wandb) if distributed.is_writer() else (
             writers.Together())
         self.losses, self.goodput = metrics.Losses(), goodput
-        self.speed, self.paused, self.late = metrics.Throughput(totals), {}, None
+        self.speed, self.paused, self.late = metrics.Throughput(begun.totals), {}, None
         self.learning_rate = learning_rate_schedule(cfg.optimizer, cfg.train.num_steps)
         self.bar = tqdm(total=cfg.train.num_steps, initial=first, desc=workdir.name, unit="step",
                         mininterval=1.0, dynamic_ncols=True)
@@ -229,16 +232,17 @@ def open_run(closing: contextlib.ExitStack, cfg: config.RunConfig, workdir: Path
     t = cfg.train
     objective, tx = kind_of(cfg).make(cfg), make_optimizer(cfg.optimizer, t.num_steps)
     rows = kind_of(cfg).open_rows(cfg)
+    distributed.check_alike(flatten_dict(cfg.to_dict(), sep=".") | rows.identity | {"--resume": resume_from})
     held = Held(cfg, objective, mesh, rows)
     checkpoints = Checkpoints(workdir, writing=True, keep=Keep(t.keep_last, t.keep_every, t.keep_best))
     begun = resume.start(cfg, objective, tx, mesh, checkpoints, rows, workdir, resume_from)
-    first = int(begun.state.step)
     goodput.resume(begun.goodput, writing=distributed.is_writer())
     watchdog, preemption = Watchdog(t.watchdog_minutes), distributed.Preemption()
-    log = Log(cfg, objective, rows, workdir, first, begun.totals, goodput, wandb)
-    for each in (watchdog, preemption, log, checkpoints):
+    log = Log(cfg, objective, rows, workdir, begun, goodput, wandb)
+    saver = Saver(cfg, checkpoints, rows, begun.frozen, log)
+    for each in (watchdog, preemption, log, saver):
         closing.enter_context(contextlib.closing(each))
-    saver, trace = Saver(cfg, checkpoints, rows, begun.frozen, log), Trace(profile, first, workdir)
+    trace = Trace(profile, int(begun.state.step), workdir)
     return Run(objective, tx, rows, held, log, saver, trace, watchdog, preemption), begun
 
 
@@ -258,7 +262,9 @@ def train(cfg: config.RunConfig, workdir: Path, mesh, profile=None, wandb: str |
         log, (state, frozen, next_row) = run.log, begun[:3]
         first = int(state.step)
         if begun.unwritten is not None:
-            log.write(first, begun.unwritten | look(run, state, frozen, *looks(first, t), lambda losses: False))
+            looked = look(run, state, frozen, *looks(first, t), lambda losses: False)
+            log.write(first, begun.unwritten | looked)
+            run.saver.checkpoints.note(first, looked)
         train_step, count = None, jax.jit(lambda batch: kind.totals(cfg, batch))
         batches = pipeline.batches(run.rows, next_row, t.num_steps - first, t.batch_size,
                                    sharding.local_rows(mesh, t.batch_size))
@@ -267,7 +273,7 @@ def train(cfg: config.RunConfig, workdir: Path, mesh, profile=None, wandb: str |
             batch, waited = fetch(batches, log.goodput)
             placed = sharding.put_batch(batch, mesh, t.batch_size)
             if train_step is None:  # compiled for the first batch
-                train_step, waited = compile_step(run, cfg, state, frozen, placed), 0.0
+                train_step, waited = compile_step(run, cfg, state, frozen, placed, count), 0.0
                 log.speed.begin()  # no rate holds the compilation, nor the start of the readers
             state, losses = train_step(state, frozen, placed)
             next_row += t.batch_size
@@ -294,7 +300,7 @@ def train(cfg: config.RunConfig, workdir: Path, mesh, profile=None, wandb: str |
     return state
 
 
-def compile_step(run: Run, cfg: config.RunConfig, state, frozen, placed):
+def compile_step(run: Run, cfg: config.RunConfig, state, frozen, placed, count):
     """The training step, compiled for this state and batch; and all else that the loop will call. From here on
     steps can be lost: a preemption saves first, and the watchdog watches."""
     with run.log.goodput.part("compile"):
@@ -303,6 +309,8 @@ def compile_step(run: Run, cfg: config.RunConfig, state, frozen, placed):
         compiled = step.lower(state, frozen, placed).compile()
         distributed.wait_for_all()  # the first exchange waits half a minute at most for who compiles longer
         run.held.compile(state, frozen, cfg.train.eval_every > 0, cfg.train.diagnostics_every > 0)
+        run.saver.compile(state)
+        count(placed)
         distributed.return_freed_memory()
     run.log.goodput.enter("step")
     run.preemption.listen()

@@ -3,7 +3,7 @@
 import contextlib
 import time
 
-from tfusion import config, distributed
+from tfusion import checksum, config, distributed
 from tfusion.checkpoint import Checkpoints
 from tfusion.errors import Stopped, UserError
 from tfusion.training import state as states
@@ -43,10 +43,19 @@ class Saver:
 
     def stopped(self, done: int) -> Stopped:
         """Waits until the last save is whole, or has failed."""
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(UserError), self.log.goodput.part("save"):
             self.checkpoints.wait()
         saved = max(self.checkpoints.steps(), default=0)
         state = "it is saved" if saved == done else (
             f"it could not be saved, the last checkpoint is of step {saved}" if saved else
             "it could not be saved, there is no checkpoint")
         return Stopped(f"preempted at step {done}: {state}; the same command goes on from there")
+
+    def compile(self, state) -> None:
+        """All that a save will run on the devices."""
+        for name, tree in {**states.items(state), "frozen": self.frozen}.items():
+            checksum.leaves(name, tree)
+
+    def close(self) -> None:
+        with self.log.goodput.part("save"):
+            self.checkpoints.close()

@@ -1,6 +1,5 @@
 """Where the numbers of a run go: one interface, any number of files and services behind it."""
 
-import contextlib
 import json
 import math
 import secrets
@@ -10,9 +9,12 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from tfusion import paths
+from tfusion.checkpoint import warn
 from tfusion.config import RunConfig
 from tfusion.errors import UserError
 from tfusion.paths import replace_text
@@ -40,17 +42,20 @@ class JsonLines:
 
     def __init__(self, folder: Path, first_step: int):
         _drop_after(paths.path(folder / LINES), first_step)
-        self._file = (folder / LINES).open("a")
+        self._waiting, self._file = b"", open(folder / LINES, "ab", buffering=0)  # noqa: SIM115 (until close)
 
     def write(self, step: int, values: dict) -> None:
-        self._file.write(_line(step, values))
-        self._file.flush()
+        self._waiting += _line(step, values).encode()
+        self.flush()
 
     def flush(self) -> None:
-        pass
+        """What a full disk does not take waits for the next time."""
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting):]
 
     def close(self) -> None:
-        self._file.close()
+        with self._file:
+            self.flush()
 
 
 class JsonParts:
@@ -122,31 +127,42 @@ class TensorBoard:
     TensorBoard reads one after the other."""
 
     def __init__(self, folder: Path, first_step: int):
-        self._folder, self._purge = folder, first_step + 1
+        self._folder, self._file = folder, None
         self._beside = tempfile.TemporaryDirectory() if paths.in_bucket(folder) else None
-        self._board = self._open()
+        self._put(Event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
-    def _open(self) -> SummaryWriter:
-        """The first file alone hides anything."""
-        purge, self._purge = self._purge, None
-        return SummaryWriter(self._beside.name if self._beside else str(self._folder), purge_step=purge,
-                             filename_suffix=f".{secrets.token_hex(4)}" if self._beside else "")
+    def _put(self, event: Event) -> None:
+        """Where it cannot be written, the next one begins another file: of this one half may be there."""
+        place = Path(self._beside.name if self._beside else self._folder)
+        try:
+            if self._file is None:
+                place.mkdir(parents=True, exist_ok=True)
+                self._file = EventsWriter(str(place / "events"), f".{secrets.token_hex(4)}")
+            event.wall_time = time.time()
+            self._file.write_event(event)
+            self._file.flush()
+        except OSError:
+            self._file = None
+            for empty in (path for path in place.glob("events.*") if not path.stat().st_size):
+                empty.unlink()
+            raise
 
     def write(self, step: int, values: dict) -> None:
-        for name, value in finite(values).items():
-            self._board.add_scalar(name, value, step)
+        points = [Summary.Value(tag=name, simple_value=value) for name, value in finite(values).items()]
+        self._put(Event(step=step, summary=Summary(value=points)))
 
     def flush(self) -> None:
-        if self._beside:
-            self._board.close()
-            for path in Path(self._beside.name).iterdir():
-                (self._folder / path.name).write_bytes(path.read_bytes())
-                path.unlink()
-            self._board = self._open()
+        if self._beside and self._file:
+            self._file.close()
+            self._file = None
+        for path in Path(self._beside.name).iterdir() if self._beside else ():
+            (self._folder / path.name).write_bytes(path.read_bytes())
+            path.unlink()
 
     def close(self) -> None:
         self.flush()
-        self._board.close()
+        if self._file:
+            self._file.close()
         if self._beside:
             self._beside.cleanup()
 
@@ -199,26 +215,34 @@ class WeightsAndBiases:
 
 
 class Together:
-    """Several writers as one, flushed once a minute."""
+    """Several writers as one, flushed once a minute. What one cannot write is said, once until it can again,
+    and stops neither the others nor the run."""
 
     def __init__(self, *writers: Writer):
-        self._writers, self._flushed = writers, time.monotonic()
+        self._writers, self._flushed, self._failing = writers, time.monotonic(), set()
 
     def write(self, step: int, values: dict) -> None:
-        for writer in self._writers:
-            writer.write(step, values)
+        self._each(lambda writer: writer.write(step, values))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        for writer in self._writers:
-            writer.flush()
+        self._each(lambda writer: writer.flush())
         self._flushed = time.monotonic()
 
     def close(self) -> None:
-        with contextlib.ExitStack() as stack:  # all, even where one fails
-            for writer in self._writers:
-                stack.callback(writer.close)
+        self._each(lambda writer: writer.close())
+
+    def _each(self, call) -> None:
+        for writer in self._writers:
+            try:
+                call(writer)
+                self._failing.discard(writer)
+            except Exception as e:  # of a disk, a bucket's client, a service
+                if writer not in self._failing:
+                    why = f"{type(e).__name__}: {e}"
+                    warn(f"{type(writer).__name__} cannot be written ({why}); the run goes on")
+                self._failing.add(writer)
 
 
 def open_writers(workdir: Path, first_step: int, cfg: RunConfig, wandb: str | None = None) -> Writer:

@@ -169,6 +169,13 @@ def broken_info(folder):
     (folder / "dataset_info.json").write_text("{")
 
 
+def foreign_class(folder):
+    path = folder / "features.json"
+    named = "tensorflow_datasets.core.features.text_feature.Text"
+    assert named in path.read_text()
+    path.write_text(path.read_text().replace(named, "this.Text"))  # importing it prints the Zen of Python
+
+
 def tfrecord(folder):
     info = json.loads((folder / "dataset_info.json").read_text())
     info["fileFormat"] = "tfrecord"
@@ -180,6 +187,7 @@ ERRORS = {
     "cut shard": (cut_shard, {}, r"record-00001-of-00003 is no whole ArrayRecord file \("),
     "short shard": (shorter_shard, {}, r"record-00001-of-00003 has 1 records, 4 are wanted: bring "),
     "no data set": (without_info, {}, r"1.0.0 holds no data set of TensorFlow Datasets \(.*name the "),
+    "a class of others": (foreign_class, {}, r"features.json names the class this.Text, and opening it would"),
     "broken": (broken_info, {}, r"1.0.0 holds no data set of TensorFlow Datasets \("),
     "tfrecord": (tfrecord, {}, r"is written as tfrecord, .*write it anew with file_format='array_record'"),
     "no such split": (None, {"train": "test"}, r"no split 'test' \(.*; it has train, validation"),

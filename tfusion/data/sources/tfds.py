@@ -1,7 +1,9 @@
 """What TensorFlow Datasets has written to a disk as ArrayRecord, of any builder, read without TensorFlow."""
 
 import dataclasses
+import json
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 from tfusion import config
@@ -25,7 +27,10 @@ def open_builder(path: str):
     import tensorflow_datasets  # a second, and most runs read something else
 
     try:
+        check_classes(path)
         builder = tensorflow_datasets.builder_from_directory(path)
+    except UserError:
+        raise
     except Exception as e:  # of several kinds
         raise UserError(f"{path} holds no data set of TensorFlow Datasets ({_line(e)}): name the folder with "
                         "dataset_info.json, .../NAME/VERSION") from e
@@ -33,6 +38,23 @@ def open_builder(path: str):
         raise UserError(f"{path} is written as {builder.info.file_format.value}, which is read from the front "
                         f"alone: write it anew with file_format='{ARRAY_RECORD}', or by tfds convert_format")
     return builder
+
+
+def check_classes(path: str) -> None:
+    """Raises UserError where features.json names other classes than the package's own: the package imports what
+    is named there."""
+    features = Path(path, "features.json")
+    for name in _classes(json.loads(features.read_text())) if features.exists() else ():
+        if not name.startswith("tensorflow_datasets."):
+            raise UserError(f"{features} names the class {name}, and opening it would import that: only those "
+                            "of tensorflow_datasets are read")
+
+
+def _classes(tree):
+    if isinstance(tree, dict):
+        yield from (tree[key] for key in ("pythonClassName", "python_class_name") if key in tree)
+    for value in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        yield from _classes(value)
 
 
 def _line(e: Exception) -> str:

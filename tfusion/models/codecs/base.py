@@ -22,7 +22,7 @@ CODECS: dict[str, type] = {}  # kind -> class, as codec.npz names it
 
 class Codec(Protocol):
     """image_size: side of its pictures. shape, dtype: of one encoded picture. fingerprint: sha256 (hex) of what
-    defines it; equal means interchangeable."""
+    defines it; equal means interchangeable. One that makes codes (int32) has `num_codes`: they are below it."""
 
     image_size: int
     shape: tuple[int, ...]
@@ -45,7 +45,7 @@ class Codec(Protocol):
 
 def register(kind: str) -> Callable[[type], type]:
     def add(cls: type) -> type:
-        CODECS[kind] = cls
+        CODECS[kind], cls.kind = cls, kind
         return cls
 
     return add
@@ -83,11 +83,43 @@ def check_pictures(images, image_size: int) -> None:
                         f"{size}: bring them to that size")
 
 
-def in_chunks(fn, x):
-    """fn over CHUNK rows at a time, on all devices of the current mesh, the last chunk padded; numpy out."""
+class Arrays:
+    """What codecs have in common that are functions of named arrays: a subclass makes a registered one with
+    `kind`, `read`, `_about` (its config), `_arrays` and the functions `_encode` and `_decode`, jitted."""
+
+    chunk, num_codes, dtype = CHUNK, None, np.float32
+
+    def encode(self, images):
+        check_pictures(images, self.image_size)
+        return in_chunks(self._encode, images, self.chunk)
+
+    def decode(self, images):
+        """Raises UserError where a code is none of the codebook's."""
+        images = check_codes(images, self.num_codes) if self.num_codes else np.asarray(images, self.dtype)
+        return in_chunks(self._decode, images, self.chunk)
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self._arrays())
+
+    def save(self, path: Path) -> None:
+        write(path, {"kind": self.kind, "cfg": self._about()}, self._arrays())
+
+
+def check_codes(codes, num_codes: int):
+    """int32. Raises UserError where they are not whole numbers from 0 to num_codes - 1."""
+    codes = np.asarray(codes)
+    if codes.dtype.kind not in "iu" or (codes.size and not 0 <= codes.min() <= codes.max() < num_codes):
+        raise UserError(f"codes are {codes.dtype} from {codes.min()} to {codes.max()}, the codec's are whole "
+                        f"numbers from 0 to {num_codes - 1}: they are another codec's")
+    return codes.astype(np.int32)
+
+
+def in_chunks(fn, x, chunk: int):
+    """fn over `chunk` rows at a time, on all devices of the current mesh, the last ones padded; numpy out."""
     x, out = np.asarray(x), []
-    for start in range(0, len(x), CHUNK):
-        part = x[start : start + CHUNK]
-        padded = np.concatenate([part, np.repeat(part[-1:], CHUNK - len(part), axis=0)])
+    for start in range(0, len(x), chunk):
+        part = x[start : start + chunk]
+        padded = np.concatenate([part, np.repeat(part[-1:], chunk - len(part), axis=0)])
         out.append(sharding.fetch(fn(sharding.split_rows(padded)))[: len(part)])
     return np.concatenate(out)

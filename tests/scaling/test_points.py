@@ -1,0 +1,110 @@
+"""What a sweep is frozen into, and what is refused."""
+
+import json
+
+import pytest
+
+from tests.scaling.conftest import EXPERIMENT, SWEEP
+from tfusion import config, experiment
+from tfusion.errors import UserError
+from tfusion.scaling import ladder, points
+
+
+def test_a_frozen_point_holds_all_that_its_run_will_be(sweep):
+    frozen = sweep.freeze()
+    lines = [json.loads(line) for line in (sweep.out / "points.jsonl").read_text().splitlines()]
+    assert [line["name"] for line in lines] == ["data", "a", "b"]
+    a, b = lines[1:]
+    assert a["config"] == str(sweep.path) and a["overrides"] == {"data.prepared": "{data}/made", "seed": 1}
+    assert a["workdir"] == str(sweep.out / "a") and a["tags"] == {"part": "ladder"}
+    assert a["verbs"] == ["train", "evaluate"] and b["flags"] == {"evaluate": {"number": 8}}
+    assert a["resolved"]["seed"] == 1 and b["resolved"]["model"]["d_model"] == 256
+    cfg = config.from_dict(a["resolved"])
+    assert a["tokens"] == cfg.train.num_steps * cfg.train.batch_size * cfg.data.seq_len
+    assert a["six_n_d"] == 6 * a["params"] * a["tokens"] and a["flops"] > 0 and lines[0]["flops"] == 0
+    assert frozen["a"].needs == ["data"] and frozen["data"].needs == []
+    assert points.read(sweep.out) == list(frozen.values())
+
+
+def test_the_hash_is_of_the_config_and_not_of_where_the_sweep_lies(sweep, tmp_path):
+    first = sweep.make()[1]
+    sweep.out = tmp_path / "elsewhere"
+    second = sweep.make()[1]
+    assert first.config_hash == second.config_hash and first.workdir != second.workdir
+    sweep.write(SWEEP.replace('"seed": 1', '"seed": 2'))
+    assert sweep.make()[1].config_hash != first.config_hash
+
+
+def test_other_points_are_named_by_their_workdirs(sweep):
+    named = sweep.freeze()
+    assert points.place("{data}/made", named) == f"{sweep.out}/data/made"
+    assert points.place(3, named) == 3
+
+
+def test_n_is_the_shared_transformer_with_the_texts_embeddings():
+    """By hand, of the smallest pack size: the same for both recipes, whatever adapters and codes add."""
+    made = [ladder.cost(config.from_dict(experiment.get(f"experiments/scaling.py:pack,{recipe},s1")))
+            for recipe in ("transfusion", "chameleon")]
+    block = 4 * 64 * 64 + 3 * 64 * 176
+    assert {cost.params for cost in made} == {2 * (block + 2 * 64) + 64 + 2 * 1022 * 64}
+    assert len({cost.tokens for cost in made}) == len({cost.six_n_d for cost in made}) == 1
+    assert len({cost.flops for cost in made}) == 2  # what the mathematics takes differs
+
+
+@pytest.mark.parametrize(("sweep_text", "message"), [
+    ("[]", "tiny: get_sweep returns no points"),
+    ('[dict(name="a", config="FILE")] * 2', "two points are named 'a', and would share one workdir"),
+    ('[dict(name=x, config="FILE") for x in "ab"]', "points 'a' and 'b' are one and the same run"),
+    ('[dict(name="a/b", config="FILE")]', "letters, digits, _ . and -, not 'a/b'"),
+    ('[dict(name="a", config="FILE", verb=["train"])]', "point 'a' has 'verb'; known: config, flags, name"),
+    ('[dict(name="a", config="FILE", verbs=["fly"])]', "no verb 'fly' for points; choices: prepare, train"),
+    ('[dict(name="a", config="FILE", verbs=[])]', "verbs = []; choices: prepare, train, evaluate"),
+    ('[dict(name="a", config="FILE", overrides={"train.num_step": 3})]',
+     "there is no train.num_step in .*; did you mean 'num_steps'?"),
+    ('[dict(name="a", config="FILE", overrides={"optimiser.b2": 3})]', "did you mean 'optimizer'?"),
+    ('[dict(name="a", config="FILE", overrides={"seed.x": 3})]', "there is no seed.x"),
+    ('[dict(name="a", config="FILE", overrides={"process.kind": "flow"})]', "process.kind: a kind brings keys"),
+    ('[dict(name="a", config="FILE", overrides={"train.num_steps": -3})]', "num_steps = -3 must be positive"),
+    ('[dict(name="a", config="FILE", overrides={"data.sources": {}})]', "an override is a number, a text"),
+    ('[dict(name="a", config="FILE", overrides={"data.prepared": "{b}/x"}), dict(name="b", config="FILE")]',
+     "point 'a' names {b}, which is no point before it"),
+    ('[dict(name="a", config="FILE:huge")]', "unknown variant 'huge'"),
+    ('[dict(name="a", config="nowhere.py")]', "nowhere.py not found")])
+def test_what_is_refused(sweep, sweep_text, message):
+    sweep.write(sweep_text)
+    with pytest.raises(UserError, match=message.replace("[]", r"\[\]").replace("?", r"\?")) as e:
+        sweep.make()
+    assert "\n" not in str(e.value)
+
+
+def test_the_same_sweep_again_changes_nothing_and_another_is_refused(sweep):
+    sweep.freeze()
+    before = (sweep.out / "points.jsonl").read_text()
+    assert points.freeze(sweep.out, sweep.make()) is False
+    sweep.write(SWEEP.replace('"seed": 1', '"seed": 2').replace('name="b"', 'name="c"'))
+    with pytest.raises(UserError, match=r"is another sweep: 'b' is frozen and no longer in the experiment; "
+                                        r"'c' is new; 'a': seed was 1, is 2\. Name another --out"):
+        points.freeze(sweep.out, sweep.make())
+    assert (sweep.out / "points.jsonl").read_text() == before
+
+
+def test_a_default_of_the_experiment_that_changed_is_seen(sweep):
+    sweep.freeze()
+    sweep.write(SWEEP, EXPERIMENT.replace("    if arg", "    config.optimizer.b2 = 0.9\n    if arg"))
+    with pytest.raises(UserError, match=r"'data': optimizer.b2 was 0.98, is 0.9; 'a': "):
+        points.freeze(sweep.out, sweep.make())
+
+
+def test_no_sweep_and_a_broken_one(sweep):
+    with pytest.raises(UserError, match=r"points\.jsonl not found: `python -m tfusion.sweep"):
+        points.read(sweep.out)
+    sweep.freeze()
+    (sweep.out / "points.jsonl").write_text("{")
+    with pytest.raises(UserError, match=r"points\.jsonl is broken"):
+        points.read(sweep.out)
+
+
+def test_an_experiment_without_a_sweep(tmp_path):
+    (tmp_path / "x.py").write_text("def get_config():\n    return {}\n")
+    with pytest.raises(UserError, match=r"x\.py has no get_sweep"):
+        experiment.call(f"{tmp_path}/x.py", "get_sweep")

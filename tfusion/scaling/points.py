@@ -1,0 +1,183 @@
+"""The points of a sweep: what an experiment file lists, and what is frozen of it into points.jsonl.
+
+    def get_sweep(arg=None):           # arg: the words after the colon, as for get_config
+        return [dict(name="codec", config="experiments/quickstart.py:autoencoder", verbs=["train"]),
+                dict(name="data", config="experiments/quickstart.py", verbs=["prepare"],
+                     overrides={"data.prepared": "{data}/shards"}, flags={"prepare": {"codec": "{codec}"}}),
+                dict(name="a", config="experiments/quickstart.py", overrides={"data.prepared": "{data}/shards",
+                     "seed": 1}, tags={"seed": 1})]
+
+A point is a config with single values changed, and the verbs that are run on it one after the other; without
+`verbs` it is trained, then evaluated. `{name}` in a value stands for the workdir of the point of that name,
+which is the sweep's folder and the name: who names another point waits for it. `flags` are further flags of a
+verb, `tags` what a report sorts the points by.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from tfusion import config, experiment
+from tfusion.errors import UserError
+from tfusion.paths import replace_text
+from tfusion.scaling import ladder
+
+FILE = "points.jsonl"
+VERBS = ("prepare", "train", "evaluate")
+GIVEN = {"name", "config", "overrides", "verbs", "flags", "tags"}
+NAME, NAMED = re.compile(r"[A-Za-z0-9_][\w.-]*"), re.compile(r"\{([\w.-]+)\}")
+SHOWN = 3  # differences that are named
+
+
+class Point(NamedTuple):
+    """A line of points.jsonl."""
+
+    name: str
+    config: str  # experiments/FILE.py:words
+    overrides: dict  # {dotted key: value}, as the experiment has them
+    verbs: list[str]
+    flags: dict  # {verb: {flag: value}}
+    tags: dict
+    workdir: str  # the sweep's folder, as it was named, and the name
+    config_hash: str  # of `resolved`, the same wherever the sweep lies
+    flops: float  # expected of the whole run: exact model FLOPs
+    tokens: int | None  # D, codes and patches among them; None without a transformer
+    params: int | None  # N: ladder.shared_params
+    six_n_d: float | None
+    resolved: dict  # the whole config; other points' names stand in it as {name}
+
+    @property
+    def needs(self) -> list[str]:
+        """Points that it names, itself aside."""
+        values = [*self.overrides.values(), *(v for flags in self.flags.values() for v in flags.values())]
+        return sorted({name for value in values for name in NAMED.findall(str(value))} - {self.name})
+
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.workdir)
+
+
+def place(text, points: dict[str, Point]):
+    """A value with `{name}` replaced by that point's workdir; what is no text as it is."""
+    if not isinstance(text, str):
+        return text
+    return NAMED.sub(lambda match: points[match[1]].workdir, text)
+
+
+def resolve(name: str, overrides: dict) -> config.RunConfig:
+    """The config of experiments/FILE.py:words with values changed. Raises UserError that names the key."""
+    tree = experiment.get(name)
+    for key, value in overrides.items():
+        *groups, last = key.split(".")
+        if key == "objective" or last == "kind":
+            raise UserError(f"{key}: a kind brings keys of its own, a variant of the experiment chooses it")
+        if type(value) not in (bool, int, float, str):
+            raise UserError(f"{key} = {value!r}: an override is a number, a text, True or False; a variant of "
+                            "the experiment can have more")
+        node, known = tree, []
+        for group in [*groups, last]:
+            known = list(node) if hasattr(node, "keys") else []
+            if group not in known:
+                near = difflib.get_close_matches(group, known, n=1)
+                raise UserError(f"there is no {key} in {name}; "
+                                + (f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"))
+            above, node = node, node[group]
+        above[last] = value
+    return config.from_dict(tree)
+
+
+def make(given: list[dict], where: str, out: Path) -> list[Point]:
+    """Points of what get_sweep returned, checked. where: the experiment, for messages."""
+    if not given:
+        raise UserError(f"{where}: get_sweep returns no points")
+    points: dict[str, Point] = {}
+    for one in given:
+        name = one.get("name")
+        if unknown := one.keys() - GIVEN:
+            raise UserError(f"{where}: point '{name}' has '{min(unknown)}'; known: {', '.join(sorted(GIVEN))}")
+        if not (isinstance(name, str) and NAME.fullmatch(name)):
+            raise UserError(f"{where}: a point's name is letters, digits, _ . and -, not {name!r}")
+        if name in points:
+            raise UserError(f"{where}: two points are named '{name}', and would share one workdir")
+        try:
+            points[name] = _point(out, **one)
+        except UserError as e:
+            raise UserError(f"{where}: point '{name}': {e}") from e
+        if missing := [other for other in points[name].needs if other not in points]:
+            raise UserError(f"{where}: point '{name}' names {{{missing[0]}}}, which is no point before it")
+    _check_different(list(points.values()), where)
+    return list(points.values())
+
+
+def _point(out: Path, name: str, config: str, overrides=None, verbs=("train", "evaluate"), flags=None,
+           tags=None) -> Point:
+    cfg = resolve(config, overrides or {})
+    if not verbs or (bad := [verb for verb in verbs if verb not in VERBS]):
+        raise UserError(f"verbs = {list(verbs)}; choices: {', '.join(VERBS)}" if not verbs else
+                        f"there is no verb '{bad[0]}' for points; choices: {', '.join(VERBS)}")
+    cost = ladder.cost(cfg) if "train" in verbs else ladder.Cost(0.0)
+    resolved = cfg.to_dict()
+    digest = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:16]
+    return Point(name, config, overrides or {}, list(verbs), flags or {}, tags or {}, str(out / name), digest,
+                 *cost, resolved)
+
+
+def _check_different(points: list[Point], where: str) -> None:
+    """Raises UserError where two points would do the same."""
+    seen = {}
+    for point in points:
+        same = json.dumps([point.resolved, point.verbs, point.flags], sort_keys=True)
+        if same in seen:
+            raise UserError(f"{where}: points '{seen[same]}' and '{point.name}' are one and the same run; "
+                            "another seed makes them two")
+        seen[same] = point.name
+
+
+def read(out: Path) -> list[Point]:
+    """Raises UserError where there is no sweep, or its file is broken."""
+    path = out / FILE
+    if not path.is_file():
+        raise UserError(f"{path} not found: `python -m tfusion.sweep --config=experiments/FILE.py:words "
+                        f"--out={out}` writes it")
+    try:
+        return [Point(**json.loads(line)) for line in path.read_text().splitlines()]
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{path} is broken ({e}): move it away, and the command that wrote it writes it again"
+                        ) from e
+
+
+def freeze(out: Path, points: list[Point]) -> bool:
+    """Writes points.jsonl; False where it is there and says the same. Raises UserError where it says something
+    else."""
+    if (out / FILE).is_file():
+        if told := differences(read(out), points):
+            more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
+            raise UserError(f"{out / FILE} is another sweep: {'; '.join(told[:SHOWN])}{more}. Name another "
+                            "--out, or put the experiment back as it was")
+        return False
+    out.mkdir(parents=True, exist_ok=True)
+    replace_text(out / FILE, "".join(json.dumps(point._asdict()) + "\n" for point in points))
+    return True
+
+
+def differences(old: list[Point], new: list[Point]) -> list[str]:
+    """What a frozen sweep has otherwise than the experiment does now, a few words each."""
+    before, now = ({point.name: point for point in points} for points in (old, new))
+    told = [f"'{name}' is frozen and no longer in the experiment" for name in before if name not in now]
+    told += [f"'{name}' is new" for name in now if name not in before]
+    for name in (name for name in before if name in now):
+        a, b = (_flat(points[name]._asdict()) for points in (before, now))
+        told += [f"'{name}': {key} was {a.get(key)}, is {b.get(key)}" for key in sorted(a.keys() | b.keys())
+                 if a.get(key) != b.get(key) and not key.startswith(("config_hash", "overrides.", "workdir"))]
+    return told
+
+
+def _flat(tree, prefix: str = "") -> dict:
+    """{dotted key: value} of JSON values; of the resolved config without 'resolved' in front."""
+    if not isinstance(tree, dict):
+        return {prefix.removeprefix("resolved.")[:-1]: json.loads(json.dumps(tree))}
+    return {key: value for name, x in tree.items() for key, value in _flat(x, f"{prefix}{name}.").items()}

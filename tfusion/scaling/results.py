@@ -1,0 +1,119 @@
+"""What is kept of a finished point of a sweep, without its weights: small enough to be committed, and enough to
+draw the comparison anew, and for another machine to know that the point is done.
+
+    <results>/<point>/result.json    the point and the identity of its data; written last
+        config.json summary.json timing.json     metrics.jsonl, thinned
+        evaluation/metrics.json, timing.json, scenes/drawn.jsonl, told.jsonl     samples.png
+"""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tfusion.checkpoint import Checkpoints
+from tfusion.errors import UserError
+from tfusion.paths import replace_bytes, replace_text
+from tfusion.training.writers import logged
+
+RESULT, LOG = "result.json", "metrics.jsonl"
+OUTCOME = "sweep.json"  # what a point's last verb came to, where a sweep ran it
+EVALUATION = "evaluation/metrics.json"
+DONE = ("config.json", "summary.json", EVALUATION)  # a run that has these is trained and evaluated
+COPIED = (*DONE, "timing.json", "evaluation/timing.json", "evaluation/scenes/drawn.jsonl",
+          "evaluation/scenes/told.jsonl")
+LINES = 200  # of the log that are kept, besides those of evaluations
+ACROSS, SAMPLES = 8, 32  # pictures in samples.png
+
+
+def read_json(path: Path):
+    """None where it is absent or broken: a process that was killed leaves such."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def is_whole(folder: Path, steps: int | None = None) -> bool:
+    """Whether a folder holds a run that is trained to its end, of so many steps, and was evaluated there."""
+    summary, evaluation = (read_json(folder / name) for name in ("summary.json", EVALUATION))
+    return bool(summary and evaluation and (folder / "config.json").is_file()
+                and evaluation.get("step") == summary["steps"] == (steps or summary["steps"]))
+
+
+def kept(results: Path, name: str, config_hash: str) -> Path | None:
+    """The folder where a point's finished run is kept; None where none is, or of another configuration."""
+    found = read_json((folder := results / name) / RESULT)
+    return folder if found and found["point"]["config_hash"] == config_hash and is_whole(folder) else None
+
+
+def why_not(workdir: Path) -> str:
+    """Of a point that is not finished: how far its workdir has come, and what the last verb failed of."""
+    summary, evaluation, outcome = (read_json(workdir / name) for name in ("summary.json", EVALUATION, OUTCOME))
+    if outcome and outcome.get("status"):
+        return f"{outcome['verb']} ended with {outcome['status']}: {outcome['why']}".rstrip(": ")
+    if summary and evaluation:
+        return f"trained to step {summary['steps']}, evaluated at step {evaluation.get('step')}"
+    if summary:
+        return "trained, not evaluated"
+    lines = (logged(workdir) or "").splitlines()
+    if not lines:
+        return "begun, nothing logged" if workdir.is_dir() else "not begun"
+    config, step = read_json(workdir / "config.json") or {}, json.loads(lines[-1])["step"]
+    return f"stopped or under way at step {step} of {config.get('train', {}).get('num_steps', '?')}"
+
+
+def identity(folder: Path) -> dict:
+    """{what: fingerprint} of the data that a finished run was trained on; {} where nothing says so."""
+    if kept := read_json(folder / RESULT):
+        return kept["identity"]
+    if not (folder / "checkpoints").is_dir():
+        return {}
+    checkpoints = Checkpoints(folder)
+    steps = checkpoints.steps()
+    return checkpoints.meta(steps[-1]).get("identity", {}) if steps else {}
+
+
+def thinned(text: str, lines: int = LINES) -> str:
+    """A log with at most so many lines, the last among them, and every line with held-out values."""
+    rows = text.splitlines()
+    chosen = set(np.linspace(0, len(rows) - 1, min(lines, len(rows))).round().astype(int).tolist())
+    return "".join(f"{row}\n" for i, row in enumerate(rows) if i in chosen or '"eval/' in row)
+
+
+def samples(folder: Path) -> bytes | None:
+    """A sheet of the first pictures that were drawn, as PNG; None of a run that drew none."""
+    cards = [folder / "evaluation" / name / "card.npz" for name in ("scenes", "drawn")]
+    for path in filter(Path.is_file, cards):
+        with np.load(path) as arrays:
+            drawn = arrays["drawn"][:SAMPLES]
+        drawn = drawn[: len(drawn) // ACROSS * ACROSS or None]
+        sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in
+                                (drawn[i : i + ACROSS] for i in range(0, len(drawn), ACROSS))])
+        buffer = io.BytesIO()
+        Image.fromarray(sheet).save(buffer, "PNG", optimize=True)
+        return buffer.getvalue()
+    return None
+
+
+def keep(point: dict, workdir: Path, results: Path) -> Path:
+    """Copies what is kept of a point, finished in its workdir, to results/<name>.
+
+    point: a line of points.jsonl. Raises UserError where another configuration's run is kept there.
+    """
+    place = results / point["name"]
+    found = read_json(place / RESULT)
+    if found and found["point"]["config_hash"] != point["config_hash"]:
+        raise UserError(f"{place} is of another configuration than {point['name']} has now: name another "
+                        "--results, or delete it")
+    for name in COPIED:
+        if (workdir / name).is_file():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            replace_bytes(place / name, (workdir / name).read_bytes())
+    replace_text(place / LOG, thinned(logged(workdir) or ""))
+    if sheet := samples(workdir):
+        replace_bytes(place / "samples.png", sheet)
+    replace_text(place / RESULT, json.dumps({"point": point, "identity": identity(workdir)}, indent=1) + "\n")
+    return place

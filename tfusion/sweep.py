@@ -1,0 +1,73 @@
+"""Many runs as one thing: an experiment's points, frozen, run and watched.
+
+  python -m tfusion.sweep --config=experiments/scaling.py:pack --out=sweeps/x     freezes them in points.jsonl
+  launch/local.sh --sweep=sweeps/x            runs what is missing on this machine; killed, the same goes on
+  launch/local.sh --sweep=sweeps/x --parallel=2 --retry       two at a time; those that failed too
+  python -m tfusion.sweep --status --out=sweeps/x             how far each is, from its workdir alone
+
+A point is a config with single values changed, and the verbs that are run on it (scaling/points.py says how an
+experiment lists them). What is frozen stays: an experiment that says otherwise later is refused.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from tqdm import tqdm
+
+from tfusion import experiment, paths
+from tfusion.errors import UserError, run
+from tfusion.scaling import points, progress, runner
+
+CONFIG = flags.DEFINE_string("config", None, "experiments/FILE.py[:words], which has a get_sweep")
+OUT = paths.define("out", None, "folder of the sweep: points.jsonl, and a workdir of each point")
+STATUS = flags.DEFINE_bool("status", False, "show how far the points are")
+RUN = flags.DEFINE_bool("run", False, "run what is missing (launch/local.sh --sweep=OUT)")
+PARALLEL = flags.DEFINE_integer("parallel", 1, "points at a time", lower_bound=1)
+RETRY = flags.DEFINE_bool("retry", False, "run those that failed too")
+
+
+def freeze(name: str, out: Path) -> None:
+    made = points.make(experiment.call(name, "get_sweep"), name, out)
+    new = points.freeze(out, made)
+    width = max(len(point.name) for point in made)
+    print(f"{'point':{width}}  {'N':>9}  {'tokens':>9}  {'6ND':>9}  {'FLOPs':>9}  verbs")
+    for point in made:
+        numbers = [f"{x:9.3g}" if x else "        -" for x in point[-5:-1]]
+        flops, tokens, params, six_n_d = numbers
+        print(f"{point.name:{width}}  {params}  {tokens}  {six_n_d}  {flops}  {', '.join(point.verbs)}")
+    print(f"{len(made)} points {'frozen' if new else 'are frozen already'} in {out / points.FILE}; "
+          f"launch/local.sh --sweep={out} runs them")
+
+
+def minutes(seconds: float | None) -> str:
+    return "" if seconds is None else tqdm.format_interval(seconds)
+
+
+def show(out: Path) -> None:
+    frozen = points.read(out)
+    named = {point.name: point for point in frozen}
+    states = {point.name: progress.state(point, named) for point in frozen}
+    width = max(map(len, named))
+    for name, s in states.items():
+        where = f"{s.step}/{s.steps}" if s.steps else ""
+        losses = "  ".join(f"{key} {value:.4f}" for key, value in s.losses.items())
+        print(f"{name:{width}}  {s.what:9}  {s.verb:8}  {where:>11}  {minutes(s.eta):>8}  "
+              f"{s.why or losses}".rstrip())
+    counts = {what: sum(s.what == what for s in states.values()) for what in progress.STATES}
+    print(", ".join(f"{number} {what}" for what, number in counts.items() if number))
+
+
+def main() -> None:
+    if OUT.value is None or (CONFIG.value is not None) + STATUS.value + RUN.value != 1:
+        raise UserError("--out=DIR is needed, and one of --config=experiments/FILE.py, --status, --run")
+    out = Path(OUT.value)
+    if CONFIG.value is not None:
+        freeze(CONFIG.value, out)
+    elif STATUS.value:
+        show(out)
+    else:
+        runner.Runner(out, points.read(out), PARALLEL.value, RETRY.value).run()
+
+
+if __name__ == "__main__":
+    run(main)
