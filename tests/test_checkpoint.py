@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from experiments import quickstart
 from tests import toy
 from tests.conftest import replace, tiny_autoencoder_config, tiny_config, with_shares
 from tfusion import checkpoint, config
@@ -23,12 +24,14 @@ from tfusion.errors import UserError
 
 FREE = {  # what a resumed run may change; everything else it may not
     "model.remat", "model.compute_dtype", "loss_weight", "autoencoder.kl_weight",
+    "autoencoder.commitment_weight",
     "data.prepared", "data.tokenizer", "data.image_first_fraction", "data.image_first_max_t",
     *(f"optimizer.{f.name}" for f in dataclasses.fields(config.OptimizerConfig)),
     *(f"train.{f.name}" for f in dataclasses.fields(config.TrainConfig)),
     *(f"mesh.{f.name}" for f in dataclasses.fields(config.MeshConfig)),
     *(f"sampling.{f.name}" for f in dataclasses.fields(SamplingConfig))}
 KINDS = {"transfusion": lambda: tiny_config("data"), "autoencoder": tiny_autoencoder_config,
+         "vq_autoencoder": lambda: config.from_dict(quickstart.get_config("vq")),
          "toy": lambda: config.from_dict(toy.get_config())}
 LEAVES = [(kind, key) for kind, make in KINDS.items() for key in flatten_dict(make().to_dict(), sep=".")]
 

@@ -140,7 +140,7 @@ def asks(source: str) -> list[str]:
     tree, found = ast.parse(source), []
     said = {id(node) for text in ast.walk(tree) if isinstance(text, ast.JoinedStr) for node in ast.walk(text)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and node.value in ("transfusion", "autoencoder", "chameleon"):
+        if isinstance(node, ast.Constant) and node.value in KINDS:
             found.append(f"line {node.lineno}: {node.value!r}")
         elif isinstance(node, ast.Attribute) and node.attr == "objective" and id(node) not in said and not (
                 isinstance(node.value, ast.Name) and node.value.id == "self"):

@@ -7,16 +7,21 @@ import json
 import os
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 from tests.conftest import import_verb
+from tests.external.test_codecs import write as write_pretrained
 from tests.kills import killed_at
 from tfusion.data import store
+from tfusion.data.config import RowFormat
+from tfusion.data.layout import Vocabulary
 from tfusion.data.sources.base import Source, Unreadable
 from tfusion.data.tokenizers import ByteTokenizer
 from tfusion.errors import UserError
 from tfusion.models.codecs import base
+from tfusion.models.codecs.vq import VQAutoencoder, VQCodec, VQConfig
 from tfusion.preparing import shards
 from tfusion.reporting import data_page
 
@@ -114,6 +119,39 @@ def test_what_is_prepared(tmp_path, whole, capsys):
     assert meta["codec"] == "fake" and meta["image_dtype"] == "bfloat16" and "preprocessing" not in meta
     prepare(root)
     assert "holds these data already" in capsys.readouterr().out and tree(root) == whole
+
+
+def test_codes_are_stored_as_whole_numbers(tmp_path, capsys):
+    """As the codec makes them, which stands beside them; they have no mean and no deviation."""
+    cfg = VQConfig(image_size=4, downsample=2, width=4, num_blocks=0, num_codes=9, code_dim=2,
+                   commitment_weight=0.0)
+    params = jax.jit(VQAutoencoder(cfg).init)(jax.random.key(0), np.zeros((1, 4, 4, 3)))["params"]
+    codec = VQCodec(cfg, params | {"codebook": jax.random.normal(jax.random.key(1), (9, 2))})
+    root, spec = tmp_path / "data", Spec("x", 1.0)
+    form = format_of(root, a=spec)
+    form.image_shape = (2, 2)
+    verb.prepare(form, ByteTokenizer(), verb.Unfitted(4, "of the run", lambda: codec), (0, 1), 0.0)
+    codes = np.stack([record[1].values for record in store.Split(root, "a", "train").read(1, [1, 2])])
+    assert codes.dtype == np.int32 and codes.shape == (2, 2, 2)  # of records 5 and 6
+    np.testing.assert_array_equal(codes, codec.encode(np.stack([spec.open("train")[i][1] for i in (5, 6)])))
+    meta = store.read_meta(root)
+    assert (meta["image_dtype"], meta["image_shape"], meta["codec"]) == ("int32", [2, 2], codec.fingerprint)
+    assert base.load(root / "codec.npz").decode(codes).shape == (2, 4, 4, 3)
+    assert json.loads((root / "card.json").read_text())["a/train"]["latents"] is None
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_pretrained_codec_is_opened_for_the_configs_grid(tmp_path):
+    """Its network fits any: what the config's model reads decides the size of the pictures."""
+    named = write_pretrained(tmp_path, "kl")
+
+    def format(channels):
+        return RowFormat(None, Vocabulary(1022, 16), (8, 8, channels), None)
+
+    found = verb.open_codec(named, format(4))
+    assert found.image_size == 16 and found.fit().shape == (8, 8, 4) and found.fingerprint
+    with pytest.raises(UserError, match=r"makes latents of shape \(8, 8, 4\), the model expects .*8, 8, 8"):
+        verb.open_codec(named, format(8))
 
 
 def test_killed_at_any_change_and_run_again(tmp_path):

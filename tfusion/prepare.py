@@ -1,6 +1,8 @@
 """Tokenises and encodes the sources of an experiment into the folder it trains from (data.prepared).
 
   python -m tfusion.prepare --config=experiments/quickstart.py --codec=runs/quickstart/autoencoder
+  python -m tfusion.prepare --config=FILE --codec=vae/diffusion_pytorch_model.safetensors#SHA256     with a
+      pretrained image tokenizer, as diffusers saves it, config.json beside the weights
   python -m tfusion.prepare --config=experiments/quickstart.py --inspect=data.html     a page to look at what
       is prepared before training on it: counts, how rows fill, the first rows in words and pictures
 
@@ -31,7 +33,7 @@ from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError, run
 from tfusion.inference import decoder, trained
 from tfusion.models import codecs
-from tfusion.models.codecs import Codec
+from tfusion.models.codecs import Codec, diffusers
 from tfusion.objectives import kind_of
 from tfusion.preparing import card, plan, shards, unfinished
 from tfusion.preparing.shards import Encoders, Job
@@ -40,7 +42,8 @@ from tfusion.training.metrics import write_timing
 from tfusion.workdir import CODEC
 
 CONFIG = experiment.define()
-CODEC_RUN = paths.define("codec", None, "workdir of a trained image tokenizer; not for text alone")
+CODEC_RUN = paths.define("codec", None, "workdir of a trained image tokenizer, or FILE.safetensors#SHA256 of a "
+                         "pretrained one in diffusers' layout; not for text alone")
 WORKER = flags.DEFINE_string("worker", None, "K/N: this process, started alone, writes every N-th shard, from "
                              "the K-th on; default: each process of a job its part")
 INSPECT = paths.define("inspect", None, "HTML page to write about the prepared data; nothing is prepared")
@@ -48,24 +51,32 @@ STATISTICS_IMAGES = 4096
 
 
 class Unfitted(NamedTuple):
-    """A run's image tokenizer."""
+    """An image tokenizer."""
 
     image_size: int
-    fingerprint: str  # of what the run has learnt
+    fingerprint: str  # of what it has learnt
     fit: Callable[[], Codec]  # to the pictures that it is to encode
 
 
-def open_codec(workdir: str, format: RowFormat) -> Unfitted:
-    run_ = trained.load(workdir, mesh=sharding.local_mesh(1))
+def open_codec(named: str, format: RowFormat) -> Unfitted:
+    """Of the workdir of a run, or of a pretrained one's 'FILE.safetensors#SHA256'."""
+    def check(codec: Codec) -> None:
+        format.check_images(f"{named} makes", codec.shape, num_codes(codec), "the image tokenizer")
+
+    if named.partition("#")[0].endswith(".safetensors"):
+        codec = diffusers.open_file(named, format.image_shape[0])
+        check(codec)
+        return Unfitted(codec.image_size, codec.fingerprint, lambda: codec)
+    run_ = trained.load(named, mesh=sharding.local_mesh(1))
     can = decoder(run_)
     if can.make_codec is None:
-        raise UserError(f"--codec={workdir} holds a run with objective = '{run_.cfg.objective}', which "
+        raise UserError(f"--codec={named} holds a run with objective = '{run_.cfg.objective}', which "
                         "trains no image tokenizer")
 
     def fit() -> Codec:
         codec = can.make_codec(
             run_, lambda size: pictures(format.data.sources, "train", size, STATISTICS_IMAGES))
-        format.check_images(f"{workdir} makes", codec.shape, num_codes(codec), "the autoencoder")
+        check(codec)
         return codec
 
     return Unfitted(can.image_size, trained.fingerprint(run_), fit)

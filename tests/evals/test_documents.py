@@ -138,7 +138,7 @@ def test_reconstructions_are_measured_by_hand():
 def test_what_is_found_again_in_reconstructed_scenes(cfg):
     run = SimpleNamespace(cfg=cfg)
     real = reconstructions.held_out(run, 12)
-    half = np.where(np.arange(12)[:, None, None, None] < 6, real, real[:, ::-1, ::-1])
+    half = real * (np.arange(12) < 6).astype(np.uint8)[:, None, None, None]
     for images, share in ((real, 1.0), (half, 0.5)):
         found = reconstructions.sprites(run, images)["autoencoder_sprites"]
         assert found["value"] == share and found["n"] == 12

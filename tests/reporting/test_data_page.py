@@ -181,7 +181,7 @@ def test_pictures_are_decoded_by_the_codec_that_made_them(tmp_path, monkeypatch,
     articles = re.findall(r'<article class="packed".*?</article>', page)
     assert len({row.count('class="pixels"') for row in page.split('<section id="row-')[1:]}) > 1
     if fingerprint == "doubled":
-        assert "decoded from the latents by the codec" in page and "false colours" not in page
+        assert "decoded by the codec that stands" in page and "false colours" not in page
         for article in articles:
             i = int(re.search(r"number (\d+)", article).group(1))
             wanted = [pictures.pixel_image(np.tile(np.uint8(colour), (8, 8, 1)), "a picture of the row")
@@ -189,7 +189,7 @@ def test_pictures_are_decoded_by_the_codec_that_made_them(tmp_path, monkeypatch,
             assert re.findall("<img[^>]*>", article) == wanted
             assert ("t ≤ 0.25" in article) == (article.index("<img") < article.index("number"))
     else:
-        assert "codec that made the latents is not here" in page and "latents in false colours" in page
+        assert "codec that encoded the pictures is not here" in page and "encoded, in false colours" in page
         assert all(article.count("<img") >= 1 for article in articles)
 
 

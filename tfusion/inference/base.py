@@ -19,7 +19,7 @@ class Decoder(NamedTuple):
     go_on: Callable | None = None  # (run, documents, *, seed, temperature, max_images, draw_first) -> new parts
     reconstruct: Callable | None = None  # (run, pictures) -> pictures
     codes: Callable | None = None  # (run, pictures) -> their codes, int32 (n, ...)
-    num_codes: int | None = None  # they are below it
+    num_codes: int = 0  # they are below it
     make_codec: Callable | None = None  # (run, read) -> codec, normalised over the pictures read(image_size)
     image_size: int | None = None  # of the pictures that it takes: their side, in pixels
 

@@ -23,7 +23,9 @@ def decoder(run: Trained) -> Decoder:
         return Decoder()
     if run.codec is None:
         return Decoder(go_on=go_on)
-    return Decoder(draw, describe, go_on, reconstruct, image_size=run.codec.image_size)
+    num_codes = getattr(run.codec, "num_codes", 0)
+    return Decoder(draw, describe, go_on, reconstruct, codes if num_codes else None, num_codes,
+                   image_size=run.codec.image_size)
 
 
 def generate(run: Trained, prompts: list, **options) -> list:
@@ -78,6 +80,11 @@ def go_on(run: Trained, documents: list[list], *, seed: int = 0, temperature: fl
 def reconstruct(run: Trained, pictures):
     """Pictures encoded and decoded, uint8 (n, H, W, 3)."""
     return run.codec.decode(run.codec.encode(pictures))
+
+
+def codes(run: Trained, pictures):
+    """int32 (n, h, w)."""
+    return run.codec.encode(pictures)
 
 
 for kind in KINDS:

@@ -38,6 +38,9 @@ KNOWN = {  # in this order; others follow under their own name
     "reconstruction_l1": Words("Reconstruction loss", "Mean absolute error of pixels in -1..1.", IMAGE_COLOURS),
     "reconstruction_mse": Words("Squared reconstruction loss", "Mean squared error of pixels in -1..1.",
                                 IMAGE_COLOURS),
+    "codebook": Words("Codebook loss", "Squared distance of vectors from their codes, as codes learn by it.",
+                      IMAGE_COLOURS),
+    "commitment": Words("Commitment loss", "The same, as the encoder learns by it.", IMAGE_COLOURS),
     "kl": Words("KL divergence", "Of the latents from a unit Gaussian, in nats per picture.", IMAGE_COLOURS),
 }
 

@@ -123,9 +123,9 @@ def draw_images(data: Data, rows: list) -> list[np.ndarray]:
 def picture_words(data: Data) -> str:
     if not data.format.image_slots:
         return ""
-    return ("Pictures are decoded from the latents by the codec that stands beside them." if data.codec else
-            "The codec that made the latents is not here: pictures are their first three channels, each "
-            "normalised, as red, green and blue.")
+    return ("Pictures are decoded by the codec that stands beside them." if data.codec else
+            "The codec that encoded the pictures is not here: latents are shown by their first three channels, "
+            "each normalised, as red, green and blue; of codes, each has a colour.")
 
 
 # ---------------------------------------------------------------- header
@@ -134,7 +134,7 @@ def header(data: Data, drawn: list) -> str:
     """Title, a handful of pictures, facts."""
     root, format = Path(data.format.data.prepared), data.format
     first = [image for images in drawn for image in images][:MOSAIC]
-    words = "decoded from their latents" if data.codec else "latents in false colours"
+    words = "decoded" if data.codec else "encoded, in false colours"
     mosaic = "".join(pictures.pixel_image(image, "a picture of the first rows") for image in first)
     mosaic = (f'<figure class="mosaic">{mosaic}<figcaption>Pictures of the first rows, {words}.</figcaption>'
               "</figure>" if first else "")

@@ -87,7 +87,7 @@ class Arrays:
     """What codecs have in common that are functions of named arrays: a subclass makes a registered one with
     `kind`, `read`, `_about` (its config), `_arrays` and the functions `_encode` and `_decode`, jitted."""
 
-    chunk, num_codes, dtype = CHUNK, None, np.float32
+    chunk, num_codes, dtype = CHUNK, 0, np.float32
 
     def encode(self, images):
         check_pictures(images, self.image_size)
