@@ -401,7 +401,7 @@ ABLATED = {  # what each changes; image slots follow from the patch size
     "patch8": {"model.adapter.patch_size": 8}}
 
 
-@pytest.mark.parametrize("ablation", groups("ablations")[0])
+@pytest.mark.parametrize("ablation", ABLATED)
 def test_an_ablation_changes_what_it_is_named_after(ablation):
     base, ablated = (flatten_dict(get("ablations", x).to_dict(), sep=".") for x in (None, ablation))
     assert base == flatten_dict(get("transfusion", "0.76b").to_dict(), sep=".")
@@ -409,6 +409,21 @@ def test_an_ablation_changes_what_it_is_named_after(ablation):
     gone = {key.split(".")[2] for key in base.keys() - ablated.keys()}
     assert changed == ABLATED[ablation] and ablated.keys() <= base.keys()
     assert gone == ({"images"} if ablation == "text_only" else set())
+
+
+def test_table_4_goes_in_steps():
+    """Llama's recipe; with diffusion; or with Chameleon's changes, and then with the loss on image tokens."""
+    assert {*groups("ablations")[0]} == {*ABLATED, "stable_text_only", "image_codes"}
+    llama, stable, codes = (flatten_dict(get("ablations", x).to_dict(), sep=".")
+                            for x in ("text_only", "stable_text_only", "image_codes"))
+    assert codes == flatten_dict(get("chameleon", "0.76b").to_dict(), sep=".")
+    changed = {key: stable[key] for key in llama.keys() & stable.keys() if llama[key] != stable[key]}
+    assert changed == {
+        "objective": "chameleon", "optimizer.learning_rate": 1e-4, "model.qk_norm": "layernorm",
+        "model.norm_order": "post", "data.prepared": "data/prepared_codes"}
+    assert stable["z_loss_weight"] == 1e-5 and not any("images" in key for key in stable if "sources" in key)
+    added = {key for key in codes if stable.get(key) != codes[key]}
+    assert {key for key in added if "sources" not in key} == {"data.image_share", "train.batch_size"}
 
 
 @pytest.mark.parametrize(("experiment", "variant", "share", "slots"), [

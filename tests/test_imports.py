@@ -150,7 +150,7 @@ def leaves(tree) -> int:
 
 @pytest.mark.parametrize("experiment, variant, most", [
     ("quickstart", None, 60), ("quickstart", "autoencoder", 40), ("transfusion", "7b", 60),
-    ("ablations", "patch4", 60), ("own_data", None, 60)])
+    ("ablations", "patch4", 60), ("own_data", None, 60), ("scaling", None, 60)])
 def test_an_experiment_has_few_leaves(experiment, variant, most):
     """data.sources, which are the user's, not counted."""
     tree = importlib.import_module(f"experiments.{experiment}").get_config(variant).to_dict()

@@ -23,6 +23,7 @@ OUT = paths.define("out", None, "folder of the sweep: points.jsonl, and a workdi
 STATUS = flags.DEFINE_bool("status", False, "show how far the points are")
 RUN = flags.DEFINE_bool("run", False, "run what is missing (launch/local.sh --sweep=OUT)")
 PARALLEL = flags.DEFINE_integer("parallel", 1, "points at a time", lower_bound=1)
+RESULTS = paths.define("results", None, "what `report --scaling --results=DIR` kept: it is not run again")
 RETRY = flags.DEFINE_bool("retry", False, "run those that failed too")
 
 
@@ -43,10 +44,10 @@ def minutes(seconds: float | None) -> str:
     return "" if seconds is None else tqdm.format_interval(seconds)
 
 
-def show(out: Path) -> None:
+def show(out: Path, results: Path | None) -> None:
     frozen = points.read(out)
     named = {point.name: point for point in frozen}
-    states = {point.name: progress.state(point, named) for point in frozen}
+    states = {point.name: progress.state(point, named, results) for point in frozen}
     width = max(map(len, named))
     for name, s in states.items():
         where = f"{s.step}/{s.steps}" if s.steps else ""
@@ -60,13 +61,13 @@ def show(out: Path) -> None:
 def main() -> None:
     if OUT.value is None or (CONFIG.value is not None) + STATUS.value + RUN.value != 1:
         raise UserError("--out=DIR is needed, and one of --config=experiments/FILE.py, --status, --run")
-    out = Path(OUT.value)
+    out, results = Path(OUT.value), RESULTS.value and Path(RESULTS.value)
     if CONFIG.value is not None:
         freeze(CONFIG.value, out)
     elif STATUS.value:
-        show(out)
+        show(out, results)
     else:
-        runner.Runner(out, points.read(out), PARALLEL.value, RETRY.value).run()
+        runner.Runner(out, points.read(out), PARALLEL.value, RETRY.value, results).run()
 
 
 if __name__ == "__main__":

@@ -46,6 +46,17 @@ def everything(held, batch_size: int = 4) -> Counter:
     return Counter(document for batch in held.batches(batch_size) for document in documents_of(batch))
 
 
+def test_a_run_that_knows_no_captions_is_shown_none(mixed):
+    """With some dropped in training all are shown; with all, documents are <bos>, pictures and <eos>."""
+    some, none = (everything(heldout(replace(mixed, "data", caption_dropout=share))) for share in (0.9, 1.0))
+    assert some == everything(heldout(mixed))
+    pictured = [document for document in none.elements() if document[3]]
+    assert len(pictured) == 40 and none.total() == 80
+    N = mixed.model.num_patches
+    assert {len(tokens) for tokens, *_ in pictured} == {1 + (N + 2) + 1, 1 + 2 * (N + 2) + 1}
+    assert not any(np.frombuffer(scored, bool).any() for _, scored, *_ in pictured)
+
+
 def test_every_document_once(mixed):
     """As the records are stored, captions first, all scored, t up to 1."""
     held = heldout(mixed)

@@ -184,6 +184,12 @@ def test_only_scored_pairs_are_counted():
     assert ngrams.first.tolist() == [2, 1, 1, 0] and ngrams.second.tolist() == [0, 3, 1, 0]
 
 
+def test_codes_are_no_text():
+    """Of a row with two codes, 5 and 6: what follows them counts, they do not."""
+    pairs = baselines.scored_pairs(np.array([[1, 5, 6, 2, 3]]), np.array([[1, 1, 1, 1, 0]], bool), 5)
+    assert [x.tolist() for x in pairs] == [[6, 2], [2, 3]]
+
+
 def test_ngram_losses_by_hand():
     # Scored: 0 -> 1 and 1 -> 2, both certain to a bigram, whose best weight is then the largest.
     unigram, bigram = trained().losses(*text(([0, 1, 2, 3], [1, 1, 0, 0])))

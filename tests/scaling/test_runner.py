@@ -149,6 +149,20 @@ def test_what_another_process_is_at_is_left_alone(sweep, verbs, calls):
     assert calls()[3:] == ["a train", "a evaluate"]
 
 
+def test_what_is_kept_of_another_machine_is_not_run_again(sweep, verbs, calls, tmp_path):
+    """Of this very configuration; the points that it needed are run all the same."""
+    named, kept = sweep.freeze(), tmp_path / "results"
+    for name, digest in (("a", named["a"].config_hash), ("b", "another")):
+        for file, tree in (("config.json", {}), ("summary.json", {"steps": 60}),
+                           ("evaluation/metrics.json", {"step": 60}),
+                           ("result.json", {"point": {"config_hash": digest}})):
+            (kept / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (kept / name / file).write_text(json.dumps(tree))
+    verbs()
+    runner.Runner(sweep.out, list(named.values()), 1, False, kept).run()
+    assert calls() == ["data prepare", "b train", "b evaluate"]
+
+
 def test_a_changed_experiment_is_refused_before_anything_runs(sweep, verbs, calls):
     sweep.freeze()
     sweep.path.write_text(sweep.path.read_text().replace("if arg ==", "config.seed = 9\n    if arg =="))

@@ -1,8 +1,9 @@
 """Held-out documents, each exactly once, source by source: the same for every run on the same data.
 
-Nothing that a run may vary enters: captions stand first and none is dropped, t is uniform in (0, 1], and a
-picture's noise is keyed by the picture's own name (source, record, place in the record). Rows are filled
-first-fit in the order of the records, as many as it takes. Another length of rows, other limits or batches
+Nothing that a run may vary enters: captions stand first and none is dropped (of a run that knows none, where
+data.caption_dropout = 1, all are), t is uniform in (0, 1], and a picture's noise is keyed by the picture's own
+name (source, record, place in the record). Rows are filled first-fit in the order of the records, as many as it
+takes. Another length of rows, other limits or batches
 change which row a document stands in, and nothing that is drawn for it.
 """
 
@@ -25,11 +26,11 @@ class HeldOut:
 
     def __init__(self, format: RowFormat, source: str, documents: int | None = None, image_first: bool = False):
         """documents: of the first so many records alone. image_first: each picture before its caption."""
-        self.format, self.image_first = format, image_first
+        self.format, self.image_first, self.drop = format, image_first, format.data.caption_dropout == 1
         read_meta(format)
         self.source = Documents(format, source, "heldout")
         number = len(self.source) if documents is None else min(documents, len(self.source))
-        records, pieces, lengths, images = self.source.cut(np.arange(number))
+        records, pieces, lengths, images = self.source.cut(np.arange(number), self.drop)
         self.num_documents = len(records)
         room, slots = (np.full(len(records), most) for most in (format.data.seq_len, format.image_slots))
         rows = packing.first_fit(lengths, images, room, slots)
@@ -44,7 +45,8 @@ class HeldOut:
         """Several rows, their documents read together."""
         planned = [self._rows[row] if row < len(self) else [] for row in rows]
         documents = [document for documents in planned for document in documents]
-        examples = iter(self.source.read(documents, image_first=[self.image_first] * len(documents)))
+        examples = iter(self.source.read(documents, [self.drop] * len(documents),
+                                         [self.image_first] * len(documents)))
         return [self._pack(row, documents, [next(examples) for _ in documents])
                 for row, documents in zip(rows, planned)]
 

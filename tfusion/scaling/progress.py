@@ -9,6 +9,7 @@ from tfusion.errors import PREEMPTED
 from tfusion.objectives import make_objective
 from tfusion.paths import replace_text
 from tfusion.scaling.points import Point, place
+from tfusion.scaling.results import kept
 from tfusion.training.writers import logged
 
 LOCK, LOG, OUTCOME = "sweep.lock", "sweep.log", "sweep.json"  # of who runs its verbs; what the last one came to
@@ -67,7 +68,11 @@ def note(folder: Path, verb: str, status: int, why: str) -> None:
     replace_text(folder / OUTCOME, json.dumps({"verb": verb, "status": status, "why": why}) + "\n")
 
 
-def state(point: Point, points: dict[str, Point]) -> State:
+def state(point: Point, points: dict[str, Point], results: Path | None = None) -> State:
+    """results: where what is kept of finished runs stands, also of another machine's (results.py)."""
+    steps = point.resolved["train"]["num_steps"] if "train" in point.verbs else 0
+    if results and kept(results, point.name, point.config_hash):
+        return State(FINISHED, "", steps, steps, None, {}, "")
     folder, verb = point.folder, next_verb(point, points)
     outcome, lines = _json(folder / OUTCOME), _logged(folder)
     step = lines[-1]["step"] if lines else 0
@@ -81,7 +86,6 @@ def state(point: Point, points: dict[str, Point]) -> State:
         what = INTERRUPTED if outcome["status"] == PREEMPTED else FAILED
     else:
         what = STOPPED if folder.is_dir() else WAITING
-    steps = point.resolved["train"]["num_steps"] if "train" in point.verbs else 0
     return State(what, verb, step, steps, _eta(lines, steps) if what == RUNNING and verb == "train" else None,
                  _losses(point, lines), outcome.get("why", "") if what == FAILED else "")
 

@@ -24,7 +24,7 @@ EVALUATION = "evaluation/metrics.json"
 DONE = ("config.json", "summary.json", EVALUATION)  # a run that has these is trained and evaluated
 COPIED = (*DONE, "timing.json", "evaluation/timing.json", "evaluation/scenes/drawn.jsonl",
           "evaluation/scenes/told.jsonl")
-LINES = 200  # of the log that are kept, besides those of evaluations
+LINES = 100  # of the log that are kept, besides those of evaluations
 ACROSS, SAMPLES = 8, 32  # pictures in samples.png
 
 

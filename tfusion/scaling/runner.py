@@ -44,9 +44,9 @@ class Running(NamedTuple):
 
 
 class Runner:
-    def __init__(self, out: Path, points: list[Point], parallel: int, retry: bool):
+    def __init__(self, out: Path, points: list[Point], parallel: int, retry: bool, results: Path | None = None):
         self.out, self.points, self.parallel = out, {point.name: point for point in points}, parallel
-        self.running: list[Running] = []
+        self.results, self.running = results, []
         self.restarts = dict.fromkeys(self.points, 0)
         self.stopping, self.paced = False, 0.0
         states = {point.name: self.state(point) for point in points}
@@ -57,7 +57,7 @@ class Runner:
                         dynamic_ncols=True, initial=sum(self.points[name].flops for name in self.finished))
 
     def state(self, point: Point) -> progress.State:
-        return progress.state(point, self.points)
+        return progress.state(point, self.points, self.results)
 
     def run(self) -> None:
         """Until nothing is left that can be run. Raises Stopped after SIGTERM or Ctrl-C, when all have saved,
