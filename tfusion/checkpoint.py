@@ -31,7 +31,7 @@ UNFINISHED = "[0-9]*.orbax-checkpoint-tmp*"  # Orbax's name for a folder until i
 DELETING = "deleting"  # folder that old checkpoints are moved into, then deleted from
 COMMITTED = "commit_success.txt"  # Orbax's, of a step in a bucket: written last
 MARKER = "_CHECKPOINT_METADATA"  # Orbax's, of a step: the time at which it was whole is written into it last
-READ_BY = {1: "feb2e22", 2: "4cbf5a4", 3: "722f903", 4: "fa48100"}  # older format version -> the last revision that reads it
+READ_BY = {1: "feb2e22", 2: "4cbf5a4", 3: "722f903", 4: "fa48100"}  # version -> the last that reads it
 FROZEN = "frozen"  # folder of the trees that training reads and never changes
 NAMED = 4  # leaves that a message names before it counts
 
