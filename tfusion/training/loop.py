@@ -31,6 +31,7 @@ class Held:
 
     def __init__(self, cfg: config.RunConfig, objective: Objective, mesh, rows):
         self.objective, self.mesh, self.rows = objective, mesh, rows
+        self.names = *objective.weights, *objective.reported
         self.size = cfg.train.batch_size // cfg.train.num_microbatches  # what a training step holds at once
         self.local_rows = sharding.local_rows(mesh, self.size)
         self.sources = kind_of(cfg).open_heldout(cfg, cfg.train.eval_documents)
@@ -49,7 +50,7 @@ class Held:
             self.diagnose(state, frozen)
 
     def evaluate(self, state, frozen, ended) -> dict | None:
-        """{eval/name: mean over all documents}, and eval/source/name of the losses that are trained on.
+        """{eval/name: mean over all documents}, and eval/source/name of the losses that evaluations show.
 
         ended: called with the losses of each batch as it is under way; where it returns True the evaluation is
         abandoned, and nothing returned.
@@ -61,7 +62,7 @@ class Held:
             for batch in held.batches(self.size, self.local_rows):
                 losses = self.eval_step(params, aux, sharding.put_batch(batch, self.mesh, self.size))
                 total.add(int(state.step), losses)
-                alone.add(int(state.step), {name: losses[name] for name in self.objective.weights})
+                alone.add(int(state.step), {name: losses[name] for name in self.names})
                 if ended(losses):
                     return None
             values |= {k: v for k, v in alone.means(f"eval/{source}/").items() if v is not None}
