@@ -241,8 +241,9 @@ def open_run(closing: contextlib.ExitStack, cfg: config.RunConfig, workdir: Path
     watchdog, preemption = Watchdog(t.watchdog_minutes), distributed.Preemption()
     log = Log(cfg, objective, rows, workdir, begun, goodput, wandb)
     saver = Saver(cfg, checkpoints, rows, begun.frozen, log)
-    for each in (watchdog, preemption, log, saver):
+    for each in (watchdog, preemption, log):
         closing.enter_context(contextlib.closing(each))
+    closing.enter_context(saver)
     trace = Trace(profile, int(begun.state.step), workdir)
     return Run(objective, tx, rows, held, log, saver, trace, watchdog, preemption), begun
 
