@@ -44,8 +44,9 @@ class Held:
         must not stand between a preemption's notice and the save."""
         for held in list(self.sources.values())[:1] if evaluating else ():
             batch = next(held.batches(self.size, self.local_rows))
-            self.eval_step(states.sampling_params(state), Aux(state.step, frozen, state.buffers),
-                           sharding.put_batch(batch, self.mesh, self.size))
+            jax.block_until_ready(self.eval_step(  # programs under way at once can wait for each other, on CPUs
+                states.sampling_params(state), Aux(state.step, frozen, state.buffers),
+                sharding.put_batch(batch, self.mesh, self.size)))
         if diagnosing:
             self.diagnose(state, frozen)
 
@@ -312,7 +313,7 @@ def compile_step(run: Run, cfg: config.RunConfig, state, frozen, placed, count):
         distributed.wait_for_all()  # the first exchange waits half a minute at most for who compiles longer
         run.held.compile(state, frozen, cfg.train.eval_every > 0, cfg.train.diagnostics_every > 0)
         run.saver.compile(state)
-        count(placed)
+        jax.block_until_ready(count(placed))
         distributed.return_freed_memory()
     run.log.goodput.enter("step")
     run.preemption.listen()
