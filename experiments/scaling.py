@@ -49,7 +49,7 @@ PACK_SIZES = {  # with the steps that each is trained
     "s3": dict(num_layers=4, d_model=96, num_heads=2, d_ff=256, num_steps=2800),
     "s4": dict(num_layers=4, d_model=128, num_heads=2, d_ff=344, num_steps=4000),
 }
-LEARNING_RATES = {"transfusion": 6e-3, "chameleon": 4e-3}  # of the pack
+LEARNING_RATES = {"transfusion": 6e-3, "chameleon": 8e-3}  # of the pack
 RECIPES = ("transfusion", "chameleon", "eps", "flow", "text_only", "image_only")
 LADDERS = {"pack": ("s3", PACK_SIZES), "paper": ("0.76b", MODEL_SIZES)}  # and the size that no word chooses
 # Text tokens and images of a mean record: the pack's as counted, the paper's as we suppose them.

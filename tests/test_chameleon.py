@@ -54,8 +54,9 @@ def test_prepares_and_trains(folder):
     assert (meta["image_shape"], meta["image_dtype"], meta["num_codes"]) == ([4, 4], "int32", 27)
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     found = {key: value for line in lines for key, value in line.items()}
-    names = ("lm_loss", "code_loss", "token_loss", "z_loss")
-    assert {f"{where}/{name}" for where in ("train", "eval/scenes") for name in names} <= found.keys()
+    names = ("lm_loss", "code_loss", "token_loss")
+    assert {f"{where}/{name}" for where in ("train", "eval", "eval/scenes") for name in names} <= found.keys()
+    assert {"train/z_loss", "eval/z_loss"} <= found.keys()
     assert found["total/images"] > 0
     run = trained.load(folder / "run")
     assert run.codec.fingerprint == "colours" and run.identity["codec"] == "colours"

@@ -139,6 +139,7 @@ def test_an_item_alone_is_read_without_the_others(saved):
 
 @pytest.mark.parametrize("version, by", [(1, "revision feb2e22 of tfusion reads it"),
                                          (3, "revision 722f903 of tfusion reads it"),
+                                         (4, "revision fa48100 of tfusion reads it"),
                                          (99, "use the code that wrote it")])
 def test_another_format_is_one_line_that_names_what_reads_it(saved, version, by):
     path = saved / "checkpoints" / "4" / "meta" / "metadata"

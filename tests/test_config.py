@@ -118,7 +118,7 @@ def test_kinds_are_listed():
     assert message(objective="nonsense") == (
         f"objective = 'nonsense'; choices: {', '.join(config.REGISTRY['objective'])}")
     assert config.REGISTRY["objective"].keys() >= {"autoencoder", "transfusion"}
-    for name, kinds in (("model.adapter", "linear"), ("process", "ddpm")):
+    for name, kinds in (("model.adapter", "linear"), ("process", "ddpm, flow")):
         group = functools.reduce(dict.__getitem__, name.split("."), tree())
         for wrong in ({**group, "kind": "x"}, {key: group[key] for key in group if key != "kind"}):
             assert message(**{name.replace(".", "__"): wrong}) == (

@@ -31,7 +31,8 @@ UNFINISHED = "[0-9]*.orbax-checkpoint-tmp*"  # Orbax's name for a folder until i
 DELETING = "deleting"  # folder that old checkpoints are moved into, then deleted from
 COMMITTED = "commit_success.txt"  # Orbax's, of a step in a bucket: written last
 MARKER = "_CHECKPOINT_METADATA"  # Orbax's, of a step: the time at which it was whole is written into it last
-READ_BY = {1: "feb2e22", 2: "4cbf5a4", 3: "722f903"}  # older format version -> the last revision that reads it
+READ_BY = {1: "feb2e22", 2: "4cbf5a4", 3: "722f903", 4: "fa48100"}  # version -> the last that reads it
+ABANDONED_S = 20  # how long a save is waited for that other processes may not be writing
 FROZEN = "frozen"  # folder of the trees that training reads and never changes
 NAMED = 4  # leaves that a message names before it counts
 
@@ -188,6 +189,17 @@ class Checkpoints:
             with contextlib.suppress(Exception):
                 self._manager.close()
 
+    def abandon(self) -> None:
+        """Of several processes, after an error that the others may not have: asks them nothing. Where they have
+        it too, the save under way has time to become whole."""
+        def finish():
+            with contextlib.suppress(Exception):
+                self._manager.wait_until_finished()
+
+        finishing = threading.Thread(target=finish, name="last save", daemon=True)
+        finishing.start()
+        finishing.join(ABANDONED_S)
+
     def set_aside(self, steps: list[int]) -> None:
         """Renames damaged ones, `<step>.damaged`: they are listed no longer, and their steps can be saved."""
         for step in steps if distributed.is_writer() else ():
@@ -211,7 +223,7 @@ class Checkpoints:
         meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
         meta = meta if isinstance(meta, dict) else {}
         version, intact = meta.get("format_version"), _sum(meta) == meta.get("sum")
-        if _anywhere(not intact and version not in READ_BY):  # those had no sum
+        if _anywhere(not intact and version not in READ_BY):  # the first three had no sum
             raise Damaged(f"checkpoint {folder / 'meta'} is damaged: it is not as it was saved; "
                           f"{self._instead(step)}")
         if version != FORMAT_VERSION:

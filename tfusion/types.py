@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-FORMAT_VERSION = 4  # of checkpoints and exports, not of prepared data (data/store.py); 3 had no checksums
+FORMAT_VERSION = 5  # of checkpoints and exports, not of prepared data (data/store.py); configs of 4 lack keys
 
 PAD, BOS, EOS = 0, 1, 2
 

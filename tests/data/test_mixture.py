@@ -157,7 +157,7 @@ def test_the_schedule_decides_the_order(cfg):
     ([], "a number is wanted, or"), ([(0, 1), (9,)], "a number is wanted, or"), ([3, 4], "a number is wanted"),
     ([(5, 1.0)], "a number is wanted, or"), ([(0, 1), (9, 1), (9, 2)], "whole rows in ascending order from 0"),
     ([(0, 1.0), (2.5, 1.0)], "whole rows"), ([(0, 1), (2**31, 1)], "whole rows"), ([(0, 1), (1.0, 1)], "whole"),
-    ([(0, -1.0)], " at row 0 = -1.0 must be positive"), ([(0, "x")], "at row 0' must be float, got 'x'"),
+    ([(0, -1.0)], " at row 0 = -1.0 must be 0 or more"), ([(0, "x")], "at row 0' must be float, got 'x'"),
     ([(0, 1), (3, [(0, 1)])], "at row 3' must be float")])
 def test_schedules_that_cannot_be(share, told):
     tree = quickstart.get_config().to_dict()

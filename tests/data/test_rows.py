@@ -129,10 +129,10 @@ def test_caption_dropout_and_image_first_come_out(cfg):
 
 
 def test_captions_are_dropped_in_training_only(cfg):
-    cfg = replace(cfg, "data", caption_dropout=1.0, image_share=0.6)
+    cfg = replace(cfg, "data", caption_dropout=0.9, image_share=0.6)
     train, heldout = (list(documents_of(one_batch(rows, 8)))
                       for rows in (open_rows(cfg), HeldOut(cfg.rows, "scenes")))
-    assert train and all(scored == 0 for scored, _, _ in train)
+    assert np.mean([scored == 0 for scored, _, _ in train]) > 0.7
     assert heldout and all(scored > 0 for scored, _, _ in heldout)
 
 

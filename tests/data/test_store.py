@@ -292,7 +292,7 @@ def test_meta_round_trip(tmp_path):
     write_meta(tmp_path, ByteTokenizer(), "def", (8, 8, 4), "runs/autoencoder", sources)
     assert read_meta(tmp_path) == {
         "format_version": store.FORMAT_VERSION, "tokenizer": ByteTokenizer.fingerprint, "codec": "def",
-        "vocab_size": 260, "image_shape": [8, 8, 4], "image_dtype": "bfloat16",
+        "vocab_size": 260, "image_shape": [8, 8, 4], "image_dtype": "bfloat16", "num_codes": 0,
         "codec_run": "runs/autoencoder", "sources": sources}
     assert identity(read_meta(tmp_path)) == {"tokenizer": ByteTokenizer.fingerprint, "codec": "def"}
     assert load_saved(tmp_path).fingerprint == ByteTokenizer.fingerprint

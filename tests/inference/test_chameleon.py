@@ -222,7 +222,7 @@ def test_a_run_draws_describes_and_goes_on(monkeypatch):
     """documents.py, the same as for latents: pictures go in as codes and come out decoded."""
     cfg = config.changed(CFG, {"data.seq_len": T})
     run = Trained(cfg, random_params(), ColourCodec(), load_tokenizer("byte"), 1, {}, Aux(1, {}, {}))
-    assert inference.can(run) == {"draw", "describe", "go_on", "reconstruct"}
+    assert inference.can(run) == {"draw", "describe", "go_on", "reconstruct", "codes"}
     monkeypatch.setattr(documents, "CHUNK", 2)
     monkeypatch.setattr(documents, "MAX_CAPTION_TOKENS", 4)
     drawn = documents.draw(run, ["ab", "abc", "a"], seed=1)

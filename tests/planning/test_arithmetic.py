@@ -151,11 +151,11 @@ def test_days_chip_hours_dollars():
 
 def test_assumed_batch_is_half_patches():
     cfg = config.from_dict(transfusion.get_config("7b"))
-    expected, m = kind_of(cfg).expected(cfg), cfg.model
+    expected = kind_of(cfg).expected(cfg)
     counts = flops.Counts(text=512 * 4096 / 2, patches=512 * 4096 / 2, scored=512 * (4096 / 2 - 8 - 8),
                           images=512 * 8, pairs=512 * 8 * (512 * 513 / 2 + 256 * 255 / 2))
     assert (expected.positions, expected.scored, expected.pairs) == (512 * 4096, counts.scored, counts.pairs)
-    assert expected.flops == transfusion_objective.model_flops(m, counts)
+    assert expected.flops == transfusion_objective.model_flops(cfg, counts)
 
 
 def test_walk_counts_loops_shards_and_platforms():

@@ -14,7 +14,7 @@ from PIL import Image
 from tests.conftest import import_verb
 from tests.reporting.fake_run import metric, write_json, write_lines
 from tests.reporting.test_run_page import section
-from tests.scaling.fake_sweep import write_point, write_sweep
+from tests.scaling.fake_sweep import lose_runs, write_point, write_sweep
 from tfusion.errors import UserError
 from tfusion.reporting import page, scaling_page, scaling_plots
 from tfusion.scaling import study
@@ -26,7 +26,7 @@ ABOUT = {"command": "python -m tfusion.report --scaling x", "commit": "abc123"}
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("sweep")
     write_sweep(root)
-    (root / "runs/chameleon-s1-seed1/summary.json").unlink()
+    (root / "chameleon-s1-seed1/summary.json").unlink()
     return root
 
 
@@ -100,7 +100,7 @@ def test_lines_that_do_not_improve_are_no_ratio(found):
 
 def test_one_run_alone_makes_a_page(tmp_path, charts):
     write_lines(tmp_path / "points.jsonl", [write_point(tmp_path, "a", "transfusion", "s1", 0)])
-    path = tmp_path / "runs/a/evaluation/metrics.json"
+    path = tmp_path / "a/evaluation/metrics.json"
     figures = {"cider": metric("cider", 0.0, 9, None, None, None, None),
                "fd_pack": metric("fd", 2.0, 9, None, None, None, None, "lower")}
     write_json(path, json.loads(path.read_text()) | {"metrics": figures})
@@ -143,7 +143,7 @@ def test_the_verb_keeps_what_is_finished_and_reads_it_elsewhere(root, tmp_path, 
     out = capsys.readouterr().out
     assert out.count("kept ") == 25 and "missing: chameleon-s1-seed1 (stopped" in out
     before = (sweep / "report/points.csv").read_text()
-    shutil.rmtree(sweep / "runs")
+    lose_runs(sweep)
     report.main([])
     out = capsys.readouterr().out
     assert "kept " not in out.replace("/kept", "") and "missing: chameleon-s1-seed1 (not begun)" in out

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def figures(recipe: str, flops: float, rng, worse: float = 1.0) -> dict:
 def write_point(root: Path, name: str, recipe: str, size: str, seed: int, part: str = "ladder",
                 rate: float = 1e-3, prediction: str = "v", worse: float = 1.0) -> dict:
     """Its workdir, trained and evaluated, and its line of points.jsonl."""
-    folder, params = root / "runs" / name, SIZES[size]
+    folder, params = root / name, SIZES[size]
     tokens = TOKENS_PER_PARAM * params
     rng = np.random.default_rng([*name.encode()])
     config = {"objective": recipe, "seed": seed, "optimizer": {"learning_rate": rate},
@@ -61,7 +62,7 @@ def write_point(root: Path, name: str, recipe: str, size: str, seed: int, part: 
     write_json(folder / "evaluation/metrics.json", {
         "metrics": figures(recipe, flops, rng, worse), "step": 100, "sampling": {"of": recipe}})
     return {"name": name, "config": f"experiments/scaling.py:pack,{recipe},{size}", "overrides": {"seed": seed},
-            "workdir": f"runs/{name}", "verbs": ["train", "evaluate"], "config_hash": f"hash-{name}",
+            "workdir": f"sweeps/x/{name}", "verbs": ["train", "evaluate"], "config_hash": f"hash-{name}",
             "resolved": {"train": {"num_steps": 100}}, "flops": 1.3 * flops, "tokens": tokens,
             "params": params, "tags": {"part": part, "size": size}}
 
@@ -77,3 +78,9 @@ def write_sweep(root: Path, seeds: int = 2) -> list[dict]:
                for prediction, worse in (("eps", 9), ("flow", 1.5))]
     (root / "points.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
     return points
+
+
+def lose_runs(root) -> None:
+    """What is left are the frozen points, and what was kept elsewhere."""
+    for workdir in [path.parent for path in root.glob("*/metrics.jsonl")]:
+        shutil.rmtree(workdir)

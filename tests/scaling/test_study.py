@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.reporting.fake_run import metric, write_json, write_lines
-from tests.scaling.fake_sweep import LAWS, RATIO, SIZES, write_point, write_sweep
+from tests.scaling.fake_sweep import LAWS, RATIO, SIZES, lose_runs, write_point, write_sweep
 from tfusion.errors import UserError
 from tfusion.scaling import results, study
 
@@ -74,7 +74,7 @@ def test_floors_are_shown_per_codec_and_once(whole):
 
 def test_the_rest_is_fitted_where_runs_are_missing(sweep):
     root, _ = sweep
-    runs = root / "runs"
+    runs = root
     (runs / "transfusion-s1-seed0/summary.json").unlink()
     change(runs / "transfusion-s1-seed0/config.json", train={"num_steps": 400})
     (runs / "transfusion-s2-seed0/evaluation/metrics.json").unlink()
@@ -104,7 +104,7 @@ def test_references_of_one_modality_are_no_part_of_the_ladder(sweep):
     root, points = sweep
     points = [*points, write_point(root, "text-s1", "transfusion", "s1", 0, "reference")]
     write_lines(root / "points.jsonl", points)
-    path = root / "runs/text-s1/evaluation/metrics.json"
+    path = root / "text-s1/evaluation/metrics.json"
     figures = json.loads(path.read_text())["metrics"]
     change(path, metrics={"scenes_lm_loss": figures["scenes_lm_loss"]})
     found = study.read(root)
@@ -114,7 +114,7 @@ def test_references_of_one_modality_are_no_part_of_the_ladder(sweep):
 
 def test_processes_may_sample_otherwise(sweep):
     root, _ = sweep
-    change(root / "runs/transfusion-s2-flow/evaluation/metrics.json", sampling={"sampler": "euler"})
+    change(root / "transfusion-s2-flow/evaluation/metrics.json", sampling={"sampler": "euler"})
     assert len(study.read(root).runs) == 26
 
 
@@ -127,7 +127,7 @@ def test_too_few_runs_are_no_line_and_no_crash(tmp_path):
 
 def test_what_has_no_logarithm_and_what_is_an_outlier_is_named(sweep):
     root, _ = sweep
-    path = root / "runs/chameleon-s1-seed0/evaluation/metrics.json"
+    path = root / "chameleon-s1-seed0/evaluation/metrics.json"
     figures = json.loads(path.read_text())["metrics"]
     figures["generation_all"]["value"], figures["cider"]["value"] = 0.0, 3.5
     figures["caption_all"]["value"] = None
@@ -147,11 +147,11 @@ def test_runs_that_do_not_compare_are_refused(sweep, key):
     root, points = sweep
     other, kept = points[9], root / "kept"
     for point in points:
-        results.keep(point, root / point["workdir"], kept)
+        results.keep(point, root / point["name"], kept)
         recipe = "a" if "transfusion" in point["name"] else "b"
         change(kept / point["name"] / "result.json", identity={
             "tokenizer": "t", "codec": recipe, "order": point["name"], "sizes.scenes": "s"})
-    shutil.rmtree(root / "runs")
+    lose_runs(root)
     assert len(study.read(root, kept).runs) == 26  # each recipe its own codec, each seed its own order
     path = kept / other["name"]
     if key == "sampling":
@@ -188,7 +188,7 @@ def test_no_sweep_is_one_line(tmp_path, lines, why):
 def test_a_point_is_finished_where_it_is_kept(sweep):
     root, points = sweep
     point, kept = points[0], root / "kept"
-    name, digest, workdir = point["name"], point["config_hash"], root / point["workdir"]
+    name, digest, workdir = point["name"], point["config_hash"], root / point["name"]
     assert study.finished(root, point, kept) == workdir
     write_json(workdir / "evaluation/scenes/told.jsonl", {})
     (workdir / "evaluation/scenes/drawn.npz").write_bytes(b"all")
@@ -210,9 +210,9 @@ def test_a_point_is_finished_where_it_is_kept(sweep):
 
 def test_another_configurations_result_is_not_overwritten(sweep):
     root, points = sweep
-    results.keep(points[0], root / points[0]["workdir"], root / "kept")
+    results.keep(points[0], root / points[0]["name"], root / "kept")
     with pytest.raises(UserError, match="of another configuration than transfusion-s1-seed0 has now"):
-        results.keep(points[0] | {"config_hash": "new"}, root / points[0]["workdir"], root / "kept")
+        results.keep(points[0] | {"config_hash": "new"}, root / points[0]["name"], root / "kept")
 
 
 def test_what_a_verb_failed_of_is_named(tmp_path):

@@ -1,5 +1,6 @@
 """What ends a run, or tries to: preemption, numbers that are not finite, a step that does not end."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -164,6 +165,21 @@ def test_all_that_a_save_runs_is_compiled_before_a_notice_is_waited_for(tmp_path
     monkeypatch.setattr(distributed.Preemption, "listen", lambda self: sizes.append(size()) or real(self))
     train(toy_config(), tmp_path)
     assert 0 < size() == sizes[0]
+
+
+@pytest.mark.parametrize(("processes", "error", "call"), [
+    (1, ValueError("x"), "close"), (2, None, "close"), (2, Stopped("x"), "close"),
+    (2, ValueError("x"), "abandon"), (2, KeyboardInterrupt(), "abandon")], ids=str)
+def test_after_an_error_of_its_own_a_process_asks_the_others_nothing(monkeypatch, processes, error, call):
+    """They are at a step, and would never answer."""
+    called = []
+    checkpoints = SimpleNamespace(
+        close=lambda: called.append("close"), abandon=lambda: called.append("abandon"))
+    log = SimpleNamespace(goodput=SimpleNamespace(part=lambda name: contextlib.nullcontext()))
+    monkeypatch.setattr(saving.jax, "process_count", lambda: processes)
+    saver = saving.Saver(toy_config(), checkpoints, SimpleNamespace(identity={}), {}, log)
+    saver.__exit__(type(error), error, None)
+    assert called == [call]
 
 
 def test_until_steps_are_under_way_a_notice_ends_the_process_at_once(tmp_path, monkeypatch):

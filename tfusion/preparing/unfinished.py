@@ -177,11 +177,11 @@ def _gate(folder: Path, make: bool = False) -> Iterator[None]:
     """Waits until no other process is in here. Raises FileNotFoundError where the folder is gone, unless it
     may be made."""
     while True:
-        if make:
-            folder.mkdir(parents=True, exist_ok=True)
         try:
+            if make:
+                folder.mkdir(parents=True, exist_ok=True)
             file = (folder / LOCK).open("a+")
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):  # the latter of a folder that is there and then is not
             if make:  # completed between the two
                 continue
             raise

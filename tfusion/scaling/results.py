@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tfusion.checkpoint import Checkpoints
 from tfusion.errors import UserError
 from tfusion.paths import replace_bytes, replace_text
 from tfusion.training.writers import logged
@@ -71,6 +70,8 @@ def identity(folder: Path) -> dict:
         return kept["identity"]
     if not (folder / "checkpoints").is_dir():
         return {}
+    from tfusion.checkpoint import Checkpoints  # here: reports need no JAX
+
     checkpoints = Checkpoints(folder)
     steps = checkpoints.steps()
     return checkpoints.meta(steps[-1]).get("identity", {}) if steps else {}

@@ -119,9 +119,14 @@ def read_points(sweep: Path) -> list[dict]:
     return points
 
 
+def workdir_of(sweep: Path, point: dict) -> Path:
+    """In the sweep's folder, wherever that lies now; it was frozen as seen from where that was done."""
+    return sweep / Path(point["workdir"]).name
+
+
 def finished(sweep: Path, point: dict, kept: Path | None) -> Path | None:
     """The folder with a point's finished run: its workdir, else where it is kept; None of neither."""
-    workdir = sweep / point["workdir"]
+    workdir = workdir_of(sweep, point)
     if results.is_whole(workdir, steps_of(point)):
         return workdir
     return kept and results.kept(kept, point["name"], point["config_hash"])
@@ -134,8 +139,8 @@ def steps_of(point: dict) -> int | None:
 
 def keep(sweep: Path, kept: Path) -> list[Path]:
     """Copies what finished in its workdir and is not kept yet; returns the new folders."""
-    return [results.keep(point, sweep / point["workdir"], kept) for point in read_points(sweep)
-            if results.is_whole(sweep / point["workdir"], steps_of(point))
+    return [results.keep(point, workdir_of(sweep, point), kept) for point in read_points(sweep)
+            if results.is_whole(workdir_of(sweep, point), steps_of(point))
             and not results.kept(kept, point["name"], point["config_hash"])]
 
 
@@ -262,7 +267,7 @@ def read(sweep: Path, kept: Path | None = None, outliers: str = "none") -> Study
     points = read_points(sweep)
     folders = {point["name"]: finished(sweep, point, kept) for point in points}
     runs = [read_run(point, folder) for point in points if (folder := folders[point["name"]])]
-    missing = {point["name"]: results.why_not(sweep / point["workdir"])
+    missing = {point["name"]: results.why_not(workdir_of(sweep, point))
                for point in points if not folders[point["name"]]}
     if not runs:
         first = next(iter(missing.items()))

@@ -31,6 +31,7 @@ class Held:
 
     def __init__(self, cfg: config.RunConfig, objective: Objective, mesh, rows):
         self.objective, self.mesh, self.rows = objective, mesh, rows
+        self.names = *objective.weights, *objective.reported
         self.size = cfg.train.batch_size // cfg.train.num_microbatches  # what a training step holds at once
         self.local_rows = sharding.local_rows(mesh, self.size)
         self.sources = kind_of(cfg).open_heldout(cfg, cfg.train.eval_documents)
@@ -43,13 +44,14 @@ class Held:
         must not stand between a preemption's notice and the save."""
         for held in list(self.sources.values())[:1] if evaluating else ():
             batch = next(held.batches(self.size, self.local_rows))
-            self.eval_step(states.sampling_params(state), Aux(state.step, frozen, state.buffers),
-                           sharding.put_batch(batch, self.mesh, self.size))
+            jax.block_until_ready(self.eval_step(  # programs under way at once can wait for each other, on CPUs
+                states.sampling_params(state), Aux(state.step, frozen, state.buffers),
+                sharding.put_batch(batch, self.mesh, self.size)))
         if diagnosing:
             self.diagnose(state, frozen)
 
     def evaluate(self, state, frozen, ended) -> dict | None:
-        """{eval/name: mean over all documents}, and eval/source/name of the losses that are trained on.
+        """{eval/name: mean over all documents}, and eval/source/name of the losses that evaluations show.
 
         ended: called with the losses of each batch as it is under way; where it returns True the evaluation is
         abandoned, and nothing returned.
@@ -61,7 +63,7 @@ class Held:
             for batch in held.batches(self.size, self.local_rows):
                 losses = self.eval_step(params, aux, sharding.put_batch(batch, self.mesh, self.size))
                 total.add(int(state.step), losses)
-                alone.add(int(state.step), {name: losses[name] for name in self.objective.weights})
+                alone.add(int(state.step), {name: losses[name] for name in self.names})
                 if ended(losses):
                     return None
             values |= {k: v for k, v in alone.means(f"eval/{source}/").items() if v is not None}
@@ -240,8 +242,9 @@ def open_run(closing: contextlib.ExitStack, cfg: config.RunConfig, workdir: Path
     watchdog, preemption = Watchdog(t.watchdog_minutes), distributed.Preemption()
     log = Log(cfg, objective, rows, workdir, begun, goodput, wandb)
     saver = Saver(cfg, checkpoints, rows, begun.frozen, log)
-    for each in (watchdog, preemption, log, saver):
+    for each in (watchdog, preemption, log):
         closing.enter_context(contextlib.closing(each))
+    closing.enter_context(saver)
     trace = Trace(profile, int(begun.state.step), workdir)
     return Run(objective, tx, rows, held, log, saver, trace, watchdog, preemption), begun
 
@@ -310,7 +313,7 @@ def compile_step(run: Run, cfg: config.RunConfig, state, frozen, placed, count):
         distributed.wait_for_all()  # the first exchange waits half a minute at most for who compiles longer
         run.held.compile(state, frozen, cfg.train.eval_every > 0, cfg.train.diagnostics_every > 0)
         run.saver.compile(state)
-        count(placed)
+        jax.block_until_ready(count(placed))
         distributed.return_freed_memory()
     run.log.goodput.enter("step")
     run.preemption.listen()

@@ -3,6 +3,8 @@
 import contextlib
 import time
 
+import jax
+
 from tfusion import checksum, config, distributed
 from tfusion.checkpoint import Checkpoints
 from tfusion.errors import Stopped, UserError
@@ -56,6 +58,11 @@ class Saver:
         for name, tree in {**states.items(state), "frozen": self.frozen}.items():
             checksum.leaves(name, tree)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """The last save is whole, or has failed. An error is perhaps this process's alone."""
+        together = jax.process_count() == 1 or error is None or isinstance(error, Stopped)
         with self.log.goodput.part("save"):
-            self.checkpoints.close()
+            self.checkpoints.close() if together else self.checkpoints.abandon()

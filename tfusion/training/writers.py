@@ -12,9 +12,9 @@ from typing import Protocol
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+from tqdm import tqdm
 
 from tfusion import paths
-from tfusion.checkpoint import warn
 from tfusion.config import RunConfig
 from tfusion.errors import UserError
 from tfusion.paths import replace_text
@@ -240,8 +240,8 @@ class Together:
                 self._failing.discard(writer)
             except Exception as e:  # of a disk, a bucket's client, a service
                 if writer not in self._failing:
-                    why = f"{type(e).__name__}: {e}"
-                    warn(f"{type(writer).__name__} cannot be written ({why}); the run goes on")
+                    tqdm.write(f"warning: {type(writer).__name__} cannot be written ({type(e).__name__}: {e}); "
+                               "the run goes on", file=sys.stderr)
                 self._failing.add(writer)
 
 
