@@ -118,6 +118,14 @@ def small(config: ConfigDict) -> None:
                         checkpoint_minutes=0.0, nonfinite="stop")
 
 
+def small_chameleon() -> ConfigDict:
+    """The baseline likewise, on pictures of 8 x 8 codes."""
+    config = chameleon()
+    small(config)
+    config.model.update(num_codes=512, codes_per_image=64)
+    return config
+
+
 def small_autoencoder() -> ConfigDict:
     """Its image tokenizer, for any sources."""
     config = ConfigDict(dict(

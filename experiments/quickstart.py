@@ -16,8 +16,15 @@ and with little noise, and a short, fast optimizer schedule. docs/recipe.md has 
 
 from ml_collections import ConfigDict
 
-from experiments.common import base, parse, shorten, small, small_autoencoder, small_transformer, small_vq
-from experiments.common import chameleon as chameleon_base
+from experiments.common import (
+    base,
+    parse,
+    shorten,
+    small_autoencoder,
+    small_chameleon,
+    small_transformer,
+    small_vq,
+)
 
 
 def world(kind: str, share: float, num_records: int) -> dict:
@@ -40,9 +47,7 @@ def transfusion() -> ConfigDict:
 
 def chameleon() -> ConfigDict:
     """The same pictures as 64 codes each, in rows twice as long."""
-    config = chameleon_base()
-    small(config)
-    config.model.update(num_codes=512, codes_per_image=64)
+    config = small_chameleon()
     config.optimizer.learning_rate = 1e-3
     config.data.update(prepared="runs/quickstart/codes", seq_len=256, image_share=0.76, window_rows=256)
     config.train.update(num_steps=7500, checkpoint_every=1500)

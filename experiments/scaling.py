@@ -39,7 +39,7 @@ from experiments.common import (
     parse,
     product,
     rectified_flow,
-    small,
+    small_chameleon,
     small_transformer,
 )
 
@@ -63,9 +63,7 @@ OUT_OF = {"transfusion": ("kl", "kl_data"), "chameleon": ("vq", "vq_data")}  # p
 
 def pack(recipe: str) -> ConfigDict:
     if recipe == "chameleon":
-        config = chameleon()
-        small(config)
-        config.model.update(num_codes=512, codes_per_image=64)
+        config = small_chameleon()
     else:
         config = base()
         small_transformer(config)

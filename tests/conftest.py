@@ -116,6 +116,14 @@ def with_shares(cfg, **shares):
         name: dataclasses.replace(cfg.data.sources[name], share=share) for name, share in shares.items()})
 
 
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """Where compiling is nine tenths of the time: the slower code computes the same."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def cfg(prepared_root):
     return tiny_config(prepared_root)

@@ -4,7 +4,6 @@ plan, export. The codec is tests/codes.py's."""
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -18,12 +17,7 @@ from tfusion.errors import UserError
 from tfusion.inference import trained
 from tfusion.planning.plan import make_plan
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def tree(folder):

@@ -47,12 +47,7 @@ MESHES = {  # (data, fsdp, tensor, sequence), micro-batches
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] if i > 4 else []) for i, name in enumerate(MESHES)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Compiling is nine tenths of the time; the slower code computes the same equalities."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def make_mesh(sizes):

@@ -74,9 +74,10 @@ class Checkpoints:
         deletions left; of several processes the first does."""
         self.folder = paths.path(paths.absolute(workdir)) / "checkpoints"
         self._writing, self._keep, self._best = writing, keep, {}
+        self._clears = writing and distributed.is_writer()
         self._saving = self._failed = None  # the step under way; the error of the last save
         self._sweeper = None
-        self._sweep(UNFINISHED, *never_whole(self.folder))  # DELETING is swept beside every save
+        self._sweep_unfinished()  # what was being deleted is swept beside every save
         distributed.wait_for_all()
         self._manager = self._open()
         if writing and keep.best != "none":
@@ -97,15 +98,18 @@ class Checkpoints:
         """After a failure, or a folder was moved: what the manager remembers is no longer so."""
         with contextlib.suppress(Exception):  # of what failed: it has been told
             self._manager.close()
-        self._sweep(UNFINISHED, *never_whole(self.folder))
+        self._sweep_unfinished()
         self._manager = self._open()
 
+    def _sweep_unfinished(self) -> None:
+        if self._clears:
+            self._sweep(UNFINISHED, *never_whole(self.folder))
+
     def _sweep(self, *patterns: str) -> None:
-        if self._writing and distributed.is_writer():
-            for pattern in patterns:
-                for left in self.folder.glob(pattern):
-                    with contextlib.suppress(OSError):
-                        left.rmtree()
+        for pattern in patterns if self._clears else ():
+            for left in self.folder.glob(pattern):
+                with contextlib.suppress(OSError):
+                    left.rmtree()
 
     def note(self, step: int, measured: dict) -> None:
         """Figures of a step's state, which `keep.best` compares."""

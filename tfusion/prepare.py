@@ -33,7 +33,7 @@ from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError, run
 from tfusion.inference import decoder, trained
 from tfusion.models import codecs
-from tfusion.models.codecs import Codec, diffusers
+from tfusion.models.codecs import Codec, diffusers, num_codes
 from tfusion.objectives import kind_of
 from tfusion.preparing import card, plan, shards, unfinished
 from tfusion.preparing.shards import Encoders, Job
@@ -80,11 +80,6 @@ def open_codec(named: str, format: RowFormat) -> Unfitted:
         return codec
 
     return Unfitted(can.image_size, trained.fingerprint(run_), fit)
-
-
-def num_codes(codec: Codec) -> int:
-    """Of one that makes latents: 0."""
-    return getattr(codec, "num_codes", 0)
 
 
 def fitted(folder: Path, unfitted: Unfitted) -> Codec:

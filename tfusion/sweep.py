@@ -36,7 +36,7 @@ def freeze(name: str, out: Path) -> None:
         numbers = [f"{x:9.3g}" if x else "        -" for x in point[-5:-1]]
         flops, tokens, params, six_n_d = numbers
         print(f"{point.name:{width}}  {params}  {tokens}  {six_n_d}  {flops}  {', '.join(point.verbs)}")
-    print(f"{len(made)} points {'frozen' if new else 'are frozen already'} in {out / points.FILE}; "
+    print(f"{len(made)} points {'frozen' if new else 'are frozen already'} in {out / points.POINTS}; "
           f"launch/local.sh --sweep={out} runs them")
 
 

@@ -76,10 +76,16 @@ def is_held(lock) -> bool:
 
 
 def _lease_is_fresh(lock) -> bool:
+    return time.time() - _read_lease(lock).get("time", 0.0) < TAKEN_OVER_S
+
+
+def _read_lease(lock) -> dict:
+    """What stands in it; {} where it is absent, empty, no lease or being written."""
     try:
-        return time.time() - json.loads(lock.read_text())["time"] < TAKEN_OVER_S
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        found = json.loads(lock.read_text())
+        return found if {"who", "token", "time"} <= found.keys() else {}
+    except Exception:  # a bucket's client has many kinds
+        return {}
 
 
 def _me() -> str:
@@ -103,24 +109,17 @@ class Lease(contextlib.AbstractContextManager):
         self._wait_for_holder()
         self._write()
         time.sleep(SETTLE_S)
-        if (now := self._read()).get("token") != self._token:  # of two who start at once the later has it
+        now = _read_lease(self._lock)
+        if now.get("token") != self._token:  # of two who start at once the later has it
             raise _held(lock, now.get("who", "unknown"))
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
-
-    def _read(self) -> dict:
-        """What stands in it; {} where it is absent, empty or being written."""
-        try:
-            found = json.loads(self._lock.read_text())
-            return found if {"who", "token", "time"} <= found.keys() else {}
-        except Exception:  # a bucket's client has many kinds
-            return {}
 
     def _write(self) -> None:
         self._lock.write_text(json.dumps({"who": _me(), "token": self._token, "time": time.time()}))
 
     def _wait_for_holder(self) -> None:
-        found = self._read()
+        found = _read_lease(self._lock)
         age = max(time.time() - found.get("time", 0.0), 0.0)
         if age >= OLD_S:
             return
@@ -132,13 +131,13 @@ class Lease(contextlib.AbstractContextManager):
             time.sleep(BEAT_S / 10)
             if not self._lock.exists():
                 return
-            if (now := self._read()) and now != found:
+            if (now := _read_lease(self._lock)) and now != found:
                 raise _held(self._lock, now["who"])
 
     def _beat(self) -> None:
         renewed = time.monotonic()
         while not self._closed.wait(BEAT_S):
-            now = self._read()  # {}: a file system that is away for a moment
+            now = _read_lease(self._lock)  # {}: a file system that is away for a moment
             if now and now["token"] != self._token:
                 print(f"error: {self._lock} was taken over by {now['who']}, which took this process for dead: "
                       "two must not write here", file=sys.stderr, flush=True)
@@ -155,7 +154,7 @@ class Lease(contextlib.AbstractContextManager):
     def close(self) -> None:
         self._closed.set()
         self._thread.join()
-        if self._read().get("token") == self._token:
+        if _read_lease(self._lock).get("token") == self._token:
             self._lock.unlink()
 
     def __exit__(self, *_) -> None:

@@ -21,7 +21,8 @@ from flax.traverse_util import flatten_dict
 
 from tfusion.data import packs
 from tfusion.data.scenes import CANVASES, NOUNS, World, make_scene, render
-from tfusion.evals.frechet import EXTRACTOR, Extractor, scaled
+from tfusion.evals.frechet import EXTRACTOR, Extractor
+from tfusion.models.codecs.network import to_unit
 
 SEED = 2  # of the scenes: 0 and 1 are what models are trained and measured on
 SCENES, STEPS, BATCH, PEAK = 16_384, 1_200, 128, 3e-3
@@ -59,12 +60,12 @@ def train() -> dict:
     images, nouns, canvases = scenes(SCENES, held_out=False)
     tx = optax.adam(optax.cosine_decay_schedule(PEAK, STEPS))
     key = jax.random.key(SEED)
-    params = Extractor().init(key, scaled(images[:1]))["params"]
+    params = Extractor().init(key, to_unit(images[:1]))["params"]
     state = tx.init(params)
 
     @jax.jit
     def step(params, state, step, images, nouns, canvases):
-        x = spoil(jax.random.fold_in(key, step), scaled(images))
+        x = spoil(jax.random.fold_in(key, step), to_unit(images))
         value, grads = jax.value_and_grad(loss)(params, x, nouns, canvases)
         updates, state = tx.update(grads, state)
         return optax.apply_updates(params, updates), state, value
@@ -82,7 +83,7 @@ def check(params: dict) -> None:
     """Prints how often it names exactly the sprites, and the canvas, of held-out scenes."""
     images, nouns, canvases = scenes(CHECKED, held_out=True)
     _, noun_logits, canvas_logits = jax.jit(
-        lambda x: Extractor().apply({"params": params}, scaled(x)))(images)
+        lambda x: Extractor().apply({"params": params}, to_unit(x)))(images)
     exact = ((np.asarray(noun_logits) > 0) == (nouns > 0)).all(-1).mean()
     print(f"held out: exactly the sprites {exact:.4f}, "
           f"the canvas {(np.argmax(canvas_logits, -1) == canvases).mean():.4f}")

@@ -13,6 +13,7 @@ from tfusion.errors import UserError
 from tfusion.evals import frechet, scenes
 from tfusion.evals.base import EVALUATORS, Options
 from tfusion.evals.scenes import judge_pictures
+from tfusion.models.codecs.network import to_unit
 
 
 def random_covariance(rng, size=6, rank=6):
@@ -74,7 +75,7 @@ def test_worse_pictures_are_further(pictures):
 def test_the_extractor_sees_what_there_is(pictures):
     """Shipped weights, held-out scenes: nine times in ten exactly the sprites, and the canvas."""
     _, held, real = pictures
-    apply = jax.jit(lambda x: frechet.Extractor().apply({"params": frechet.shipped()}, frechet.scaled(x)))
+    apply = jax.jit(lambda x: frechet.Extractor().apply({"params": frechet.shipped()}, to_unit(x)))
     _, nouns, canvases = apply(real)
     nouns_of, colours_of = list(NOUNS), list(CANVASES)
     exact = [{nouns_of[k] for k in np.flatnonzero(row > 0)} == set(scene.nouns)

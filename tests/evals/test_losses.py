@@ -43,11 +43,7 @@ def test_psnr_by_hand():
     assert psnr(dark, half) == pytest.approx(10 * math.log10(255**2 / 200))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.fixture(scope="module")

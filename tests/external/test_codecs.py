@@ -17,13 +17,14 @@ GRID = codecs.SIZE // 2
 TOLERANCE = 1e-5  # of the largest number; measured: 1.3e-6
 
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
 @pytest.fixture(scope="module", autouse=True)
-def one_picture_and_quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
+def one_picture():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(diffusers.Pretrained, "chunk", 1)
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(params=["committed", "installed"])

@@ -15,8 +15,9 @@ from flax import linen as nn
 
 from tests.codes import ColourCodec, K, N
 from tests.conftest import tiny_chameleon
+from tests.inference import written
+from tests.inference.written import described, parts_of
 from tfusion import config, inference
-from tfusion.data import layout
 from tfusion.data.tokenizers import load_tokenizer
 from tfusion.errors import UserError
 from tfusion.inference import chameleon, documents, writing
@@ -34,11 +35,7 @@ A, B, C = 10, 11, 12  # text ids
 T, ROWS = 48, 3  # one shape for all tests, so that each function compiles once
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def filled(fn):
@@ -65,19 +62,8 @@ def bigram(table: dict):
     return params
 
 
-def parts_of(prompt):
-    return [layout.image(x) if isinstance(x, np.ndarray) else layout.text(x) for x in prompt]
-
-
 def generate(params, prompts, cfg=CFG, rows: int = ROWS, **options):
-    """The values of the parts of each prompt; padded with empty prompts to the shape that is compiled."""
-    padded = [parts_of(prompt) for prompt in prompts] + [[]] * (rows - len(prompts))
-    made = chameleon.generate(cfg, params, padded, **{"max_len": T} | options)
-    return [[part.values for part in parts] for parts in made[: len(prompts)]]
-
-
-def described(parts) -> list:
-    return [part.tolist() if part.ndim == 1 else "image" for part in parts]
+    return written.generate(chameleon, cfg, params, prompts, rows, **{"max_len": T} | options)
 
 
 def picture(seed: int = 0):

@@ -15,8 +15,10 @@ import pytest
 from flax import linen as nn
 
 from tests.conftest import tiny_config
+from tests.inference import written
+from tests.inference.written import described, parts_of
 from tfusion import config
-from tfusion.data import layout, packing
+from tfusion.data import packing
 from tfusion.diffusion import sampler
 from tfusion.errors import UserError
 from tfusion.inference import cache, transfusion, writing
@@ -34,11 +36,7 @@ STEPS = CFG.sampling.num_inference_steps
 T, ROWS = 48, 3  # one shape for all tests, so that each function compiles once
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def abstract_params():
@@ -79,11 +77,6 @@ def bigram(table: dict):
     return params
 
 
-def parts_of(prompt):
-    """Lists of ids are texts, arrays pictures."""
-    return [layout.image(x) if isinstance(x, np.ndarray) else layout.text(x) for x in prompt]
-
-
 def start_rows(prompts, seed: int = 0, max_len: int = T):
     return writing.start_rows(CFG, list(map(parts_of, prompts)), seed, max_len)
 
@@ -98,15 +91,7 @@ def draw_images(params, rows, scale: float, variance: str = "fixed_small", fn=tr
 
 
 def generate(params, prompts, cfg=CFG, rows: int = ROWS, **options):
-    """The values of the parts of each prompt; padded with empty prompts to the shape that is compiled."""
-    padded = [parts_of(prompt) for prompt in prompts] + [[]] * (rows - len(prompts))
-    made = transfusion.generate(cfg, params, padded, **{"max_len": T} | options)
-    return [[part.values for part in parts] for parts in made[: len(prompts)]]
-
-
-def described(parts) -> list:
-    """Text as lists of ids, pictures as 'image'."""
-    return [part.tolist() if part.ndim == 1 else "image" for part in parts]
+    return written.generate(transfusion, cfg, params, prompts, rows, **{"max_len": T} | options)
 
 
 def assert_same_parts(got, want):

@@ -25,12 +25,7 @@ MESHES = {  # data, fsdp, tensor, sequence
     "sequence4": (1, 1, 1, 4), "data2-sequence4": (2, 1, 1, 4), "sequence8": (1, 1, 1, 8)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Compiling is nine tenths of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def random_mask(seed: int):

@@ -32,12 +32,7 @@ POSITIONS = np.repeat([[*range(7), *range(6), *[0] * 3]], B, axis=0)
 TOKENS = np.random.default_rng(0).integers(0, 30, (B, T))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Compiling is nine tenths of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def config_of(qk_norm: str, norm_order: str, **changes):

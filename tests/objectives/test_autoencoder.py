@@ -19,13 +19,7 @@ from tfusion.objectives.autoencoder import kl_divergence
 from tfusion.objectives.base import Aux
 from tfusion.types import ImageBatch
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Compiling is nine tenths of the time here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @functools.cache

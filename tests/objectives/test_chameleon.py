@@ -31,11 +31,7 @@ V, CODE, T = CFG.model.text_vocab_size, CFG.vocabulary.first_code, CFG.data.seq_
 BOI, EOI = V, V + 1
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def picture(seed: int):

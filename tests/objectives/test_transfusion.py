@@ -28,12 +28,7 @@ from tfusion.types import BOS, EOS, PAD, Batch, Document
 NO_AUX = Aux(0, {}, {})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Compiling is nine tenths of the time here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -24,12 +24,7 @@ K, c = 6, 3
 restarted = jax.jit(vq_autoencoder.restarted)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Compiling is nine tenths of the time here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @functools.cache

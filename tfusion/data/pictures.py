@@ -1,6 +1,7 @@
 """Picture files as people have them, read as uint8 pixels."""
 
 import errno
+import functools
 import io
 import os
 import stat
@@ -13,11 +14,16 @@ from PIL import Image, ImageOps
 from tfusion.errors import UserError
 
 WHITE = (255, 255, 255, 255)
-Image.init()
 # Not all that Pillow knows: for an EPS file it starts Ghostscript, which runs what stands in it.
-FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-           if name in Image.OPEN]  # the last needs a newer Pillow
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd files; here, for filters are the whole process's
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """Those that this Pillow has; AVIF is a newer one's. Its plugins are many: loaded for the first picture."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def read_picture(path: str | Path, size: int | None, content: bytes | None = None) -> np.ndarray:
@@ -32,7 +38,7 @@ def read_picture(path: str | Path, size: int | None, content: bytes | None = Non
     try:
         if content is None and not stat.S_ISREG(os.stat(path).st_mode):
             raise OSError(errno.EINVAL, "it is no file")  # to read from a pipe would never end
-        with Image.open(file, formats=FORMATS) as image:
+        with Image.open(file, formats=_formats()) as image:
             if size:  # a JPEG can be decoded at 1/2, 1/4 or 1/8, which is several times faster
                 image.draft(None, (2 * size, 2 * size))
             image.load()

@@ -13,6 +13,7 @@ Shapes: B pictures, H, W; F features.
 import functools
 import hashlib
 import io
+from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
@@ -28,12 +29,13 @@ from tfusion.errors import UserError
 from tfusion.evals import figure, scenes
 from tfusion.evals.base import Evaluator, LeftOut, Options, register
 from tfusion.inference.trained import Trained
+from tfusion.models.codecs.base import CHUNK, in_chunks
+from tfusion.models.codecs.network import to_unit
 
 EXTRACTOR = "extractor.npz"
 SHA256 = "1666015e29904e756e2eaaf68299534604d639bd89bfa1a795b27a0cda1b56b0"
 FEATURES = 64
 WIDTHS = (24, 48, FEATURES)
-AT_ONCE = 256
 REDRAWN = 2  # seed of the jitter of the floor
 
 
@@ -54,10 +56,6 @@ class Extractor(nn.Module):
         return features_BF, nouns(hidden), canvases(hidden)
 
 
-def scaled(images_uint8):
-    return jnp.float32(images_uint8) / 127.5 - 1
-
-
 @functools.lru_cache(maxsize=1)
 def shipped() -> dict:
     """The extractor's parameters. Raises UserError where the file is another than figures are made with."""
@@ -72,8 +70,12 @@ def shipped() -> dict:
 def features(images: np.ndarray, params: dict | None = None) -> np.ndarray:
     """uint8 (n, H, W, 3) -> float64 (n, F)."""
     params = shipped() if params is None else params
-    apply = jax.jit(lambda x: Extractor().apply({"params": params}, scaled(x))[0])
-    return np.concatenate([np.float64(apply(images[i : i + AT_ONCE])) for i in range(0, len(images), AT_ONCE)])
+    return np.float64(in_chunks(partial(_features, params), images, CHUNK))
+
+
+@jax.jit
+def _features(params: dict, images):
+    return Extractor().apply({"params": params}, to_unit(images))[0]
 
 
 def _root(matrix: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from tfusion.data import layout
 from tfusion.inference import chameleon, transfusion
 from tfusion.inference.base import Decoder, register
 from tfusion.inference.trained import Trained
+from tfusion.models.codecs import num_codes
 
 CHUNK = 64
 KINDS = {"transfusion": transfusion, "chameleon": chameleon}
@@ -23,8 +24,8 @@ def decoder(run: Trained) -> Decoder:
         return Decoder()
     if run.codec is None:
         return Decoder(go_on=go_on)
-    num_codes = getattr(run.codec, "num_codes", 0)
-    return Decoder(draw, describe, go_on, reconstruct, codes if num_codes else None, num_codes,
+    number = num_codes(run.codec)
+    return Decoder(draw, describe, go_on, reconstruct, codes if number else None, number,
                    image_size=run.codec.image_size)
 
 

@@ -24,8 +24,8 @@ from tfusion import config, experiment
 from tfusion.errors import UserError
 from tfusion.paths import replace_text
 from tfusion.scaling import ladder
+from tfusion.scaling.results import POINTS
 
-FILE = "points.jsonl"
 VERBS = ("prepare", "train", "evaluate")
 GIVEN = {"name", "config", "overrides", "verbs", "flags", "tags"}
 NAME, NAMED = re.compile(r"[A-Za-z0-9_][\w.-]*"), re.compile(r"\{([\w.-]+)\}")
@@ -54,7 +54,6 @@ class Point(NamedTuple):
         """Points that it names, itself aside."""
         values = [*self.overrides.values(), *(v for flags in self.flags.values() for v in flags.values())]
         return sorted({name for value in values for name in NAMED.findall(str(value))} - {self.name})
-
 
     @property
     def folder(self) -> Path:
@@ -139,7 +138,7 @@ def _check_different(points: list[Point], where: str) -> None:
 
 def read(out: Path) -> list[Point]:
     """Raises UserError where there is no sweep, or its file is broken."""
-    path = out / FILE
+    path = out / POINTS
     if not path.is_file():
         raise UserError(f"{path} not found: `python -m tfusion.sweep --config=experiments/FILE.py:words "
                         f"--out={out}` writes it")
@@ -153,14 +152,14 @@ def read(out: Path) -> list[Point]:
 def freeze(out: Path, points: list[Point]) -> bool:
     """Writes points.jsonl; False where it is there and says the same. Raises UserError where it says something
     else."""
-    if (out / FILE).is_file():
+    if (out / POINTS).is_file():
         if told := differences(read(out), points):
             more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
-            raise UserError(f"{out / FILE} is another sweep: {'; '.join(told[:SHOWN])}{more}. Name another "
+            raise UserError(f"{out / POINTS} is another sweep: {'; '.join(told[:SHOWN])}{more}. Name another "
                             "--out, or put the experiment back as it was")
         return False
     out.mkdir(parents=True, exist_ok=True)
-    replace_text(out / FILE, "".join(json.dumps(point._asdict()) + "\n" for point in points))
+    replace_text(out / POINTS, "".join(json.dumps(point._asdict()) + "\n" for point in points))
     return True
 
 

@@ -9,10 +9,10 @@ from tfusion.errors import PREEMPTED
 from tfusion.objectives import make_objective
 from tfusion.paths import replace_text
 from tfusion.scaling.points import Point, place
-from tfusion.scaling.results import kept
+from tfusion.scaling.results import EVALUATION, OUTCOME, SUMMARY, kept, read_json
 from tfusion.training.writers import logged
 
-LOCK, LOG, OUTCOME = "sweep.lock", "sweep.log", "sweep.json"  # of who runs its verbs; what the last one came to
+LOCK, LOG = "sweep.lock", "sweep.log"  # of who runs its verbs
 STATES = FINISHED, RUNNING, FAILED, INTERRUPTED, STOPPED, WAITING = (
     "finished", "running", "failed", "preempted", "stopped", "waiting")
 RECENT = 20  # lines of the log that a pace is taken of
@@ -34,24 +34,16 @@ def configured(point: Point, points: dict[str, Point]) -> config.RunConfig:
     return config.changed(config.from_dict(point.resolved), named)
 
 
-def _json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _prepared(folder: Path, cfg) -> bool:
     return (Path(cfg.data.prepared) / "meta.json").is_file()
 
 
 def _trained(folder: Path, cfg) -> bool:
-    return _json(folder / "summary.json").get("steps") == cfg.train.num_steps
+    return (read_json(folder / SUMMARY) or {}).get("steps") == cfg.train.num_steps
 
 
 def _evaluated(folder: Path, cfg) -> bool:
-    return _json(folder / "evaluation" / "metrics.json").get("step") == cfg.train.num_steps
+    return (read_json(folder / EVALUATION) or {}).get("step") == cfg.train.num_steps
 
 
 DONE = {"prepare": _prepared, "train": _trained, "evaluate": _evaluated}  # what a verb writes last
@@ -74,7 +66,7 @@ def state(point: Point, points: dict[str, Point], results: Path | None = None) -
     if results and kept(results, point.name, point.config_hash):
         return State(FINISHED, "", steps, steps, None, {}, "")
     folder, verb = point.folder, next_verb(point, points)
-    outcome, lines = _json(folder / OUTCOME), _logged(folder)
+    outcome, lines = read_json(folder / OUTCOME) or {}, _logged(folder)
     step = lines[-1]["step"] if lines else 0
     failed = outcome.get("status", 0) != 0
     held = any(workdir.is_held(folder / name) for name in (workdir.LOCK, LOCK))

@@ -17,27 +17,29 @@ from tfusion.errors import UserError
 from tfusion.paths import replace_bytes, replace_text
 from tfusion.training.writers import logged
 
+POINTS = "points.jsonl"  # of a sweep: a line each
 RESULT, LOG = "result.json", "metrics.jsonl"
 OUTCOME = "sweep.json"  # what a point's last verb came to, where a sweep ran it
-EVALUATION = "evaluation/metrics.json"
-DONE = ("config.json", "summary.json", EVALUATION)  # a run that has these is trained and evaluated
+SUMMARY, EVALUATION = "summary.json", "evaluation/metrics.json"  # written last by training, by an evaluation
+DONE = ("config.json", SUMMARY, EVALUATION)  # a run that has these is trained and evaluated
 COPIED = (*DONE, "timing.json", "evaluation/timing.json", "evaluation/scenes/drawn.jsonl",
           "evaluation/scenes/told.jsonl")
 LINES = 100  # of the log that are kept, besides those of evaluations
 ACROSS, SAMPLES = 8, 32  # pictures in samples.png
 
 
-def read_json(path: Path):
+def read_json(path: Path) -> dict | None:
     """None where it is absent or broken: a process that was killed leaves such."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def is_whole(folder: Path, steps: int | None = None) -> bool:
     """Whether a folder holds a run that is trained to its end, of so many steps, and was evaluated there."""
-    summary, evaluation = (read_json(folder / name) for name in ("summary.json", EVALUATION))
+    summary, evaluation = (read_json(folder / name) for name in (SUMMARY, EVALUATION))
     return bool(summary and evaluation and (folder / "config.json").is_file()
                 and evaluation.get("step") == summary["steps"] == (steps or summary["steps"]))
 
@@ -50,7 +52,7 @@ def kept(results: Path, name: str, config_hash: str) -> Path | None:
 
 def why_not(workdir: Path) -> str:
     """Of a point that is not finished: how far its workdir has come, and what the last verb failed of."""
-    summary, evaluation, outcome = (read_json(workdir / name) for name in ("summary.json", EVALUATION, OUTCOME))
+    summary, evaluation, outcome = (read_json(workdir / name) for name in (SUMMARY, EVALUATION, OUTCOME))
     if outcome and outcome.get("status"):
         return f"{outcome['verb']} ended with {outcome['status']}: {outcome['why']}".rstrip(": ")
     if summary and evaluation:

@@ -14,7 +14,7 @@ from tfusion.scaling.fits import Fit, Point, Surface, TooFew, loss_surface, powe
 from tfusion.scaling.parity import Ratio, parity
 from tfusion.training.writers import logged
 
-POINTS, NEEDED = "points.jsonl", ("name", "workdir", "config_hash", "params", "tokens")
+NEEDED = ("name", "workdir", "config_hash", "params", "tokens")
 CANDIDATE, BASELINE = "transfusion", "chameleon"  # whose line, and whose largest run it has to match
 AXES = {"six_nd": "6ND", "flops": "exact FLOPs"}
 LADDER = "ladder"  # of a point's tags: `part`; others vary one thing at few sizes
@@ -97,7 +97,7 @@ class Study(NamedTuple):
 def read_points(sweep: Path) -> list[dict]:
     """The frozen points of a sweep that are evaluated, lines of points.jsonl. Raises UserError where there are
     none, or one lacks what is read here."""
-    path = sweep / POINTS
+    path = sweep / results.POINTS
     try:
         lines = path.read_text().splitlines()
     except OSError as e:

@@ -106,6 +106,11 @@ class Arrays:
         write(path, {"kind": self.kind, "cfg": self._about()}, self._arrays())
 
 
+def num_codes(codec: Codec) -> int:
+    """Of one that makes latents: 0."""
+    return getattr(codec, "num_codes", 0)
+
+
 def check_codes(codes, num_codes: int):
     """int32. Raises UserError where they are not whole numbers from 0 to num_codes - 1."""
     codes = np.asarray(codes)
