@@ -24,7 +24,9 @@ def draw(shapes, seed: int):
 
     def one(path, x):
         noise, name = rng.standard_normal(x.shape), jax.tree_util.keystr(path)
-        return np.float32(1 + 0.2 * noise if "scale" in name else noise * (x.shape or (1, 1))[-2:][0] ** -0.5)
+        drawn = np.float32(1 + 0.2 * noise if "scale" in name else noise * (x.shape or (1, 1))[-2:][0] ** -0.5)
+        drawn.flags.writeable = False  # the tests share them
+        return drawn
 
     return jax.tree_util.tree_map_with_path(one, shapes)
 
