@@ -4,11 +4,14 @@
   launch/local.sh --sweep=sweeps/x            runs what is missing on this machine; killed, the same goes on
   launch/local.sh --sweep=sweeps/x --parallel=2 --retry       two at a time; those that failed too
   python -m tfusion.sweep --status --out=sweeps/x             how far each is, from its workdir alone
+  python -m tfusion.sweep --jobs --out=sweeps/x [--retry]     what a launcher submits: INDEX, NAME, TOPOLOGY
+  python -m tfusion.sweep --point=NAME --out=sweeps/x         what the job of a point runs, on each of its hosts
 
 A point is a config with single values changed, and the verbs that are run on it (scaling/points.py says how an
 experiment lists them). What is frozen stays: an experiment that says otherwise later is refused.
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -16,15 +19,21 @@ from tqdm import tqdm
 
 from tfusion import experiment, paths
 from tfusion.errors import UserError, run
-from tfusion.scaling import points, progress, runner
+from tfusion.scaling import jobs, points, progress, runner
 
 CONFIG = flags.DEFINE_string("config", None, "experiments/FILE.py[:words], which has a get_sweep")
-OUT = paths.define("out", None, "folder of the sweep: points.jsonl, and a workdir of each point")
+OUT = paths.define("out", None, "folder of the sweep: points.jsonl, and a workdir of each point; gs:// too",
+                   buckets=True)
 STATUS = flags.DEFINE_bool("status", False, "show how far the points are")
 RUN = flags.DEFINE_bool("run", False, "run what is missing (launch/local.sh --sweep=OUT)")
 PARALLEL = flags.DEFINE_integer("parallel", 1, "points at a time", lower_bound=1)
 RESULTS = paths.define("results", None, "what `report --scaling --results=DIR` kept: it is not run again")
-RETRY = flags.DEFINE_bool("retry", False, "run those that failed too")
+RETRY = flags.DEFINE_bool("retry", False, "--run, --jobs: those that failed too")
+JOBS = flags.DEFINE_bool("jobs", False, "print the points that are to be submitted now, for launchers: a line "
+                         "each, its line in points.jsonl from 0, name and topology between tabs")
+POINT = flags.DEFINE_string("point", None, "run what is left of this point, by name or line from 0: what a job "
+                            "does on each of its hosts")
+ASKED = "--config=experiments/FILE.py, --status, --run, --jobs, --point=NAME"
 
 
 def freeze(name: str, out: Path) -> None:
@@ -58,14 +67,29 @@ def show(out: Path, results: Path | None) -> None:
     print(", ".join(f"{number} {what}" for what, number in counts.items() if number))
 
 
+def show_jobs(out: Path, results: Path | None) -> None:
+    """On stdout the jobs, for a script; on stderr how many points are what, for its user."""
+    due = jobs.due(points.read(out), RETRY.value, results)
+    for index, point in due.submit:
+        print(index, point.name, point._asdict().get("topology") or "", sep="\t")
+    print(f"{out}: " + ", ".join(f"{number} {what}" for what, number in due.counts.items()), file=sys.stderr)
+
+
 def main() -> None:
-    if OUT.value is None or (CONFIG.value is not None) + STATUS.value + RUN.value != 1:
-        raise UserError("--out=DIR is needed, and one of --config=experiments/FILE.py, --status, --run")
-    out, results = Path(OUT.value), RESULTS.value and Path(RESULTS.value)
+    asked = [CONFIG.value is not None, STATUS.value, RUN.value, JOBS.value, POINT.value is not None]
+    if OUT.value is None or sum(asked) != 1:
+        raise UserError(f"--out=DIR is needed, and one of {ASKED}")
+    out, results = paths.path(OUT.value), RESULTS.value and Path(RESULTS.value)
     if CONFIG.value is not None:
         freeze(CONFIG.value, out)
     elif STATUS.value:
         show(out, results)
+    elif JOBS.value:
+        show_jobs(out, results)
+    elif POINT.value is not None:
+        sys.exit(jobs.run(out, points.read(out), POINT.value))
+    elif paths.in_bucket(out):
+        raise UserError(f"--run works in a local folder, not in {out}: submit jobs (launch/README.md)")
     else:
         runner.Runner(out, points.read(out), PARALLEL.value, RETRY.value, results).run()
 

@@ -56,6 +56,7 @@ def test_n_is_the_shared_transformer_with_the_texts_embeddings():
     ('[dict(name="a", config="FILE")] * 2', "two points are named 'a', and would share one workdir"),
     ('[dict(name=x, config="FILE") for x in "ab"]', "points 'a' and 'b' are one and the same run"),
     ('[dict(name="a/b", config="FILE")]', "letters, digits, _ . and -, not 'a/b'"),
+    ('[dict(name="7", config="FILE")]', "not '7'; nor is it a number alone"),
     ('[dict(name="a", config="FILE", verb=["train"])]', "point 'a' has 'verb'; known: config, flags, name"),
     ('[dict(name="a", config="FILE", verbs=["fly"])]', "no verb 'fly' for points; choices: prepare, train"),
     ('[dict(name="a", config="FILE", verbs=[])]', "verbs = []; choices: prepare, train, evaluate"),

@@ -38,11 +38,29 @@ def test_the_status_has_a_line_a_point_and_a_sum(sweep, capsys):
                     ["b", "waiting", "train", "0/60"], ["1", "failed,", "2", "waiting"]]
 
 
-@pytest.mark.parametrize("given", [{}, {"STATUS": True, "RUN": True}, {"CONFIG": "x.py", "STATUS": True}])
+def test_jobs_are_lines_for_a_script_and_a_sum_for_its_user(sweep, capsys):
+    sweep.freeze()
+    (sweep.out / "data" / "made").mkdir(parents=True)
+    (sweep.out / "data" / "made" / "meta.json").write_text("{}")
+    verb.show_jobs(sweep.out, None)
+    said = capsys.readouterr()
+    assert said.out == "1\ta\t\n2\tb\t\n"
+    assert said.err == f"{sweep.out}: 1 finished, 2 to submit\n"
+
+
+@pytest.mark.parametrize("given", [{}, {"STATUS": True, "RUN": True}, {"CONFIG": "x.py", "STATUS": True},
+                                   {"JOBS": True, "POINT": "a"}])
 def test_one_thing_is_asked_of_it(given, monkeypatch, tmp_path):
     for name, value in ({"OUT": str(tmp_path)} | given).items():
         monkeypatch.setattr(verb, name, SimpleNamespace(value=value))
-    with pytest.raises(UserError, match=r"one of --config=experiments/FILE\.py, --status, --run"):
+    with pytest.raises(UserError, match=r"one of --config=experiments/FILE\.py, --status, --run, --jobs, --point"):
+        verb.main()
+
+
+def test_a_sweep_in_a_bucket_is_not_run_here(monkeypatch):
+    for name, value in {"OUT": "gs://bucket/sweep", "RUN": True}.items():
+        monkeypatch.setattr(verb, name, SimpleNamespace(value=value))
+    with pytest.raises(UserError, match="--run works in a local folder, not in gs://bucket/sweep: submit jobs"):
         verb.main()
 
 

@@ -20,7 +20,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from tfusion import config, experiment
+from tfusion import config, experiment, paths
 from tfusion.errors import UserError
 from tfusion.paths import replace_text
 from tfusion.scaling import ladder
@@ -28,7 +28,7 @@ from tfusion.scaling.results import POINTS
 
 VERBS = ("prepare", "train", "evaluate")
 GIVEN = {"name", "config", "overrides", "verbs", "flags", "tags"}
-NAME, NAMED = re.compile(r"[A-Za-z0-9_][\w.-]*"), re.compile(r"\{([\w.-]+)\}")
+NAME, NAMED = re.compile(r"(?!\d+$)[A-Za-z0-9_][\w.-]*"), re.compile(r"\{([\w.-]+)\}")
 SHOWN = 3  # differences that are named
 
 
@@ -41,7 +41,7 @@ class Point(NamedTuple):
     verbs: list[str]
     flags: dict  # {verb: {flag: value}}
     tags: dict
-    workdir: str  # the sweep's folder, as it was named, and the name
+    workdir: str  # the name, in the sweep's folder wherever that lies
     config_hash: str  # of `resolved`, the same wherever the sweep lies
     flops: float  # expected of the whole run: exact model FLOPs
     tokens: int | None  # D, codes and patches among them; None without a transformer
@@ -57,7 +57,7 @@ class Point(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        return Path(self.workdir)
+        return paths.path(self.workdir)
 
 
 def place(text, points: dict[str, Point]):
@@ -99,7 +99,8 @@ def make(given: list[dict], where: str, out: Path) -> list[Point]:
         if unknown := one.keys() - GIVEN:
             raise UserError(f"{where}: point '{name}' has '{min(unknown)}'; known: {', '.join(sorted(GIVEN))}")
         if not (isinstance(name, str) and NAME.fullmatch(name)):
-            raise UserError(f"{where}: a point's name is letters, digits, _ . and -, not {name!r}")
+            raise UserError(f"{where}: a point's name is letters, digits, _ . and -, not {name!r}; nor is it a "
+                            "number alone")
         if name in points:
             raise UserError(f"{where}: two points are named '{name}', and would share one workdir")
         try:
@@ -143,8 +144,9 @@ def read(out: Path) -> list[Point]:
         raise UserError(f"{path} not found: `python -m tfusion.sweep --config=experiments/FILE.py:words "
                         f"--out={out}` writes it")
     try:
-        return [Point(**json.loads(line)) for line in path.read_text().splitlines()]
-    except (ValueError, TypeError) as e:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return [Point(**line | {"workdir": str(out / line["name"])}) for line in lines]
+    except (ValueError, TypeError, KeyError) as e:
         raise UserError(f"{path} is broken ({e}): move it away, and the command that wrote it writes it again"
                         ) from e
 

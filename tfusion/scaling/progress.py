@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from tfusion import config, workdir
+from tfusion import config, paths, workdir
 from tfusion.errors import PREEMPTED
 from tfusion.objectives import make_objective
 from tfusion.paths import replace_text
@@ -35,7 +35,7 @@ def configured(point: Point, points: dict[str, Point]) -> config.RunConfig:
 
 
 def _prepared(folder: Path, cfg) -> bool:
-    return (Path(cfg.data.prepared) / "meta.json").is_file()
+    return (paths.path(cfg.data.prepared) / "meta.json").is_file()
 
 
 def _trained(folder: Path, cfg) -> bool:
@@ -49,10 +49,15 @@ def _evaluated(folder: Path, cfg) -> bool:
 DONE = {"prepare": _prepared, "train": _trained, "evaluate": _evaluated}  # what a verb writes last
 
 
-def next_verb(point: Point, points: dict[str, Point]) -> str:
-    """The first of its verbs that is not done; "" where all are."""
+def verbs_left(point: Point, points: dict[str, Point]) -> list[str]:
+    """Its verbs that are not done, in their order."""
     cfg, folder = configured(point, points), point.folder
-    return next((verb for verb in point.verbs if not DONE[verb](folder, cfg)), "")
+    return [verb for verb in point.verbs if not DONE[verb](folder, cfg)]
+
+
+def next_verb(point: Point, points: dict[str, Point]) -> str:
+    """The first of them; "" where all are done."""
+    return next(iter(verbs_left(point, points)), "")
 
 
 def note(folder: Path, verb: str, status: int, why: str) -> None:
