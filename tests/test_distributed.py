@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
+import tfusion
 from tests.conftest import import_verb
 from tfusion import distributed
 from tfusion.errors import UserError
@@ -223,6 +224,9 @@ class Client:
     def key_value_try_get(self, key: str) -> str:
         return self.said[key]
 
+    def blocking_key_value_get(self, key: str, milliseconds: int) -> str:
+        return self.said[key]
+
     def wait_at_barrier(self, *_) -> None:
         pass
 
@@ -263,6 +267,17 @@ def test_who_was_started_unlike_process_0_is_told_in_what(monkeypatch):
     monkeypatch.setattr(distributed, "broadcast", lambda mine: {"seed": 0, "shape": [1, 2], "x": 1})
     with pytest.raises(UserError, match=r"unlike process 0: seed = 1, not 0, x = None, not 1: start all with"):
         distributed.check_alike({"seed": 1, "shape": (1, 2)})
+
+
+def test_other_software_is_named_with_both_values():
+    client = Client()
+    distributed._check_software(client, 0)
+    distributed._check_software(client, 1)  # the same
+    theirs = json.loads(client.said["tfusion/software"])
+    assert theirs["tfusion"].startswith(f"{tfusion.__version__} (sources ") and theirs["verb"]
+    client.said["tfusion/software"] = json.dumps(theirs | {"Python": "2.7", "verb": "sample"})
+    with pytest.raises(UserError, match=r"process 1, on .*: Python = 3\.\d+, not 2\.7, verb = \S+, not sample"):
+        distributed._check_software(client, 1)
 
 
 def test_a_workdir_that_is_another_than_process_0s(monkeypatch, tmp_path):

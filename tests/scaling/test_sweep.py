@@ -53,7 +53,7 @@ def test_jobs_are_lines_for_a_script_and_a_sum_for_its_user(sweep, capsys):
 def test_one_thing_is_asked_of_it(given, monkeypatch, tmp_path):
     for name, value in ({"OUT": str(tmp_path)} | given).items():
         monkeypatch.setattr(verb, name, SimpleNamespace(value=value))
-    with pytest.raises(UserError, match=r"one of --config=experiments/FILE\.py, --status, --run, --jobs, --point"):
+    with pytest.raises(UserError, match=r"one of --config=experiments/FILE\.py, --status, --run, --jobs, --p"):
         verb.main()
 
 
