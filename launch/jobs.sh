@@ -6,16 +6,14 @@
 # [--retry] for a job per point that `python -m tfusion.sweep --jobs` names. An engine defines
 #   state NAME            prints nothing where it has no such job, else live, ended or failed
 #   forget NAME           removes what is left of a job that ended, where its name would be in the way
-#   submit NAME VERB FLAGS...    with chip, shape, chips, slices, hosts and slice_name set (`slice`)
+#   submit NAME VERB FLAGS...    with chip, shape, chips, slices, slice_name and RESTARTED set
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PATH="$PWD/.venv/bin:$PATH"
 
 RESTARTS=${RESTARTS:-20}  # of one job, at most
 GRACE=${GRACE:-600}       # seconds from SIGTERM to SIGKILL: longer than a step and a save together
-# shellcheck disable=SC2034  # these and `cache` are for the scripts
-RESTARTED=$(python -c 'from tfusion.errors import RESTARTED; print(*RESTARTED, sep=",")')  # exit statuses
-# shellcheck disable=SC2034
+# shellcheck disable=SC2034  # it is for the scripts, as are `cache` and what `slice` sets
 read -r -a more <<<"${ENGINE_FLAGS-}"  # further flags of the engine's own command
 
 die() {
@@ -31,22 +29,23 @@ wanted() {  # NAME WHAT: a variable must be set
   [[ -n "${!1-}" ]] || die "$1 is not set: $2"
 }
 
-slice() {  # TOPOLOGY: sets what it is; an unknown one ends with the nearest names
+slice() {  # TOPOLOGY: sets what it is, and RESTARTED; an unknown one ends with the nearest names
   local found
   found=$(python - "$1" <<'END'
-import math, sys
+import sys
 from tfusion.accelerators import parse_accelerator
-from tfusion.errors import UserError
+from tfusion.errors import RESTARTED, UserError
 try:
     it = parse_accelerator(sys.argv[1])
 except UserError as e:
     sys.exit(f"error: {e}")
 count = it.chips_per_slice * it.chip.count_per_chip
-print(it.chip.name, it.topology, it.chips_per_slice, it.num_slices, f"{it.chip.prefixes[0]}{count}")
+print(it.chip.name, it.topology, it.chips_per_slice, it.num_slices, f"{it.chip.prefixes[0]}{count}",
+      ",".join(map(str, RESTARTED)))
 END
   ) || exit 1
-  # shellcheck disable=SC2034  # some are for the scripts alone
-  read -r chip shape chips slices slice_name <<<"$found"
+  # shellcheck disable=SC2034
+  read -r chip shape chips slices slice_name RESTARTED <<<"$found"
 }
 
 machine() {  # Google's name of one VM of a TPU slice; a VM of a v5e or v6e slice of several holds four chips
@@ -74,8 +73,9 @@ value() {  # FLAG FLAGS...: the last value of --FLAG=..., or of --FLAG ...
 
 job_name() {  # TEXT KEY: readable, the same for the same key, another for another, at most 28 characters
   local text
-  text=$(tr '[:upper:]' '[:lower:]' <<<"$1" | tr -cs '[:alnum:]' - | sed 's/^-*//; s/^[0-9]/p&/')
+  text=$(LC_ALL=C tr '[:upper:]' '[:lower:]' <<<"$1" | LC_ALL=C tr -cs '[:alnum:]' - | sed 's/^-*//; s/^[0-9]/p&/')
   text=${text:0:19}
+  text=${text:-p}
   printf '%s-%08x' "${text%-}" "$(cksum <<<"$2" | cut -d' ' -f1)"
 }
 

@@ -13,6 +13,7 @@
 
 tool gcloud "install the Google Cloud CLI, then gcloud auth login"
 where=(${ZONE:+"--zone=$ZONE"} ${PROJECT:+"--project=$PROJECT"})
+if [[ -n "${DATA-}" ]]; then SHARED=${SHARED-data}; fi
 VALID=${VALID:-6h} POLL_S=${POLL_S:-30}
 code=$(mktemp -d)
 trap 'rm -rf "$code"' EXIT
@@ -126,6 +127,7 @@ ready() {  # NAME: the slice is there, with this code on it; where one was taken
   done
 }
 
+# shellcheck disable=SC2329  # a trap calls it
 release() {  # NAME: gives back what there is of it
   if [[ -n "${KEEP-}" ]]; then
     echo "$1: stays, and costs; the same command without KEEP=1 gives it back when it has run"
@@ -166,12 +168,20 @@ work() {  # NAME VERB FLAGS...: until it is done, or not worth a restart. A proc
 }
 
 submit() {
+  trap '' INT  # so it is for the job too, which a Ctrl-C would reach as well
   work "$@" &
   running+=($!)
+  trap stop_all INT
+}
+
+# shellcheck disable=SC2329  # a trap calls it
+stop_all() {
+  stops=$((stops + 1))
+  ((${#running[@]} == 0)) || kill -TERM "${running[@]}" 2>/dev/null || true
 }
 
 stops=0
-trap 'stops=$((stops + 1)); ((${#running[@]} == 0)) || kill -TERM "${running[@]}" 2>/dev/null || true' TERM INT
+trap stop_all TERM INT
 submit_all "$@"
 worst=0
 for child in "${running[@]}"; do
