@@ -43,7 +43,7 @@ def test_freed_memory_goes_back_to_the_system():
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
-    for name in (*distributed.OURS, *distributed.NUM_PROCESSES, "TPU_WORKER_HOSTNAMES"):
+    for name in (*distributed.OURS, *distributed.NUM_PROCESSES, "TPU_WORKER_HOSTNAMES", "JAX_LOCAL_DEVICE_IDS"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -61,6 +61,7 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[3-4],x", "SLURM_NTASK
     (SLURM | {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
      ("h:1", 2, 0, None)),
     (SLURM | {"JAX_COORDINATOR_ADDRESS": "h:1"}, ("h:1", 8, 5, [1])),
+    (SLURM | {"JAX_LOCAL_DEVICE_IDS": "2,3"}, ("node3:61447", 8, 5, None)),
     ({"TPU_WORKER_HOSTNAMES": "localhost"}, None)], ids=lambda x: next(iter(x), "none") if x else "-")
 def test_where_a_process_stands(monkeypatch, environment, place):
     """What is said explicitly stands before what JAX finds."""

@@ -101,6 +101,8 @@ def find_place() -> Place | None:
             raise UserError(f"JAX cannot tell which of several processes this is ({e}); set {', '.join(OURS)} "
                             "for each") from e
         place = Place(*found) if None not in found[:3] else None
+        if place and os.environ.get("JAX_LOCAL_DEVICE_IDS"):  # JAX reads it; else it takes one GPU on SLURM
+            place = place._replace(devices=None)
     if place is None:
         said = {} if given.get(NUMBER) == "1" else given or _said_by_launchers()
         if said:

@@ -57,12 +57,14 @@ def show(out: Path, results: Path | None) -> None:
     frozen = points.read(out)
     named = {point.name: point for point in frozen}
     states = {point.name: progress.state(point, named, results) for point in frozen}
-    width = max(map(len, named))
+    width = max(map(len, ["point", *named]))
+    print(f"{'point':{width}}  {'is':9}  {'verb':8}  {'step':>11}  {'ETA':>8}  goodput  restarts")
     for name, s in states.items():
         where = f"{s.step}/{s.steps}" if s.steps else ""
         losses = "  ".join(f"{key} {value:.4f}" for key, value in s.losses.items())
-        print(f"{name:{width}}  {s.what:9}  {s.verb:8}  {where:>11}  {minutes(s.eta):>8}  "
-              f"{s.why or losses}".rstrip())
+        share = "" if s.goodput is None else f"{s.goodput:.0%}"
+        print(f"{name:{width}}  {s.what:9}  {s.verb:8}  {where:>11}  {minutes(s.eta):>8}  {share:>7}  "
+              f"{s.restarts or '':>8}  {s.why or losses}".rstrip())
     counts = {what: sum(s.what == what for s in states.values()) for what in progress.STATES}
     print(", ".join(f"{number} {what}" for what, number in counts.items() if number))
 

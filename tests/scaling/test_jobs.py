@@ -143,11 +143,14 @@ def test_a_sweep_may_lie_in_a_bucket_and_anywhere_else_than_it_was_frozen(sweep,
     assert [str(point.folder) for point in frozen] == [f"{there}/a", f"{there}/b"]
     progress.note(frozen[0].folder, "train", 1, "error: no")
     (there / "b" / "metrics.000000000001.jsonl").write_text('{"step": 20, "time": 1.0, "train/lm_loss": 2.5}\n')
+    (there / "b" / "goodput.json").write_text(json.dumps(
+        {"seconds": {"step": 1.0, "lost": 3.0}, "attempts": [{"seconds": {}}] * 3}))
     (there / "b" / workdir.LOCK).write_text(json.dumps({"who": "x", "token": "y", "time": time.time()}))
     named = {point.name: point for point in frozen}
     a, b = (progress.state(point, named) for point in frozen)
     assert (a.what, a.why) == ("failed", "error: no")
     assert (b.what, b.step, b.losses) == ("running", 20, {"train/lm_loss": 2.5})
+    assert (a.goodput, a.restarts, b.goodput, b.restarts) == (None, None, 0.25, 2)
     found = jobs.due(frozen, retry=True)
     assert [point.name for _, point in found.submit] == ["a"] and found.counts["running"] == 1
 

@@ -30,11 +30,15 @@ def test_the_status_has_a_line_a_point_and_a_sum(sweep, capsys):
     sweep.freeze()
     (sweep.out / "a").mkdir()
     for name, tree in (("metrics.jsonl", {"step": 20, "time": 1.0, "train/lm_loss": 2.5}),
-                       ("sweep.json", {"verb": "train", "status": 1, "why": "error: no room"})):
+                       ("sweep.json", {"verb": "train", "status": 1, "why": "error: no room"}),
+                       ("goodput.json", {"seconds": {"init": 1.0, "step": 3.0}, "attempts": [
+                           {"seconds": {"init": 0.5}}, {"seconds": {"init": 0.5, "step": 3.0}}]})):
         (sweep.out / "a" / name).write_text(json.dumps(tree) + "\n")
     verb.show(sweep.out, None)
     said = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert said == [["data", "waiting", "prepare"], ["a", "failed", "train", "20/60", "error:", "no", "room"],
+    assert said == [["point", "is", "verb", "step", "ETA", "goodput", "restarts"],
+                    ["data", "waiting", "prepare"],
+                    ["a", "failed", "train", "20/60", "75%", "1", "error:", "no", "room"],
                     ["b", "waiting", "train", "0/60"], ["1", "failed,", "2", "waiting"]]
 
 

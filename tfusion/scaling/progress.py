@@ -10,6 +10,7 @@ from tfusion.objectives import make_objective
 from tfusion.paths import replace_text
 from tfusion.scaling.points import Point, place
 from tfusion.scaling.results import EVALUATION, OUTCOME, SUMMARY, kept, read_json
+from tfusion.training import goodput
 from tfusion.training.writers import logged
 
 LOCK, LOG = "sweep.lock", "sweep.log"  # of who runs its verbs
@@ -26,6 +27,8 @@ class State(NamedTuple):
     eta: float | None  # seconds that training takes yet, where it is under way and has a pace
     losses: dict  # the last ones that training logged
     why: str  # of a failure
+    goodput: float | None = None  # share of the training's wall time that went into steps
+    restarts: int | None = None  # how often training was begun again
 
 
 def configured(point: Point, points: dict[str, Point]) -> config.RunConfig:
@@ -84,7 +87,8 @@ def state(point: Point, points: dict[str, Point], results: Path | None = None) -
     else:
         what = STOPPED if folder.is_dir() else WAITING
     return State(what, verb, step, steps, _eta(lines, steps) if what == RUNNING and verb == "train" else None,
-                 _losses(point, lines), outcome.get("why", "") if what == FAILED else "")
+                 _losses(point, lines), outcome.get("why", "") if what == FAILED else "",
+                 *(goodput.of_run(folder) or (None, None)))
 
 
 def _logged(folder: Path) -> list[dict]:
