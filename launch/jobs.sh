@@ -3,7 +3,8 @@
 # and what can be found wrong before.
 #
 # Their settings are variables (each script lists its own), their arguments the flags of a verb, or --sweep=DIR
-# [--retry] for a job per point that `python -m tfusion.sweep --jobs` names. An engine defines
+# [--retry] for a job per point that `python -m tfusion.sweep --jobs` names. NAME: a single job's, instead of one
+# made of its verb and workdir. An engine defines
 #   state NAME            prints nothing where it has no such job, else live, ended or failed
 #   forget NAME           removes what is left of a job that ended, where its name would be in the way
 #   submit NAME VERB FLAGS...    with chip, shape, chips, slices, slice_name and RESTARTED set
@@ -55,7 +56,7 @@ machine() {  # Google's name of one VM of a TPU slice; a VM of a v5e or v6e slic
     v5e) echo "ct5lp-hightpu-${each}t" ;;
     v5p) echo ct5p-hightpu-4t ;;
     v6e) echo "ct6e-standard-${each}t" ;;
-    tpu7x) echo tpu7x-standard-4t ;;
+    tpu7x) echo "tpu7x-standard-$((chips == 1 ? 1 : 4))t" ;;
     *) die "$chip is no TPU: for GPUs launch/sky.sh or launch/slurm" ;;
   esac
 }
@@ -91,7 +92,7 @@ reachable() {  # VERB FLAGS...: folders that workers read and write must be wher
     if [[ -z "$path" ]]; then
       [[ "$flag" != "$must" ]] || die "$verb needs --$flag=gs://..., or a folder under SHARED: what a job writes" \
         "on its own disk is lost"
-    elif [[ "$path" != gs://?* && ("$path" != "${SHARED-}"/?* || -z "${SHARED-}") ]]; then
+    elif [[ "$path" != gs://?* && (-z "${SHARED-}" || "$path/" != "${SHARED%/}"/*) ]]; then
       die "--$flag=$path: workers do not see this machine's folders; name a bucket (gs://...), or set SHARED to" \
         "the folder above it that they see under the same path"
     fi
@@ -113,7 +114,7 @@ remote() {  # VERB FLAGS...: what a job runs on a TPU, for bash -c. `exec`: Pyth
 }
 
 check_image() {  # where the image is on this machine it is tried before anything is submitted
-  wanted IMAGE "the image that jobs run, such as us-docker.pkg.dev/PROJECT/REPOSITORY/tfusion:TAG (docs/launch.md)"
+  wanted IMAGE "the image that jobs run, such as us-docker.pkg.dev/PROJECT/REPOSITORY/tfusion:TAG (launch/README.md)"
   if command -v docker >/dev/null && docker image inspect "$IMAGE" >/dev/null 2>&1; then
     docker run --rm --entrypoint python "$IMAGE" -c 'import tfusion' >/dev/null 2>&1 ||
       die "IMAGE=$IMAGE cannot import tfusion: build it with the Dockerfile"
@@ -143,7 +144,7 @@ submit_all() {  # FLAGS... of a verb, or --sweep=DIR [--retry]
     reachable "$verb" "$@"
     workdir=$(value workdir "$@")
     cache=${workdir:+${workdir%/*}/compilation_cache}
-    consider again "$(job_name "$verb-${workdir##*/}" "$verb ${workdir:-$*}")" "$verb" "$@"
+    consider again "${NAME:-$(job_name "$verb-${workdir##*/}" "$verb ${workdir:-$*}")}" "$verb" "$@"
     return
   fi
   out=${1#--sweep=}

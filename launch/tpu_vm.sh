@@ -4,9 +4,10 @@
 #   TOPOLOGY=v5litepod-16 ZONE=us-west4-a [SPOT=1] launch/tpu_vm.sh --config=... --workdir=gs://...
 #   VERB=evaluate ... launch/tpu_vm.sh --workdir=gs://...      prepare, sample, export likewise
 #   ZONE=... launch/tpu_vm.sh --sweep=gs://... [--retry]       a slice per point that is not done, all at once
+#   NAME=mine KEEP=1 TOPOLOGY=... launch/tpu_vm.sh ...    the slice stays; NAME=mine again runs the next verb on it
 # v4 to v6e come as queued resources, of several slices too; tpu7x as a Compute Engine instance, of one host.
-# SPOT=1: cheap, and taken away at any time. DATA=gs://...: copied into data/ of each host. KEEP=1: the slice
-# stays, and costs, until you delete it. VALID=6h: how long to wait for it. PROJECT, ZONE: else gcloud's own.
+# SPOT=1: cheap, and taken away at any time. DATA=gs://...: what is in it is copied into data/ of each host.
+# VALID=6h: how long to wait for a slice. PROJECT, ZONE: else gcloud's own.
 # RUNTIME_VERSION: of the machines' software. SHARED, RESTARTS, ENGINE_FLAGS (of `create`): launch/jobs.sh.
 # shellcheck source=launch/jobs.sh
 . "$(dirname "$0")/jobs.sh"
@@ -130,7 +131,8 @@ ready() {  # NAME: the slice is there, with this code on it; where one was taken
 # shellcheck disable=SC2329  # a trap calls it
 release() {  # NAME: gives back what there is of it
   if [[ -n "${KEEP-}" ]]; then
-    echo "$1: stays, and costs; the same command without KEEP=1 gives it back when it has run"
+    echo "$1: stays, and costs, until: gcloud compute $(queued && echo tpus queued-resources || echo instances)" \
+      "delete $1 ${where[*]}$(! queued || echo ' --force')"
   elif [[ -n "$(status_of "$1")" ]] && ! delete "$1"; then
     echo "error: $1 may still be there, and cost: gcloud compute tpus queued-resources list ${where[*]}" >&2
   fi

@@ -17,7 +17,7 @@ OF_XPK = {"--cluster", "--zone", "--project"}
 OF_GCLOUD = {"--zone", "--project", "--format", "--quiet"}
 SSH = {"--node", "--worker", "--batch-size", "--command"}
 SWITCHES = {"--gke-disable-parallel-containers", "--quiet", "--force", "--spot", "--detach-run", "--yes",
-            "--all"}
+            "--all", "-r"}
 # {(tool, words): the flags that it has and we may use}. gcluster: cmd/job/*.go of cluster-toolkit 1.95.0, and
 # the mapping from xpk in docs/migration/xpk_to_clustertoolkit.md as of release 1.103.0; of the others
 # the --help: xpk 1.16.0, gcloud 528.0.0, sky 0.14.1.
@@ -28,6 +28,7 @@ FLAGS = {
         "--priority", "--service-account", "--queue", "--gke-nap-provisioning", "--placement-policy"},
     ("gcluster", "job", "list"): OF_JOBS,
     ("gcluster", "job", "cancel"): OF_JOBS,
+    ("gcluster", "job", "config", "set"): set(),
     ("xpk", "workload", "create"): OF_XPK | {
         "--workload", "--docker-image", "--command", "--tpu-type", "--num-slices", "--max-restarts",
         "--restart-on-exit-codes", "-tgps", "--priority", "--storage", "--spot"},
@@ -37,6 +38,7 @@ FLAGS = {
         "--accelerator-type", "--runtime-version", "--node-id", "--node-count", "--node-prefix", "--spot",
         "--valid-until-duration", "--reserved", "--service-account", "--network"},
     ("gcloud", "compute", "tpus", "queued-resources", "describe"): OF_GCLOUD,
+    ("gcloud", "compute", "tpus", "queued-resources", "list"): OF_GCLOUD,
     ("gcloud", "compute", "tpus", "queued-resources", "delete"): OF_GCLOUD | {"--force"},
     ("gcloud", "compute", "tpus", "queued-resources", "ssh"): OF_GCLOUD | SSH,
     ("gcloud", "compute", "tpus", "queued-resources", "scp"): OF_GCLOUD | SSH - {"--command"},
@@ -47,10 +49,15 @@ FLAGS = {
     ("gcloud", "compute", "instances", "delete"): OF_GCLOUD,
     ("gcloud", "compute", "ssh"): OF_GCLOUD | {"--command"},
     ("gcloud", "compute", "scp"): OF_GCLOUD,
+    ("gcloud", "auth", "login"): set(),
+    ("gcloud", "services", "enable"): OF_GCLOUD,
+    ("gcloud", "storage", "buckets", "create"): OF_GCLOUD | {"--location"},
+    ("gcloud", "storage", "cp"): OF_GCLOUD | {"-r"},
+    ("gcloud", "storage", "rsync"): OF_GCLOUD | {"-r"},
     ("sky", "jobs", "launch"): {"--name", "--detach-run", "--yes", "--env", "--infra"},
     ("sky", "jobs", "queue"): {"--all", "--output"},
 }
-NOT_LISTED = {"docker", "python"}  # stubs that no table is for
+NOT_LISTED = {"docker", "make", "python"}  # stubs that no table is for
 RECORD = """#!/usr/bin/env bash
 { printf '%s\\x1f' "${0##*/}" "$@"; printf '\\x1e'; } >>"$CALLS"
 """

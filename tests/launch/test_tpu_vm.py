@@ -16,14 +16,14 @@ RUN = ["--config=experiments/quickstart.py", "--workdir=gs://b/runs/x"]
 # A queue of statuses that the runs end with, and what becomes of the slice with each: "42", "1 SUSPENDED", ...
 GCLOUD = """slice="$CALLS.slice" ends="$CALLS.ends"
 case "$*" in
-  *" create "*)
+  "compute "*" create "*)
     if [[ -n "${NOQUOTA-}" ]]; then echo "ERROR: quota" >&2; exit 1; fi
     echo WAITING_FOR_RESOURCES >"$slice" ;;
-  *" describe "*)
+  "compute "*" describe "*)
     if [[ ! -f "$slice" ]]; then echo "ERROR: (gcloud) NOT_FOUND: no such slice" >&2; exit 1; fi
     echo "WARNING: something"; cat "$slice"
     if [[ $(cat "$slice") == WAITING_FOR_RESOURCES ]]; then echo ${GIVEN-ACTIVE} >"$slice"; fi ;;
-  *" delete "*) rm "$slice" ;;
+  "compute "*" delete "*) rm "$slice" ;;
   *"kill -0"*) [[ -f "$CALLS.alive" ]] ;;
   *"kill -TERM"*) touch "$CALLS.stopped" ;;
   *install.sh*) exit ${INSTALLED:-0} ;;
