@@ -5,6 +5,7 @@ minutes is recorded, and its flags are looked for in the verbs.
 
 import re
 import subprocess
+import sys
 
 import pytest
 
@@ -14,7 +15,7 @@ from tests.launch.test_tpu_vm import GCLOUD
 GUIDES = {name: (ROOT / "docs" / name).read_text() for name in ("first_slice.md", "ladder_on_v5p.md")}
 POINTS = [("transfusion-0.16b-seed0", "v5p-16"), ("chameleon-7b-seed0", "v5p-512")]
 PYTHON = r"""#!/usr/bin/env bash
-if [[ "$1" != -m ]]; then exec %s/.venv/bin/python "$@"; fi
+if [[ "$1" != -m ]]; then exec %s "$@"; fi
 { printf '%%s\x1f' python "$@"; printf '\x1e'; } >>"$CALLS"
 if [[ " $*" == *" --jobs"* ]]; then printf '%s'; fi
 """
@@ -37,7 +38,7 @@ def newcomer(engines, tmp_path):
     (place / "launch").unlink()
     subprocess.run(["cp", "-r", ROOT / "launch", place / "launch"], check=True)
     points = "".join(f"{number}\\t{name}\\t{topology}\\n" for number, (name, topology) in enumerate(POINTS))
-    python = PYTHON % (ROOT, points)
+    python = PYTHON % (sys.executable, points)
     for path in (place / ".venv/bin/python", engines.bin / "python"):
         path.write_text(python)
         path.chmod(0o755)
