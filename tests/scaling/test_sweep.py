@@ -49,7 +49,7 @@ def test_jobs_are_lines_for_a_script_and_a_sum_for_its_user(sweep, capsys):
     verb.show_jobs(sweep.out, None)
     said = capsys.readouterr()
     assert said.out == "1\ta\t\n2\tb\t\n"
-    assert said.err == f"{sweep.out}: 1 finished, 2 to submit\n"
+    assert said.err == f"{sweep.out}: 1 finished, 2 ready\n"
 
 
 @pytest.mark.parametrize("given", [{}, {"STATUS": True, "RUN": True}, {"CONFIG": "x.py", "STATUS": True},
