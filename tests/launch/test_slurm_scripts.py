@@ -25,7 +25,7 @@ def test_the_restart_list_is_that_of_the_package():
 
 @pytest.fixture
 def task(tmp_path):
-    """(variables) -> what task.sh says, in which Python says which devices JAX is told to take, and its status."""
+    """(variables) -> (what task.sh says, in which Python says which devices JAX is to take, its status)"""
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
