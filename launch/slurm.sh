@@ -19,7 +19,9 @@ if [[ "${1-}" == --retry ]]; then
 fi
 
 # The name tells this sweep's jobs from others': by where it lies.
-name=$(job_name "${out##*/}" "$(realpath --canonicalize-missing "$out")")
+where=$out
+[[ "$out" == gs://* ]] || where=$(realpath --canonicalize-missing "$out")
+name=$(job_name "${out##*/}" "$where")
 jobs=$(squeue --me --noheader --array --name="$name" --format='%K %T') || die "squeue failed"
 declare -A queued=() points=()
 while read -r index state; do

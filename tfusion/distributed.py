@@ -299,9 +299,9 @@ def _lost_another(error: BaseException | None) -> bool:
     return False
 
 
-def cache_folder() -> Path | None:
+def cache_folder(name: str = "compilations") -> Path | None:
     """Where compiled programs are kept; None where there is no home folder or it cannot be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tfusion", "compilations")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tfusion", name)
     try:
         if folder.is_absolute():  # else `~` is still there
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What srun starts as each process of a job (train.sbatch): the verb, on this process's share of the node's GPUs.
 set -euo pipefail
+exec 2>&1  # srun's own words are then alone on its stderr: train.sbatch reads them
 PATH="$PWD/.venv/bin:$PATH"
 
 chip=cpu
@@ -26,8 +27,7 @@ fi
 trap : TERM  # it is for Python: this shell waits for it
 status=0
 python -m "tfusion.${VERB:-train}" "$@" || status=$?
-# srun ends with the largest status of all processes. When one ends in an error, the others are stopped, and end
-# as if they had been preempted: a status that is not to be restarted must be larger than those.
+# A status that is not to be restarted is told from those of processes that are stopped after it: train.sbatch.
 case $status in
   0 | 42 | 134 | 137 | 139 | 143) exit "$status" ;;
   *) exit 255 ;;

@@ -16,6 +16,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.processes import free_port
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
@@ -52,6 +54,7 @@ PreemptMode=REQUEUE
 NodeName={host} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} RealMemory=4000
 NodeName={host}-2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs={cpus} RealMemory=4000
 PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime={grace}
+PartitionName=abrupt Nodes=ALL MaxTime=INFINITE PriorityTier=1
 PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 """
 
@@ -65,6 +68,13 @@ def missing() -> str:
         socket.getaddrinfo(platform.node(), 80)
         return ""
     return f"the name of this machine, {platform.node()}, does not resolve: a line of /etc/hosts does that"
+
+
+def absent(why: str) -> None:
+    """A loud skip; in CI an error."""
+    if os.environ.get("TFUSION_CI"):
+        pytest.fail(why)
+    pytest.skip(why)
 
 
 def _path() -> str:
@@ -94,7 +104,7 @@ class Cluster:
         self._daemon("slurmctld", "-D", "-f", self.environment["SLURM_CONF"])
         for node in nodes:
             self._daemon("slurmd", "-D", "-N", node, "-f", self.environment["SLURM_CONF"])
-        self._wait(lambda: self.run("sinfo", "--Node", "--noheader", "--format=%T").split() == ["idle"] * 4, 60)
+        self._wait(lambda: self.run("sinfo", "--Node", "--noheader", "--format=%T").split() == ["idle"] * 6, 60)
 
     def _daemon(self, *words: str) -> None:
         with (self.folder / f"{words[0]}.out").open("a") as log:

@@ -37,16 +37,16 @@ def run(sweep, which: str) -> int:
 
 def test_what_is_submitted_is_what_can_begin_and_nobody_is_at(sweep):
     sweep.freeze()
-    assert due(sweep) == ([(0, "data")], {"to submit": 1, "wait for points that they need": 2})
+    assert due(sweep) == ([(0, "data")], {"ready": 1, "wait for points that they need": 2})
     leave(sweep, "data/made/meta.json", {})
-    assert due(sweep) == ([(1, "a"), (2, "b")], {"finished": 1, "to submit": 2})
+    assert due(sweep) == ([(1, "a"), (2, "b")], {"finished": 1, "ready": 2})
     leave(sweep, "a/sweep.json", {"verb": "train", "status": 1, "why": "error: x"})
-    assert due(sweep) == ([(2, "b")], {"finished": 1, "failed": 1, "to submit": 1})
-    assert due(sweep, retry=True) == ([(1, "a"), (2, "b")], {"finished": 1, "to submit": 2})
+    assert due(sweep) == ([(2, "b")], {"finished": 1, "failed": 1, "ready": 1})
+    assert due(sweep, retry=True) == ([(1, "a"), (2, "b")], {"finished": 1, "ready": 2})
     leave(sweep, "a/sweep.json", {"verb": "train", "status": 42, "why": ""})
     assert due(sweep)[0] == [(1, "a"), (2, "b")]
     with workdir.hold(sweep.out / "a" / progress.LOCK):
-        assert due(sweep, retry=True) == ([(2, "b")], {"finished": 1, "running": 1, "to submit": 1})
+        assert due(sweep, retry=True) == ([(2, "b")], {"finished": 1, "running": 1, "ready": 1})
 
 
 def test_a_job_runs_what_is_left_of_its_point_and_says_what_became_of_it(sweep, verbs, calls, capsys):
@@ -95,7 +95,7 @@ def test_what_another_process_is_at_is_refused_and_not_said_to_have_failed(sweep
     assert calls() == [] and not (sweep.out / "data" / "sweep.json").exists()
 
 
-def test_of_several_processes_all_run_the_verbs_and_the_first_alone_writes(sweep, verbs, calls, monkeypatch):
+def test_of_several_processes_all_run_the_verbs_and_the_first_writes(sweep, verbs, calls, monkeypatch):
     sweep.freeze()
     for name, value in zip(distributed.OURS, ("localhost:1", "2", "1")):
         monkeypatch.setenv(name, value)
@@ -105,10 +105,29 @@ def test_of_several_processes_all_run_the_verbs_and_the_first_alone_writes(sweep
     assert calls() == ["data prepare"] and not (sweep.out / "data" / "sweep.json").exists()
     assert not (sweep.out / "data" / progress.LOCK).exists()
     (sweep.out / "data" / "made" / "meta.json").unlink()
-    verbs("sys.exit(1)")
-    assert run(sweep, "data") == 1 and not (sweep.out / "data" / "sweep.json").exists()
+    verbs("sys.exit(42)")
+    assert run(sweep, "data") == 42 and not (sweep.out / "data" / "sweep.json").exists()
     monkeypatch.setenv("JAX_PROCESS_ID", "0")
-    assert run(sweep, "data") == 1 and (sweep.out / "data" / "sweep.json").exists()
+    assert run(sweep, "data") == 42 and states(sweep)["data"].what == "preempted"
+
+
+@pytest.mark.parametrize("status", [42, 143])
+def test_that_another_process_failed_is_not_forgotten_by_the_first_which_is_stopped_for_it(
+        sweep, verbs, monkeypatch, status):
+    sweep.freeze()
+    for name, value in zip(distributed.OURS, ("localhost:1", "2", "1")):
+        monkeypatch.setenv(name, value)
+    (sweep.out / "data").mkdir()
+    progress.note(sweep.out / "data", "prepare", 42, "")  # once before
+    verbs("print('error: no such mount', file=sys.stderr); sys.exit(1)")
+    fails = sweep.out / "data" / "fails.json"
+    assert run(sweep, "data") == 1
+    os.rename(sweep.out / "data" / "sweep.json", fails)
+    progress.note(sweep.out / "data", "prepare", 42, "")
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    verbs(f"os.rename(folder / 'fails.json', folder / 'sweep.json'); sys.exit({status})")
+    assert run(sweep, "data") == status
+    assert states(sweep)["data"].what == "failed" and states(sweep)["data"].why == "error: no such mount"
 
 
 def test_what_is_left_is_decided_once(sweep, verbs, calls):

@@ -3,7 +3,9 @@
 An engine (SLURM, GKE, SkyPilot) is told of a point's name and place in the file, and runs
 `python -m tfusion.sweep --point=NAME --out=DIR` as each process of the job. These know of each other only what
 the launcher says (distributed.py): each decides by itself what is left to do, once, before it begins, when
-nobody is at the point; the verbs then find each other. Of the sweep's own files process 0 alone writes.
+nobody is at the point; the verbs then find each other. Process 0 holds the point's lock and leaves what its
+verbs came to; another says in its place that it failed, for then the engine stops process 0, whose verb ends as
+if it had been preempted.
 """
 
 import contextlib
@@ -20,7 +22,7 @@ from tfusion.errors import PREEMPTED, RESTARTED, UserError
 from tfusion.scaling import progress, runner
 from tfusion.scaling.points import Point
 
-SUBMITTED, NEEDY = "to submit", "wait for points that they need"
+READY, NEEDY = "ready", "wait for points that they need"
 
 
 class Due(NamedTuple):
@@ -38,7 +40,7 @@ def due(points: list[Point], retry: bool, results: Path | None = None) -> Due:
         if what not in (progress.FINISHED, progress.RUNNING) and (retry or what != progress.FAILED):
             ready = all(states[name] == progress.FINISHED for name in point.needs)
             submit += [(index, point)] * ready
-            what = SUBMITTED if ready else NEEDY
+            what = READY if ready else NEEDY
         counts[what] = counts.get(what, 0) + 1
     return Due(submit, counts)
 
@@ -66,11 +68,11 @@ def run(out: Path, points: list[Point], which: str) -> int:
             raise UserError(f"'{point.name}' needs '{name}', which is not finished: run that first")
     left, place = progress.verbs_left(point, named), distributed.find_place()
     if place is not None and place.process > 0:
-        return _run_all(point, left, named, writes=False)
+        return _run_all(point, left, named, first=False)
     point.folder.mkdir(parents=True, exist_ok=True)
     lock = workdir.hold(point.folder / progress.LOCK)
     try:
-        status = _run_all(point, left, named, writes=True)
+        status = _run_all(point, left, named, first=True)
     finally:
         lock.close()
     if not status:
@@ -78,18 +80,22 @@ def run(out: Path, points: list[Point], which: str) -> int:
     return status
 
 
-def _run_all(point: Point, left: list[str], named: dict[str, Point], writes: bool) -> int:
-    stop = Stop()
+def _run_all(point: Point, left: list[str], named: dict[str, Point], first: bool) -> int:
+    stop, before = Stop(), progress.outcome(point)
     for verb in left:
-        if writes:
+        if first:
             print(f"{point.name}: {verb}", flush=True)
         returncode, said = stop.run(runner.command(point, verb, named))
         status, why = runner.as_shell(returncode), runner.why_ended(returncode, said)
-        if writes and not status and verb in progress.verbs_left(point, named):
+        if first and not status and not progress.DONE[verb](point, named):
             status, why = UserError.status, f"{verb} ended well and left nothing: {why}"
-        if writes:
-            told = PREEMPTED if stop.came and status in RESTARTED else status
+        if status not in (0, *RESTARTED):
+            with contextlib.nullcontext() if first else contextlib.suppress(OSError):
+                progress.note(point.folder, verb, status, why)
+        elif first and (not status or progress.outcome(point) == before):  # else another has failed
+            told = PREEMPTED if stop.came and status else status
             progress.note(point.folder, verb, told, why if status else "")
+            before = progress.outcome(point)
         if status or stop.came:
             return status or PREEMPTED
     return 0

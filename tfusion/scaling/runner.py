@@ -141,7 +141,7 @@ class Runner:
         point, folder, status = one.point, one.point.folder, one.process.returncode
         why = why_ended(status, _tail(folder / progress.LOG))
         status = as_shell(status)
-        if status == 0 and progress.DONE[one.verb](folder, progress.configured(point, self.points)):
+        if status == 0 and progress.DONE[one.verb](point, self.points):
             progress.note(folder, one.verb, 0, "")
             if not self.stopping:
                 return self._next(point, one.lock)
