@@ -114,7 +114,7 @@ def test_a_sweep(gke, tmp_path):
     given = dict(SHARED=str(tmp_path), TOPOLOGY="v5p-16", **HERE)
     done = gke.run("gke.sh", f"--sweep={out}/", **given)
     assert done.returncode == 0, done.stderr
-    assert "3 to submit, 1 wait" in done.stderr
+    assert "3 ready, 1 wait" in done.stderr
     jobs = submitted(gke)
     words = [run_remotely(gke, job["--command"])[0] for job in jobs]
     points = "codec", "A_long.name-of-a-point-0.76B", "A_long.name-of-a-point-0.76C"
