@@ -169,9 +169,11 @@ def run_of(ladder: str, part: str, recipe: str, size: str, seed: int = 0, match:
     overrides = {"seed": seed} | ({"optimizer.learning_rate": rate} if rate else {})
     if ladder == "pack":
         overrides["data.prepared"] = f"{{{OUT_OF[arm][1]}}}/data"
+    tags = dict(part=part, recipe=recipe, size=size, seed=seed)
+    if ladder == "paper" and recipe == "transfusion":
+        tags["tables"] = {"7": size.upper()}
     return dict(name="-".join(filter(None, (recipe, size, f"lr{rate:g}" if rate else f"seed{seed}"))),
-                config=f"experiments/scaling.py:{words}", overrides=overrides,
-                tags=dict(part=part, recipe=recipe, size=size, seed=seed))
+                config=f"experiments/scaling.py:{words}", overrides=overrides, tags=tags)
 
 
 def data_of(recipe: str, tokenizer: str) -> list[dict]:

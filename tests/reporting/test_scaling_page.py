@@ -92,6 +92,23 @@ def test_drops_that_differ_are_said(found):
     assert scaling_page.drops(found._replace(runs=[run._replace(drops={}) for run in found.runs])) == ""
 
 
+def test_runs_that_are_rows_of_the_papers_tables_stand_beside_them(tmp_path, text):
+    assert '"tables"' not in text
+    write_lines(tmp_path / "points.jsonl", [
+        write_point(tmp_path, name, "transfusion", "s1", 0, "tables", tables=rows)
+        for name, rows in (("full", {"5": "bidirectional", "6": "2"}), ("causal", {"5": "causal"}))])
+    found = study.read(tmp_path)
+    text = section(page.document("x", scaling_page.body(found, ABOUT)), "tables")
+    five, six = re.findall(r"<h3>Table (\d): .*?</h3>(.*?)</table>", text, re.S)
+    assert (five[0], six[0]) == ("5", "6")
+    rows = {words[0]: words[1:] for row in re.findall(r"<tr>(.*?)</tr>", six[1])[1:]
+            if (words := re.sub("<.*?>", " ", row).split())}
+    reached = page.number(found.runs[0].figures["cider"]["value"])
+    assert rows["2"][:6] == ["10.4", "6.00", "51.7", "16.0", "20.3", "24.0"] and reached in rows["2"]
+    assert set(rows["8"][6:]) == {"–"} and len(rows["8"]) == len(rows["2"])
+    assert five[1].count("<tr>") == 3 and reached in five[1]
+
+
 def test_lines_that_do_not_improve_are_no_ratio(found):
     ratio = found.panels[0].ratios["six_nd"]
     assert "does not improve" in scaling_page.ratio_cell(ratio._replace(value=math.inf))

@@ -42,6 +42,7 @@ def body(study, about: dict[str, str]) -> str:
             ("learning-rate", "Learning rates", varied(study, "lr", "learning_rate")),
             ("process", "What the diffusion predicts", varied(study, "process", "process")),
             ("size-and-budget", "Size and budget apart", surfaces(study)),
+            ("tables", "The paper's tables, with ours", tables(study)),
             ("runs", "The runs", runs(study)), ("data", "The same data for both", drops(study)),
             ("missing", "What is missing", missing(study)), ("how", "How this was made", how(about))]
     made = [section for section in made if section[2]]
@@ -178,6 +179,19 @@ def surfaces(study) -> str:
     table = page.table(["recipe", "E", "α", "β", ""], rows, (1, 2, 3))
     return ('<p class="lead">L(N, D) = E + A / N<sup>α</sup> + B / D<sup>β</sup>, of the mean held-out loss, '
             f"where sizes and budgets vary apart.</p>{table}")
+
+
+def tables(study) -> str:
+    """Tables 4 to 7 of the paper, as far as runs are rows of them, with our figures beside."""
+    made = []
+    for table in study.tables:
+        head = ["", *(f"{title}, paper" for title in table.columns),
+                *(f"{metric.title}, ours" for metric in table.metrics)]
+        rows = [[escape(row), *map(value, theirs), *(value(mean_of(metric, ours)) for metric in table.metrics)]
+                for row, theirs, ours in table.rows]
+        made.append(f"<h3>{escape(table.title)}</h3>{page.table(head, rows, range(1, len(head)))}")
+    lead = "The paper's runs have 0.5T tokens and other data: compare how rows differ, not the values."
+    return f'<p class="lead">{lead}</p>{"".join(made)}' if made else ""
 
 
 def runs(study) -> str:

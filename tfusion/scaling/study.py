@@ -48,6 +48,7 @@ class Run(NamedTuple):
     figures: dict[str, dict]
     drops: dict[str, float]  # {source: share of its documents that no row held}
     same: dict[str, Any]  # what all runs of a fit must have in common
+    rows: dict[str, str]  # {table of the paper: its row that this run is}
 
 
 class Metric(NamedTuple):
@@ -73,6 +74,15 @@ class Panel(NamedTuple):
     ratios: dict[str, Ratio | str]
 
 
+class Table(NamedTuple):
+    """A table of the paper that some run is a row of; in a row the paper's figures, and the runs of ours."""
+
+    title: str
+    columns: list[str]  # of the paper's figures
+    metrics: list[Metric]  # of ours
+    rows: list[tuple[str, list[float | None], list[Run]]]
+
+
 class Study(NamedTuple):
     name: str
     planned: int
@@ -84,6 +94,7 @@ class Study(NamedTuple):
     axes: dict[str, str]  # {attribute of a run: what it is called}
     recipes: tuple[str, str]  # the candidate, and the baseline
     paper: tuple  # its table 3: (title, candidate, baseline, ratio)
+    tables: list[Table]
 
     def ladder(self) -> list[Run]:
         return [run for run in self.runs if run.part == LADDER]
@@ -154,7 +165,8 @@ def read_run(point: dict, folder: Path) -> Run:
         point["name"], folder, config["objective"], size, tags.get("part", LADDER), config["seed"],
         config["optimizer"]["learning_rate"], process, float(params), float(tokens), 6.0 * params * tokens,
         float(summary["flops"]), float(summary.get("images", 0)), evaluation["metrics"], drops(folder),
-        held_fixed(f"{config['objective']} {process}".strip(), evaluation, results.identity(folder)))
+        held_fixed(f"{config['objective']} {process}".strip(), evaluation, results.identity(folder)),
+        tags.get("tables", {}))
 
 
 def held_fixed(recipe: str, evaluation: dict, identity: dict) -> dict:
@@ -259,6 +271,19 @@ def surface(runs: list[Run]) -> Surface | str:
                    [sum(some) / len(some) for some in losses])
 
 
+def tables(runs: list[Run]) -> list[Table]:
+    """Of the paper's tables 4 to 7 those that the runs' tags name."""
+    found = []
+    for number, (title, theirs) in paper.TABLES.items():
+        ours = {row: [run for run in runs if run.rows.get(number) == row] for row in theirs}
+        names = [name for name in paper.TITLES if any(getattr(x, name) is not None for x in theirs.values())]
+        rows = [(row, [getattr(scores, name) for name in names], ours[row]) for row, scores in theirs.items()]
+        if some := [run for found_ in ours.values() for run in found_]:
+            found.append(Table(f"Table {number}: {title}", [paper.TITLES[name] for name in names],
+                               metrics_of(some), rows))
+    return found
+
+
 def read(sweep: Path, kept: Path | None = None, outliers: str = "none") -> Study:
     """Reads a sweep's finished runs, from their workdirs or from what is kept of them, and fits the ladder.
 
@@ -280,4 +305,4 @@ def read(sweep: Path, kept: Path | None = None, outliers: str = "none") -> Study
     table = [(paper.TITLES[name], *(getattr(scores, name) for scores in (
         paper.TRANSFUSION_7B, paper.CHAMELEON_7B, paper.PARITY))) for name in paper.TITLES]
     return Study(sweep.resolve().name, len(points), runs, missing, panels, surfaces, outliers, AXES,
-                 (CANDIDATE, BASELINE), tuple(table))
+                 (CANDIDATE, BASELINE), tuple(table), tables(runs))
