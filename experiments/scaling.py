@@ -17,8 +17,13 @@ images   the baseline sees as many images (and texts) as transfusion, instead of
 and 64 codes of the other (256 and 1,024 in the paper): within these FLOPs the baseline sees fewer images.
 
 **Learning rates.** One for each recipe at all sizes, as in the paper (3e-4 and 1e-4 from 0.16B to 7B). In the
-pack it is the best of three at the two smallest sizes, which the sweep trains first; where that is not the one
-in LEARNING_RATES, it is put there and the sweep frozen anew.
+pack three are tried at the two smallest sizes, which the sweep trains first. That of LEARNING_RATES is carried
+upward: at s2 it has the lowest held-out loss of all that is trained (lm_loss + 5 diffusion_loss; token_loss),
+with a worse one on either side; where it has not, the best is put there and the sweep frozen anew.
+
+**What differs between the arms**, besides codes and patches: patches have learned positions (the adapter's),
+codes have RoPE alone; Transfusion samples with settings chosen at this size, the baseline with those of its
+256-px runs, and draws no better with others (docs/LOG.md).
 
 **pack.** Scenes, stories and glosses in rows of 448, in which a story of three images has room as codes too,
 and both recipes drop as many documents: the shares and the length were chosen for that (tests/test_scaling.py).
@@ -38,9 +43,9 @@ from experiments.common import (
     chameleon,
     parse,
     product,
-    rectified_flow,
     small_chameleon,
     small_transformer,
+    use_rectified_flow,
 )
 
 PACK_SIZES = {  # with the steps that each is trained
@@ -142,8 +147,7 @@ def make(ladder: str, recipe: str, size: str) -> ConfigDict:
     if recipe == "eps":
         config.process.prediction = "eps"
     elif recipe == "flow":
-        config.process = rectified_flow()
-        config.sampling.sampler = "euler"
+        use_rectified_flow(config)
     elif recipe in ("text_only", "image_only"):
         keep_one_modality(config, ladder, recipe)
     set_image_share(config, ladder)
@@ -169,11 +173,9 @@ def run_of(ladder: str, part: str, recipe: str, size: str, seed: int = 0, match:
     overrides = {"seed": seed} | ({"optimizer.learning_rate": rate} if rate else {})
     if ladder == "pack":
         overrides["data.prepared"] = f"{{{OUT_OF[arm][1]}}}/data"
-    tags = dict(part=part, recipe=recipe, size=size, seed=seed)
-    if ladder == "paper" and recipe == "transfusion":
-        tags["tables"] = {"7": size.upper()}
     return dict(name="-".join(filter(None, (recipe, size, f"lr{rate:g}" if rate else f"seed{seed}"))),
-                config=f"experiments/scaling.py:{words}", overrides=overrides, tags=tags)
+                config=f"experiments/scaling.py:{words}", overrides=overrides,
+                tags=dict(part=part, recipe=recipe, size=size, seed=seed))
 
 
 def data_of(recipe: str, tokenizer: str) -> list[dict]:

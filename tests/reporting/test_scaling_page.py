@@ -9,6 +9,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from tests.conftest import import_verb
@@ -113,6 +114,39 @@ def test_lines_that_do_not_improve_are_no_ratio(found):
     ratio = found.panels[0].ratios["six_nd"]
     assert "does not improve" in scaling_page.ratio_cell(ratio._replace(value=math.inf))
     assert "∞ · beyond its runs" in scaling_page.ratio_cell(ratio._replace(high=math.inf, beyond=True))
+
+
+def test_three_sizes_have_lines_and_ratios_without_intervals(tmp_path, charts):
+    write_lines(tmp_path / "points.jsonl", [
+        write_point(tmp_path, f"{recipe}-{size}", recipe, size, 0)
+        for recipe in ("transfusion", "chameleon") for size in ("s1", "s2", "s3")])
+    files = scaling_page.write(study.read(tmp_path), tmp_path / "out", ABOUT)
+    rows = list(csv.DictReader(io.StringIO(files[2].read_text())))
+    assert {row["low"] for row in rows} == {row["parity_low"] for row in rows} == {""}
+    text = files[0].read_text()
+    assert "too few sizes for an interval" in section(text, "parity") and "nan" not in section(text, "fits")
+    assert "transfusion, s3" in section(text, "parity")
+
+
+def test_losses_of_other_targets_are_not_ranked(text):
+    assert "Diffusion loss" not in section(text, "process")
+    assert "Diffusion loss" in section(text, "learning-rate")
+
+
+def test_what_the_paper_measures_and_we_do_not_is_named(text):
+    key = section(text, "parity").partition("Not measured here: ")[2].partition(".</p>")[0]
+    assert key == "C4 perplexity, Wikipedia perplexity, Llama accuracy (%), FID, CLIP score"
+
+
+def test_the_way_to_parity_is_in_the_picture(found):
+    """Also where it ends beyond the runs, by less than ten times."""
+    panel = found.panels[1]
+    last = max(run.six_nd for run, _ in panel.values["chameleon"])
+    for value, inside in ((3.0, True), (30.0, False)):
+        ratio = panel.ratios["six_nd"]._replace(value=value)
+        ax = Figure().subplots()
+        scaling_plots.panel(ax, panel._replace(ratios={"six_nd": ratio}), "six_nd", "6ND")
+        assert (ax.get_xlim()[1] > value * last) == inside
 
 
 def test_one_run_alone_makes_a_page(tmp_path, charts):

@@ -63,8 +63,8 @@ def write_point(root: Path, name: str, recipe: str, size: str, seed: int, part: 
         "metrics": figures(recipe, flops, rng, worse), "step": 100, "sampling": {"of": recipe}})
     return {"name": name, "config": f"experiments/scaling.py:pack,{recipe},{size}", "overrides": {"seed": seed},
             "workdir": f"sweeps/x/{name}", "verbs": ["train", "evaluate"], "config_hash": f"hash-{name}",
-            "resolved": {"train": {"num_steps": 100}}, "flops": 1.3 * flops, "tokens": tokens,
-            "params": params, "tags": {"part": part, "size": size} | tags}
+            "resolved": {"objective": recipe, "train": {"num_steps": 100}}, "flops": 1.3 * flops,
+            "tokens": tokens, "params": params, "tags": {"part": part, "size": size} | tags}
 
 
 def write_sweep(root: Path, seeds: int = 2) -> list[dict]:

@@ -9,7 +9,7 @@ from tfusion.errors import PREEMPTED
 from tfusion.objectives import make_objective
 from tfusion.paths import replace_text
 from tfusion.scaling.points import Point, place
-from tfusion.scaling.results import EVALUATION, OUTCOME, SUMMARY, kept, read_json
+from tfusion.scaling.results import EVALUATION, OUTCOME, SUMMARY, kept, other_config, read_json
 from tfusion.training.writers import logged
 
 LOCK, LOG = "sweep.lock", "sweep.log"  # of who runs its verbs
@@ -68,10 +68,15 @@ def state(point: Point, points: dict[str, Point], results: Path | None = None) -
     folder, verb = point.folder, next_verb(point, points)
     outcome, lines = read_json(folder / OUTCOME) or {}, _logged(folder)
     step = lines[-1]["step"] if lines else 0
-    failed = outcome.get("status", 0) != 0
+    other = other_config(folder, point._asdict())
+    failed, why = outcome.get("status", 0) != 0, outcome.get("why", "")
+    if other:
+        why = f"its workdir holds another run ({other}): move it away"
     held = any(workdir.is_held(folder / name) for name in (workdir.LOCK, LOCK))
     if held:
         what = RUNNING
+    elif other:
+        what = FAILED
     elif not verb:
         what = FINISHED
     elif failed:
@@ -79,7 +84,7 @@ def state(point: Point, points: dict[str, Point], results: Path | None = None) -
     else:
         what = STOPPED if folder.is_dir() else WAITING
     return State(what, verb, step, steps, _eta(lines, steps) if what == RUNNING and verb == "train" else None,
-                 _losses(point, lines), outcome.get("why", "") if what == FAILED else "")
+                 _losses(point, lines), why if what == FAILED else "")
 
 
 def _logged(folder: Path) -> list[dict]:

@@ -19,6 +19,7 @@ from tfusion import workdir
 from tfusion.errors import PREEMPTED, RESTARTED, Stopped, UserError
 from tfusion.scaling import progress
 from tfusion.scaling.points import Point, place, resolve
+from tfusion.scaling.results import other_config
 
 RESTARTS = 3  # of one point
 POLL_S = 1.0
@@ -111,6 +112,8 @@ class Runner:
         if self.state(point).what == progress.RUNNING:
             self._tell(point.name, "is run by another process: left alone")
             return False
+        if other := other_config(folder, point._asdict()):
+            raise UserError(f"{folder} holds another run than '{point.name}' ({other}): move it away")
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock = workdir.hold(folder / progress.LOCK)
