@@ -81,3 +81,10 @@ $(STAMP): requirements.txt setup.py
 	@echo "installing requirements.txt into .venv: $$(grep -c == requirements.txt) packages, once"
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
+
+# What tests/launch holds our scripts against: launchers and linters, 137 packages. By uv: pip takes minutes.
+.venv-launch/.installed: tests/launch/requirements.txt | $(STAMP)
+	@$(PY) -m venv --clear .venv-launch
+	@.venv-launch/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.8
+	@.venv-launch/bin/uv pip install --quiet --python .venv-launch/bin/python -r tests/launch/requirements.txt
+	@touch $@

@@ -63,6 +63,8 @@ RECORDS = {
     "pack": {"scenes": (8.1, 1.0), "stories": (20.2, 2.5), "glosses": (38.0, 0.0)},
     "paper": {"text": (1000.0, 0.0), "images": (30.0, 1.0)},
 }
+SLICES = {  # of the paper's sizes: each row of the ladder fits, and takes days
+    "0.16b": "v5p-16", "0.37b": "v5p-32", "0.76b": "v5p-64", "1.4b": "v5p-128", "7b": "v5p-512"}
 SEEDS = (0, 1)
 OUT_OF = {"transfusion": ("kl", "kl_data"), "chameleon": ("vq", "vq_data")}  # points: image tokenizer, data
 
@@ -176,7 +178,8 @@ def run_of(ladder: str, part: str, recipe: str, size: str, seed: int = 0, match:
         overrides["data.prepared"] = f"{{{OUT_OF[arm][1]}}}/data"
     return dict(name="-".join(filter(None, (recipe, size, f"lr{rate:g}" if rate else f"seed{seed}"))),
                 config=f"experiments/scaling.py:{words}", overrides=overrides,
-                tags=dict(part=part, recipe=recipe, size=size, seed=seed))
+                tags=dict(part=part, recipe=recipe, size=size, seed=seed),
+                **({"topology": SLICES[size]} if ladder == "paper" else {}))
 
 
 def data_of(recipe: str, tokenizer: str) -> list[dict]:

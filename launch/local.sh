@@ -28,7 +28,10 @@ gpus=$( (nvidia-smi -L 2>/dev/null || true) | wc -l)
 each=$((gpus / n))
 declare -A left=()  # process id -> number
 for ((k = 0; k < n; k++)); do
-  if ((each)); then export JAX_LOCAL_DEVICE_IDS=$(seq -s, $((k * each)) $((k * each + each - 1))); fi
+  if ((each)); then
+    JAX_LOCAL_DEVICE_IDS=$(seq -s, $((k * each)) $((k * each + each - 1)))
+    export JAX_LOCAL_DEVICE_IDS
+  fi
   JAX_PROCESS_ID="$k" "${run[@]}" "$@" &
   left[$!]=$k
 done

@@ -14,8 +14,14 @@ NAMES = [  # Google's names, as its documentation lists them
     ("v5litepod-1", "v5e", 1, "1x1"), ("v5litepod-16", "v5e", 16, "4x4"),
     ("v5litepod-256", "v5e", 256, "16x16"), ("v5e-256", "v5e", 256, "16x16"),
     ("v6e-8", "v6e", 8, "2x4"), ("v6e-256", "v6e", 256, "16x16"),
+    ("tpu7x-2", "tpu7x", 1, "1x1x1"), ("tpu7x-8", "tpu7x", 4, "2x2x1"), ("tpu7x-128", "tpu7x", 64, "4x4x4"),
+    ("tpu7x-18432", "tpu7x", 9216, "16x24x24"),
     ("V5P-256", "v5p", 128, "4x4x8"), ("h100-64", "h100", 64, "64"),
 ]
+# Of a chip, as its page says: bf16 TFLOP/s, HBM in GiB, HBM GB/s, ICI GB/s in both directions, DCN Gbit/s.
+PAGES = {"v4": (275, 32, 1200, 600, None), "v5e": (197, 16, 819, 400, 6400 / 256),
+         "v5p": (459, 95, 2765, 1200, 50), "v6e": (918, 32, 1638, 800, 100),
+         "tpu7x": (2307, 192, 7380, 1200, 100)}
 
 
 @pytest.mark.parametrize(("name", "chip", "chips", "topology"), NAMES)
@@ -33,6 +39,27 @@ def test_every_name_parses_to_itself(chip):
     assert chips == sorted(set(chips)), "one shape per size, ascending"
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_figures_are_the_pages(name):
+    chip, (tflops, gib, hbm, ici, dcn) = CHIPS[name], PAGES[name]
+    n = chip.devices_per_chip
+    assert chip.peak_flops * n == pytest.approx(tflops * 1e12)
+    assert 0.95 < chip.hbm_bytes * n / (gib * GIB) < 1.01  # less what the compiler keeps; v5p's 95 is short
+    assert chip.hbm_bandwidth * n == pytest.approx(hbm * 1e9)
+    assert chip.ici_bandwidth * n == pytest.approx(ici / 2 * 1e9)
+    assert dcn is None or chip.dcn_bandwidth * n == pytest.approx(dcn / 8 * 1e9)
+
+
+@pytest.mark.parametrize(("name", "devices", "hosts"), [
+    ("v5p-256", 128, 32), ("v4-8", 4, 1), ("tpu7x-128", 128, 16), ("tpu7x-8", 8, 1), ("tpu7x-2", 2, 1),
+    ("2xtpu7x-128", 256, 32), ("v5litepod-1", 1, 1), ("v5litepod-8", 8, 1), ("v5litepod-16", 16, 4),
+    ("v5litepod-256", 256, 64), ("v6e-8", 8, 1), ("v6e-256", 256, 64), ("2xv6e-8", 16, 2), ("h100-24", 24, 3)])
+def test_devices_and_hosts(name, devices, hosts):
+    """As libtpu numbers them in these shapes, and the pages their VMs: 4 chips each in a slice of several."""
+    a = parse_accelerator(name)
+    assert (a.num_devices, a.num_hosts) == (devices, hosts)
+
+
 def test_slices():
     a = parse_accelerator("2xv5litepod-256")
     assert (a.num_slices, a.num_chips, a.chips_per_slice, a.name) == (2, 512, 256, "2xv5litepod-256")
@@ -47,6 +74,9 @@ def test_slices():
     ("v5p-0", 1, "nearest"),
     ("v5x-8", 1, "unknown topology 'v5x-8'; nearest: v5"),
     ("gpu", 1, "unknown topology 'gpu'; known: v4-"),
+    ("tpu7x-100", 1, r"slice of tpu7x \(the number counts cores\); nearest: .*tpu7x-128 \(4x4x4\)"),
+    ("tpu-8", 1, "unknown topology 'tpu-8'; nearest: tpu7x-"),
+    ("v7x-8", 1, "unknown topology 'v7x-8'; nearest: tpu7x-"),
     ("v5p", 1, "unknown topology"),
     ("0xv5p-8", 1, "number of slices must be at least 1"),
     ("2xv5p-8", 3, "--num_slices=3"),
@@ -68,6 +98,7 @@ def test_peak_by_device_kind():
     assert accelerators.peak_flops_per_sec("TPU v5 lite") == 197e12
     assert accelerators.peak_flops_per_sec("TPU v5") == accelerators.peak_flops_per_sec("TPU v5p") == 459e12
     assert accelerators.peak_flops_per_sec("NVIDIA H200") == 989e12
+    assert accelerators.peak_flops_per_sec("TPU7x") == 2307e12 / 2  # a device is half a chip
     assert accelerators.peak_flops_per_sec("cpu") is None
     kinds = [kind for chip in CHIPS.values() for kind in chip.device_kinds]
     assert len(kinds) == len(set(kinds))

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
+import tfusion
 from tests.conftest import import_verb
 from tfusion import distributed
 from tfusion.errors import UserError
@@ -42,7 +43,7 @@ def test_freed_memory_goes_back_to_the_system():
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
-    for name in (*distributed.OURS, *distributed.NUM_PROCESSES, "TPU_WORKER_HOSTNAMES"):
+    for name in (*distributed.OURS, *distributed.NUM_PROCESSES, "TPU_WORKER_HOSTNAMES", "JAX_LOCAL_DEVICE_IDS"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -60,6 +61,7 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[3-4],x", "SLURM_NTASK
     (SLURM | {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
      ("h:1", 2, 0, None)),
     (SLURM | {"JAX_COORDINATOR_ADDRESS": "h:1"}, ("h:1", 8, 5, [1])),
+    (SLURM | {"JAX_LOCAL_DEVICE_IDS": "2,3"}, ("node3:61447", 8, 5, None)),
     ({"TPU_WORKER_HOSTNAMES": "localhost"}, None)], ids=lambda x: next(iter(x), "none") if x else "-")
 def test_where_a_process_stands(monkeypatch, environment, place):
     """What is said explicitly stands before what JAX finds."""
@@ -223,6 +225,9 @@ class Client:
     def key_value_try_get(self, key: str) -> str:
         return self.said[key]
 
+    def blocking_key_value_get(self, key: str, milliseconds: int) -> str:
+        return self.said[key]
+
     def wait_at_barrier(self, *_) -> None:
         pass
 
@@ -263,6 +268,17 @@ def test_who_was_started_unlike_process_0_is_told_in_what(monkeypatch):
     monkeypatch.setattr(distributed, "broadcast", lambda mine: {"seed": 0, "shape": [1, 2], "x": 1})
     with pytest.raises(UserError, match=r"unlike process 0: seed = 1, not 0, x = None, not 1: start all with"):
         distributed.check_alike({"seed": 1, "shape": (1, 2)})
+
+
+def test_other_software_is_named_with_both_values():
+    client = Client()
+    distributed._check_software(client, 0)
+    distributed._check_software(client, 1)  # the same
+    theirs = json.loads(client.said["tfusion/software"])
+    assert theirs["tfusion"].startswith(f"{tfusion.__version__} (sources ") and theirs["verb"]
+    client.said["tfusion/software"] = json.dumps(theirs | {"Python": "2.7", "verb": "sample"})
+    with pytest.raises(UserError, match=r"process 1, on .*: Python = 3\.\d+, not 2\.7, verb = \S+, not sample"):
+        distributed._check_software(client, 1)
 
 
 def test_a_workdir_that_is_another_than_process_0s(monkeypatch, tmp_path):

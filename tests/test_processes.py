@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -139,6 +141,30 @@ def test_processes_that_were_started_unlike_are_refused(tmp_path):
         assert [process.wait(120) for process in started] == [1, 1]
     (own,) = started[1].errors()
     assert own.startswith("error: process 1 was started unlike process 0: seed = 1, not 0: start all with")
+
+
+def test_processes_of_other_software_are_refused(tmp_path):
+    """Before JAX's runtimes speak to each other, and so that both know why."""
+    flags = ("tfusion.train", *TOY, f"--workdir={tmp_path}")
+    with processes.running(2, "tests.skewed", *flags, **FAST) as started:
+        assert [process.wait(120) for process in started] == [1, 1]
+    (told,), (own,) = (process.errors() for process in started)
+    assert own == (f"error: process 1, on {platform.node()}, has other software than process 0: jax = 0.0.1, "
+                   f"not {jax.__version__}: install the same everywhere, and start all with the same command")
+    assert told == own.replace("error: ", "error: process 1 of 2 ended: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workdir_that_a_worker_cannot_write_to(tmp_path):
+    """The folder is the same, as the token in it says; but this process has no right to write there. (Here a
+    name is taken: tests may run as root.)"""
+    (tmp_path / "run" / ".writable.1").mkdir(parents=True)
+    with processes.running(2, "tfusion.train", *TOY, f"--workdir={tmp_path}/run", **FAST) as started:
+        assert [process.wait(120) for process in started] == [1, 1]
+    (told,), (own,) = (process.errors() for process in started)
+    assert own == (f"error: --workdir={tmp_path}/run is not writable by process 1, on {platform.node()}, (Is a "
+                   "directory); choose another folder")
+    assert told == own.replace("error: ", "error: process 1 of 2 ended: ")
 
 
 def test_ctrl_c_in_one_of_two_ends_both(tmp_path):

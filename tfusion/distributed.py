@@ -5,9 +5,11 @@ import contextlib
 import ctypes
 import faulthandler
 import functools
+import hashlib
 import itertools
 import json
 import os
+import platform
 import signal
 import socket
 import sys
@@ -17,12 +19,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jaxlib
 import numpy as np
 from jax._src import clusters, xla_bridge
 from jax._src import distributed as runtime
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+import tfusion
 from tfusion import errors
 from tfusion.errors import UserError
 
@@ -57,7 +61,7 @@ def start_process(alone: bool = False) -> None:
     ~/.cache/tfusion.
 
     Raises UserError, before anything is written, where the environment is at odds with itself, the coordinator
-    cannot be found, or the devices that JAX is told to use are not there.
+    cannot be found, processes are of different software, or the devices that JAX is told to use are not there.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR") and (folder := cache_folder()):
         jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -65,8 +69,12 @@ def start_process(alone: bool = False) -> None:
         place = None if alone else find_place()
         _join(place) if place and place.number > 1 else _be_alone()
         watch_sigterm()
-    if runtime.global_state.num_processes and runtime.global_state.num_processes > 1:
+    if several := (runtime.global_state.num_processes or 1) > 1:
         errors.leave = _leave
+        listener = threading.Thread(target=_listen, name="others", daemon=True)
+        listener.start()
+        atexit.register(_end_well, listener)
+        _check_software(runtime.global_state.client, runtime.global_state.process_id)
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as e:  # the latter where there is a plugin and no GPU
@@ -75,12 +83,8 @@ def start_process(alone: bool = False) -> None:
         why = str(e).partition(" (set JAX_PLATFORMS")[0] or "there is none"
         raise UserError(f"JAX_PLATFORMS={jax.config.jax_platforms or ''} cannot be used here ({why}); unset "
                         "it, or install JAX for that device (README, Training at scale)") from e
-    if jax.process_count() > 1:
-        listener = threading.Thread(target=_listen, name="others", daemon=True)
-        listener.start()
-        atexit.register(_end_well, listener)
-        if not is_writer():
-            _keep_quiet()
+    if several and not is_writer():
+        _keep_quiet()
 
 
 def find_place() -> Place | None:
@@ -97,6 +101,8 @@ def find_place() -> Place | None:
             raise UserError(f"JAX cannot tell which of several processes this is ({e}); set {', '.join(OURS)} "
                             "for each") from e
         place = Place(*found) if None not in found[:3] else None
+        if place and os.environ.get("JAX_LOCAL_DEVICE_IDS"):  # JAX reads it; else it takes one GPU on SLURM
+            place = place._replace(devices=None)
     if place is None:
         said = {} if given.get(NUMBER) == "1" else given or _said_by_launchers()
         if said:
@@ -197,12 +203,36 @@ def check_alike(values: dict) -> None:
     """Raises UserError where this process has other values (JSON) than process 0; every process calls it, at
     the same point of the program."""
     mine = json.loads(json.dumps(values))
-    first = broadcast(mine)
-    if other := [name for name in sorted({*first, *mine}) if first.get(name) != mine.get(name)]:
-        told = ", ".join(f"{name} = {mine.get(name)}, not {first.get(name)}" for name in other[:4])
-        raise UserError(f"process {jax.process_index()} was started unlike process 0: {told}"
-                        + (f" and {len(other) - 4} more" if len(other) > 4 else "")
-                        + ": start all with the same command, on the same data")
+    if told := _differences(mine, broadcast(mine)):
+        raise UserError(f"process {jax.process_index()} was started unlike process 0: {told}: start all with "
+                        "the same command, on the same data")
+
+
+def _differences(mine: dict, first: dict) -> str:
+    other = [name for name in sorted({*first, *mine}) if first.get(name) != mine.get(name)]
+    told = ", ".join(f"{name} = {mine.get(name)}, not {first.get(name)}" for name in other[:4])
+    return told + (f" and {len(other) - 4} more" if len(other) > 4 else "")
+
+
+def software() -> dict[str, str]:
+    """What all processes of a job must have alike: tfusion down to its sources, of which a host may have old
+    ones; and they must run the same verb."""
+    sources = hashlib.sha256()
+    for path in sorted(Path(tfusion.__file__).parent.rglob("*.py")):
+        sources.update(path.read_bytes())
+    return {"Python": ".".join(platform.python_version_tuple()[:2]), "jax": jax.__version__,
+            "jaxlib": jaxlib.__version__, "numpy": np.__version__, "verb": Path(sys.argv[0]).stem,
+            "tfusion": f"{tfusion.__version__} (sources {sources.hexdigest()[:8]})"}
+
+
+def _check_software(client, process: int) -> None:
+    """Raises UserError in processes that differ from process 0, before JAX's runtimes meet."""
+    mine, key = software(), "tfusion/software"
+    if process == 0:
+        return client.key_value_set(key, json.dumps(mine))
+    if told := _differences(mine, json.loads(client.blocking_key_value_get(key, FOREVER_MS))):
+        raise UserError(f"process {process}, on {platform.node()}, has other software than process 0: {told}: "
+                        "install the same everywhere, and start all with the same command")
 
 
 def wait_for_all() -> None:
@@ -238,7 +268,8 @@ def _listen() -> None:
     process, status, text, patience = json.loads(said)
     if not _leaving.wait(patience):
         how = "" if status == errors.PREEMPTED else "error: "
-        tqdm.write(f"{how}process {process} of {jax.process_count()} ended: {text}", sys.stderr)
+        number = runtime.global_state.num_processes
+        tqdm.write(f"{how}process {process} of {number} ended: {text}", sys.stderr)
         sys.stderr.flush()
         _part(status, patience)
 
@@ -268,9 +299,9 @@ def _lost_another(error: BaseException | None) -> bool:
     return False
 
 
-def cache_folder() -> Path | None:
+def cache_folder(name: str = "compilations") -> Path | None:
     """Where compiled programs are kept; None where there is no home folder or it cannot be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tfusion", "compilations")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "tfusion", name)
     try:
         if folder.is_absolute():  # else `~` is still there
             folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,8 @@
   ... --topology=h100-64     GPUs: by formula, nothing is compiled
 
 Compiles the real training step ahead of time (1-3 minutes at 7B), with no TPU and no data; needs libtpu:
-`pip install '.[tpu]'`.
+`pip install '.[tpu]'`. The same step for the same slice is not compiled again (planning/cache.py), but for
+--search.
 """
 
 import json
@@ -17,7 +18,7 @@ from absl import flags
 from tfusion import config, distributed, experiment
 from tfusion.accelerators import parse_accelerator
 from tfusion.errors import UserError, run
-from tfusion.planning import text, topology
+from tfusion.planning import cache, text, topology
 from tfusion.planning.plan import make_plan
 
 CONFIG = experiment.define()
@@ -41,7 +42,8 @@ def main() -> None:
     cfg = experiment.read(CONFIG)
     topology.use_host_only()
     distributed.limit_heaps()
-    plan = make_plan(cfg, accelerator, experiment.given(), TOKENS.value, FLOPS.value, SEARCH.value)
+    asked = cfg, accelerator, experiment.given(), TOKENS.value, FLOPS.value
+    plan = make_plan(*asked, search_too=True) if SEARCH.value else cache.planned(*asked)
     print(json.dumps(plan) if JSON.value else text.render(plan))
 
 

@@ -3,7 +3,8 @@ of a sweep: each metric's line over compute, and how much of it one recipe needs
 
   python -m tfusion.report --workdir=runs/quickstart/transfusion
   python -m tfusion.report --workdir=runs/quickstart/transfusion --out=/tmp/quickstart.html
-  python -m tfusion.report --compare runs/a runs/b runs/c     side by side: curves, figures, differing config
+  python -m tfusion.report --compare runs/a runs/b runs/c     side by side: curves, figures, differing config;
+      of a sweep's folder its finished points
   python -m tfusion.report --scaling sweeps/x --results=docs/results/x     HTML, CSV and PNG in sweeps/x/report;
       finished runs are copied to --results without their weights, and those that lie there alone are read too
 
@@ -24,11 +25,13 @@ from tfusion.reporting import scaling_page
 from tfusion.reporting.compare import write_comparison
 from tfusion.reporting.records import ReportError
 from tfusion.reporting.run_page import write_report
-from tfusion.scaling import study
+from tfusion.scaling import results, study
 
 WORKDIR = paths.define("workdir", None, "The run to report on; gs:// too.", buckets=True)
-COMPARE = flags.DEFINE_list("compare", [], "Runs to put side by side: --compare A B C, or --compare=A,B,C.")
-SCALING = paths.define("scaling", None, "The sweep to fit: the folder with its points.jsonl.")
+COMPARE = flags.DEFINE_list("compare", [], "Runs to put side by side: --compare A B C, or --compare=A,B,C; a "
+                            "sweep's folder stands for its finished points.")
+SCALING = paths.define("scaling", None, "The sweep to fit: the folder with its points.jsonl; gs:// too.",
+                       buckets=True)
 RESULTS = paths.define("results", None, "Of --scaling: where finished runs are kept, without their weights.")
 OUTLIERS = flags.DEFINE_enum("outliers", "none", ["none", "paper"], "Of --scaling: paper leaves out FID > 100, "
                              "CLIP < 17, CIDEr < 4.")
@@ -55,6 +58,17 @@ def write_scaling(sweep: Path, kept: Path | None, out: Path) -> None:
         print(f"wrote {path}")
 
 
+def runs_of(root: Path) -> list[Path]:
+    """A run's folder itself; of a sweep those of its finished points, and the others are named."""
+    if not (root / results.POINTS).is_file():
+        return [root]
+    points = study.read_points(root)
+    found = [study.finished(root, point, None) for point in points]
+    for point in (point for point, folder in zip(points, found) if not folder):
+        print(f"left out: {point['name']} ({results.why_not(study.workdir_of(root, point), point)})")
+    return [folder for folder in found if folder]
+
+
 def main(words: list[str]) -> None:
     """Writes the page, or says in one line why it cannot. words: the runs that follow `--compare A`."""
     if words and not COMPARE.value:
@@ -63,11 +77,13 @@ def main(words: list[str]) -> None:
         raise UserError("one of --workdir=RUN, --compare RUN RUN ... and --scaling SWEEP is needed; see --help")
     if SCALING.value:
         kept = RESULTS.value and Path(RESULTS.value)
-        return write_scaling(Path(SCALING.value), kept, Path(OUT.value or f"{SCALING.value}/report"))
+        sweep = paths.path(SCALING.value)
+        return write_scaling(sweep, kept, paths.path(OUT.value or sweep / "report"))
     out = paths.path(OUT.value or ("compare.html" if COMPARE.value else f"{WORKDIR.value}/report.html"))
     try:
         if COMPARE.value:
-            write_comparison([paths.path(paths.anywhere(word)) for word in (*COMPARE.value, *words)], out)
+            roots = [paths.path(paths.anywhere(word)) for word in (*COMPARE.value, *words)]
+            write_comparison([run for root in roots for run in runs_of(root)], out)
         else:
             write_report(paths.path(WORKDIR.value), out)
     except ReportError as error:

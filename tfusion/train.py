@@ -11,6 +11,7 @@
 """
 
 import contextlib
+import platform
 import secrets
 from pathlib import Path
 
@@ -43,8 +44,8 @@ def profiled_steps(text: str | None, num_steps: int):
 
 
 def writable_folder(path: str) -> Path:
-    """Makes the folder. Raises UserError where nothing can be written there, or where it is another than that
-    of process 0."""
+    """Makes the folder. Raises UserError where this process cannot write there, or it is another than that of
+    process 0."""
     folder, token = paths.path(path), distributed.broadcast(secrets.token_hex(8))
     proof = folder / ".writable"
     try:
@@ -53,11 +54,17 @@ def writable_folder(path: str) -> Path:
             proof.write_text(token)
         distributed.wait_for_all()
         same = proof.exists() and proof.read_text() == token
+        if same and not distributed.is_writer():
+            mine = proof.with_name(f"{proof.name}.{jax.process_index()}")
+            mine.write_text(token)
+            mine.unlink()
         distributed.wait_for_all()
         if distributed.is_writer():
             proof.unlink()
     except OSError as e:
-        raise UserError(f"--workdir={path} is not writable ({e.strerror or e}); choose another folder") from e
+        who = f" by process {jax.process_index()}, on {platform.node()}," if jax.process_count() > 1 else ""
+        raise UserError(f"--workdir={path} is not writable{who} ({e.strerror or e}); choose another folder"
+                        ) from e
     if not same:
         raise UserError(f"--workdir={path} is not the folder that process 0 writes to: name one that all hosts "
                         "share")

@@ -320,7 +320,7 @@ def test_a_plan_for_several_hosts_says_that_the_trainer_starts_one(name, hosts):
     assert accelerator.num_hosts == hosts
     mesh = topology.abstract_mesh(config.MeshConfig(accelerator.num_slices, -1, 1, 1), accelerator)
     candidate = search.Candidate(small_config(), mesh, Work(0, 0, 0, 0, 0, 0), None, None, None)
-    said = [note for note in plan.notes(candidate, accelerator) if "hosts" in note]
+    said = [note for note in plan.notes(candidate, accelerator, "") if "hosts" in note]
     assert said == [f"{hosts} hosts: the same command runs on each, one process a host, and all must reach "
                     "--workdir"] * (hosts > 1)
 
@@ -366,6 +366,37 @@ def test_search_compiles_few(monkeypatch):
     few, _ = search.search(planner, wanted=9, max_compiles=2)
     assert len(tried) == 1 + 6 + 2
     assert len(few) > 3, "those compiled before come free"
+
+
+def test_a_chip_of_two_devices_is_counted_as_two_and_paid_as_one():
+    """tpu7x: mesh and roofline are of devices, half a chip each; hours are of chips."""
+    a = parse_accelerator("2xtpu7x-8")
+    assert topology.mesh_shape(config.MeshConfig(2, -1, 1, 1), a) == {
+        "data": 2, "fsdp": 8, "sequence": 1, "tensor": 1}
+    work, held = Work(1e18, 0, 16e12, 0, 0, 0), Memory(0, 0, 0, 0, 0, 0, 0)
+    exchange = Collectives(0, 0, 3e9, 0, 0, 0)
+    step = roofline.estimate(small_config(), a, {"data": 2, "fsdp": 8, "sequence": 1, "tensor": 1}, work, held,
+                             exchange)
+    assert step.matmul == pytest.approx(1e18 / 8 / (2307e12 * roofline.MATMUL_EFFICIENCY))  # 8 chips
+    assert step.hbm == pytest.approx(16e12 / 8 / (7380e9 * roofline.HBM_EFFICIENCY))
+    assert step.dcn == pytest.approx(3e9 / (100e9 / 8 / 2 * roofline.DCN_EFFICIENCY))  # half its chip's share
+    assert step.mfu == pytest.approx(step.model_flops / step.seconds / (8 * 2307e12))
+    run = roofline.run(small_config(), a, step._replace(seconds=3600.0), params=1)
+    assert (run.chip_hours, run.dollars) == (8 * small_config().train.num_steps, None)
+
+
+def test_what_libtpu_does_not_know_is_planned_by_formula_and_says_so(monkeypatch):
+    def devices(accelerator):
+        raise topology.Unknown(f"libtpu 0.0.1 cannot describe {accelerator.name}")
+
+    monkeypatch.setattr(topology, "devices", devices)
+    made = plan.make_plan(small_config(), parse_accelerator("tpu7x-8"), "toy", search_too=True)
+    assert made["compiler"] is None and made["fits"] and made["search"]["compiles"] == 0
+    assert made["notes"][:2] == [
+        "libtpu 0.0.1 cannot describe tpu7x-8: by formula only, nothing was compiled",
+        "8 devices, 2 a chip: the mesh is of these"]
+    shown = text.render(made)
+    assert "HBM per device, GiB" in shown and "by formula (untested)" in shown and "price unknown" in shown
 
 
 def test_libtpu_missing_says_what_to_do(monkeypatch):

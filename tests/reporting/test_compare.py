@@ -11,6 +11,7 @@ import pytest
 from tests.conftest import import_verb
 from tests.reporting.fake_run import write_autoencoder, write_evaluation, write_json, write_training
 from tests.reporting.test_run_page import section, verb
+from tests.scaling import fake_sweep
 from tfusion.errors import UserError
 from tfusion.reporting import compare
 from tfusion.reporting.compare import write_comparison
@@ -41,6 +42,21 @@ def test_page_is_self_contained(whole, tmp_path, charts):
     assert all(s.startswith(("data:", "#")) for s in re.findall(r'(?:src|href)="([^"]*)"', page))
     ids = re.findall(r' id="([^"]*)"', page)
     assert len(ids) == len(set(ids)), "two plots share an id"
+
+
+def test_a_sweep_stands_for_its_finished_points(tmp_path, monkeypatch, capsys):
+    report, compared = import_verb("report"), []
+    points = fake_sweep.write_sweep(tmp_path / "x", seeds=1)
+    (tmp_path / "x" / points[0]["name"] / "evaluation/metrics.json").unlink()
+    for name in ("WORKDIR", "COMPARE", "OUT", "SCALING", "RESULTS"):
+        monkeypatch.setattr(report, name, SimpleNamespace(value=[] if name == "COMPARE" else None))
+    monkeypatch.setattr(report, "COMPARE", SimpleNamespace(value=[str(tmp_path / "x")]))
+    monkeypatch.setattr(report, "OUT", SimpleNamespace(value=str(tmp_path / "c.html")))
+    monkeypatch.setattr(report, "write_comparison",
+                        lambda roots, out: compared.extend(map(str, roots)) or out.write_text(""))
+    report.main(["runs/another"])
+    assert compared == [*(f"{tmp_path}/x/{point['name']}" for point in points[1:]), "runs/another"]
+    assert f"left out: {points[0]['name']} (trained, not evaluated)" in capsys.readouterr().out
 
 
 def test_runs_are_told_apart_by_as_much_of_their_paths_as_it_takes(page):

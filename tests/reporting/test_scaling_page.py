@@ -183,6 +183,23 @@ def test_powers_of_ten(x, text):
     assert scaling_plots.power(x) == text
 
 
+def test_a_sweep_in_a_bucket_is_read_and_kept_like_another(root, tmp_path, bucket, monkeypatch, capsys):
+    report = import_verb("report")
+    for path in (path for path in root.rglob("*") if path.is_file()):
+        (bucket / "x" / path.relative_to(root)).write_bytes(path.read_bytes())
+    found = {}
+    for sweep, kept in ((root, "local"), (bucket / "x", "remote")):
+        values = {"SCALING": str(sweep), "RESULTS": str(tmp_path / kept), "OUT": str(tmp_path / f"{kept}.out")}
+        for name in ("WORKDIR", "COMPARE", "OUT", "SCALING", "RESULTS"):
+            monkeypatch.setattr(report, name, SimpleNamespace(value=values.get(name)))
+        monkeypatch.setattr(scaling_plots, "sheet", lambda *args: None)
+        report.main([])
+        found[kept] = {path.relative_to(tmp_path / kept): path.read_bytes()
+                       for path in (tmp_path / kept).rglob("*") if path.is_file()}
+        found[kept]["points"] = (tmp_path / f"{kept}.out" / "points.csv").read_bytes()
+    assert found["local"] == found["remote"] and len(found["local"]) > 100
+
+
 def test_the_verb_keeps_what_is_finished_and_reads_it_elsewhere(root, tmp_path, monkeypatch, capsys):
     report = import_verb("report")
     sweep = shutil.copytree(root, tmp_path / "x")

@@ -1,6 +1,7 @@
 """What a sweep is frozen into, and what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -55,7 +56,19 @@ def test_n_is_the_shared_transformer_with_the_texts_embeddings():
     ("[]", "tiny: get_sweep returns no points"),
     ('[dict(name="a", config="FILE")] * 2', "two points are named 'a', and would share one workdir"),
     ('[dict(name=x, config="FILE") for x in "ab"]', "points 'a' and 'b' are one and the same run"),
+    ('[dict(name=x, config="FILE", overrides={"seed": i}) for i, x in enumerate(["lr", "LR"])]',
+     "points 'lr' and 'LR' would share one workdir where capital and small letters are one"),
+    ('[dict(name="report", config="FILE")]', "cannot be named 'report', which is a sweep's own file"),
+    ('[dict(name="a", config="FILE", flags={"train": {"workdir": "runs/x"}})]',
+     "point 'a': --workdir is not for its flags of train: a sweep gives it"),
+    ('[dict(name="a", config="FILE", flags={"trian": {"resume": "latest_good"}})]',
+     "flags of 'trian', which is none of its verbs: train, evaluate"),
+    ('[dict(name="a", config="FILE", topology="v5p-100")]',
+     "point 'a': 'v5p-100' is not a valid slice of v5p .*: v5p-64 .*, v5p-128 .*, v5p-256 "),
+    ('[dict(name="a", config="FILE", topology="v9-8")]', "point 'a': unknown topology 'v9-8'; "),
+    ('[dict(name="a", config="FILE", topology=16)]', "point 'a': unknown topology '16'; "),
     ('[dict(name="a/b", config="FILE")]', "letters, digits, _ . and -, not 'a/b'"),
+    ('[dict(name="7", config="FILE")]', "not '7'; nor is it a number alone"),
     ('[dict(name="a", config="FILE", verb=["train"])]', "point 'a' has 'verb'; known: config, flags, name"),
     ('[dict(name="a", config="FILE", verbs=["fly"])]', "no verb 'fly' for points; choices: prepare, train"),
     ('[dict(name="a", config="FILE", verbs=[])]', "verbs = []; choices: prepare, train, evaluate"),
@@ -86,6 +99,66 @@ def test_the_same_sweep_again_changes_nothing_and_another_is_refused(sweep):
                                         r"'c' is new; 'a': seed was 1, is 2\. Name another --out"):
         points.freeze(sweep.out, sweep.make())
     assert (sweep.out / "points.jsonl").read_text() == before
+
+
+PLAN = {"chips": 8, "fits": True}
+
+
+def on_slices(sweep, topology: str | None = None) -> list:
+    """Points with a slice, and a plan of those that train."""
+    made = points.make(experiment.call(str(sweep.path), "get_sweep"), "tiny", sweep.out, topology)
+    return [point._replace(plan=PLAN) if point.topology and "train" in point.verbs else point for point in made]
+
+
+def test_a_slice_is_the_experiments_or_the_commands(sweep):
+    assert [point.topology for point in on_slices(sweep)] == [None] * 3
+    sweep.write(SWEEP.replace('name="a"', 'name="a", topology="V5P-16"'))
+    assert [point.topology for point in on_slices(sweep)] == [None, "v5p-16", None]
+    assert [point.topology for point in on_slices(sweep, "2xv5e-8")] == ["2xv5litepod-8"] * 3
+    assert on_slices(sweep)[1].accelerator.num_chips == 8 and on_slices(sweep)[0].accelerator is None
+    assert on_slices(sweep)[1].config_hash == on_slices(sweep, "v5p-8")[1].config_hash
+    with pytest.raises(UserError, match="point 'data': unknown topology 'v9-8'"):
+        on_slices(sweep, "v9-8")
+
+
+def test_slices_and_plans_are_frozen_and_other_lines_are_as_ever(sweep):
+    sweep.write(SWEEP.replace('name="a"', 'name="a", topology="v5p-16"'))
+    points.freeze(sweep.out, on_slices(sweep))
+    lines = [json.loads(line) for line in (sweep.out / "points.jsonl").read_text().splitlines()]
+    assert (lines[1]["topology"], lines[1]["plan"]) == ("v5p-16", PLAN)
+    assert all("topology" not in line and "plan" not in line for line in (lines[0], lines[2]))
+    assert points.read(sweep.out) == on_slices(sweep)
+    again = [point._replace(plan={"chips": 9} if point.plan else None) for point in on_slices(sweep)]
+    assert points.freeze(sweep.out, again) is False  # another libtpu's figures are no other sweep
+    assert points.read(sweep.out)[1].plan == PLAN
+    with pytest.raises(UserError, match=r"'a': topology was v5p-16, is v5p-8\. Name another"):
+        points.freeze(sweep.out, on_slices(sweep, "v5p-8"))
+
+
+def test_a_sweep_that_was_frozen_without_slices_takes_those_that_it_is_given(sweep):
+    sweep.freeze()
+    before = (sweep.out / "points.jsonl").read_text()
+    made = on_slices(sweep, "v5p-16")
+    assert points.differences(points.read(sweep.out), made) == []
+    assert points.freeze(sweep.out, made[::-1]) is True
+    assert points.read(sweep.out) == made  # in the order that they were frozen in
+    for point, line in zip(points.read(sweep.out), before.splitlines(), strict=True):
+        assert point._replace(topology=None, plan=None).line == line
+    assert points.freeze(sweep.out, made) is False
+
+
+def test_the_packs_sweep_is_what_its_kept_results_are_of():
+    """Every byte of it: a finished run is passed over only where its configuration's hash is the same."""
+    kept = Path("docs/results/pack/points.jsonl").read_text()
+    made = points.make(experiment.call("experiments/scaling.py:pack", "get_sweep"), "", Path("sweeps/pack"))
+    assert "".join(f"{point.line}\n" for point in made) == kept
+
+
+def test_the_papers_points_each_have_a_slice_of_v5p():
+    made = points.make(experiment.call("experiments/scaling.py:paper", "get_sweep"), "", Path("sweeps/paper"))
+    chips = {point.tags["size"]: point.accelerator.num_chips for point in made}
+    assert len(made) == 10 and list(chips.values()) == sorted(set(chips.values()))
+    assert {point.accelerator.chip.name for point in made} == {"v5p"}
 
 
 def test_a_default_of_the_experiment_that_changed_is_seen(sweep):

@@ -17,24 +17,23 @@ from tfusion.planning.search import Candidate, Planner, nearest_that_fits, searc
 
 def make_plan(cfg: RunConfig, accelerator: Accelerator, experiment: str, tokens: float | None = None,
               total_flops: float | None = None, search_too: bool = False) -> dict:
-    """Compiles where the accelerator is a TPU; else by formula only. Raises UserError on what cannot be."""
+    """Compiles where libtpu knows the accelerator; else by formula only. Raises UserError on what cannot be."""
     topology.mesh_shape(cfg.mesh, accelerator)  # raises, before any work
-    if accelerator.chip.is_tpu and not topology.have_libtpu():
-        topology.devices(accelerator)  # raises as well
-    planner = Planner(cfg, accelerator)
+    by_formula = topology.why_by_formula(accelerator)
+    planner = Planner(cfg, accelerator, compiles=not by_formula)
     candidate = planner.candidate(cfg)
-    compiled = planner.compile(candidate) if accelerator.chip.is_tpu else None
+    compiled = planner.compile(candidate) if planner.compiles else None
     fits = compiled.fits if compiled else candidate.memory.total <= accelerator.chip.hbm_bytes
     found = None if fits else nearest_that_fits(planner, candidate)
     params = flops.num_params(planner.state.params)
     run = roofline.run(cfg, accelerator, candidate.step, params, tokens, total_flops)
     expected, trunk = kind_of(cfg).expected(cfg), kind_of(cfg).trunk(cfg)
     return {
-        "experiment": experiment, "accelerator": _accelerator(accelerator), "mesh": dict(candidate.mesh.shape),
-        "remat": trunk and trunk.model.remat, "seq_len": trunk and trunk.seq_len,
-        "batch_size": cfg.train.batch_size,
+        "experiment": experiment, "accelerator": accelerator_facts(accelerator),
+        "mesh": dict(candidate.mesh.shape), "remat": trunk and trunk.model.remat,
+        "seq_len": trunk and trunk.seq_len, "batch_size": cfg.train.batch_size,
         "num_microbatches": cfg.train.num_microbatches, "parameters": params,
-        "notes": notes(candidate, accelerator), "fits": fits,
+        "notes": notes(candidate, accelerator, by_formula), "fits": fits,
         "memory": {**candidate.memory._asdict(), "total": candidate.memory.total},
         "hbm": [part._asdict() for part in hbm_parts(candidate.memory, compiled)],
         "compiler": compiled._asdict() if compiled else None,
@@ -72,14 +71,17 @@ def hbm_parts(held: Memory, compiled: Compiled | None) -> list[Part]:
                          "the compiler's figure less the lines above")]
 
 
-def notes(candidate: Candidate, accelerator: Accelerator) -> list[str]:
+def notes(candidate: Candidate, accelerator: Accelerator, by_formula: str) -> list[str]:
     """What a user should know before believing the figures."""
     said = []
     if accelerator.num_hosts > 1:
         said.append(f"{accelerator.num_hosts} hosts: the same command runs on each, one process a host, and "
                     "all must reach --workdir")
-    if not accelerator.chip.is_tpu:
-        said.append("GPUs: by formula only, nothing was compiled")
+    if by_formula:
+        said.append(f"{by_formula}: by formula only, nothing was compiled")
+    if accelerator.num_devices > accelerator.num_chips:
+        said.append(f"{accelerator.num_devices} devices, {accelerator.chip.devices_per_chip} a chip: the mesh "
+                    "is of these")
     if candidate.work.kernels:
         said.append(f"{candidate.work.kernels} attention kernels state no cost: counted by visible pairs")
     return said
@@ -108,9 +110,9 @@ def suggestion(found: tuple | None) -> str:
     return f"would fit ({how}): {flags}"
 
 
-def _accelerator(a: Accelerator) -> dict:
-    return {"name": a.name, "chip": a.chip.name, "chips": a.num_chips, "topology": a.topology,
-            "num_slices": a.num_slices, "hbm_bytes": a.chip.hbm_bytes,
+def accelerator_facts(a: Accelerator) -> dict:
+    return {"name": a.name, "chip": a.chip.name, "chips": a.num_chips, "devices": a.num_devices,
+            "topology": a.topology, "num_slices": a.num_slices, "hbm_bytes": a.chip.hbm_bytes,
             "dollars_per_chip_hour": a.chip.dollars_per_hour}
 
 

@@ -71,12 +71,12 @@ def kernel_work(cfg: RunConfig, work: Work, pairs: float) -> Work:
 
 def estimate(cfg: RunConfig, accelerator: Accelerator, shape: dict[str, int], work: Work, memory: Memory,
              exchange: Collectives) -> Step:
-    chip, chips = accelerator.chip, accelerator.num_chips
+    chip, devices = accelerator.chip, accelerator.num_devices
     expected = kind_of(cfg).expected(cfg)
     work = kernel_work(cfg, work, expected.pairs)
-    matmul = work.flops / chips / (chip.peak_flops * MATMUL_EFFICIENCY)
+    matmul = work.flops / devices / (chip.peak_flops * MATMUL_EFFICIENCY)
     state = 2 * (memory.parameters + memory.optimizer + memory.ema) + memory.gradients
-    moved = work.activation_bytes / chips + work.weight_bytes / shape["tensor"] + state
+    moved = work.activation_bytes / devices + work.weight_bytes / shape["tensor"] + state
     hbm = moved / (chip.hbm_bandwidth * HBM_EFFICIENCY)
     ici = chip.ici_bandwidth * ICI_EFFICIENCY * (1.0 if accelerator.torus else 0.5)
     axes = len(accelerator.shape)
@@ -91,7 +91,7 @@ def estimate(cfg: RunConfig, accelerator: Accelerator, shape: dict[str, int], wo
     useful = sum(expected.flops.values())
     return Step(matmul, hbm, weights, tensor, sequence, dcn, work.flops, useful, seconds,
                 expected.positions / seconds,
-                useful / seconds / (chips * chip.peak_flops))
+                useful / seconds / (devices * chip.peak_flops))
 
 
 def split_dcn(exchange: Collectives, accelerator: Accelerator, shape: dict[str, int]) -> tuple[float, float]:
@@ -102,13 +102,13 @@ def split_dcn(exchange: Collectives, accelerator: Accelerator, shape: dict[str, 
     """
     groups = accelerator.num_slices
     if not accelerator.chip.is_tpu:
-        groups = max(1, accelerator.num_chips // accelerator.chip.chips_per_host)
+        groups = max(1, accelerator.num_devices // accelerator.chip.devices_of_host)
     fsdp, inside = exchange.fsdp_gather + exchange.fsdp_scatter, exchange.sequence_reduce
     if groups == 1:
         return fsdp + exchange.data_reduce + inside, 0.0
     if shape["data"] % groups == 0:
         return fsdp + inside, exchange.data_reduce
-    return fsdp + exchange.data_reduce + inside, fsdp * (groups - 1) / groups / (accelerator.num_chips / groups)
+    return fsdp + exchange.data_reduce + inside, fsdp * (groups - 1) / accelerator.num_devices
 
 
 class Run(NamedTuple):

@@ -52,8 +52,9 @@ def remat_of(cfg: RunConfig) -> str | None:
 class Planner:
     """Works out candidates for one config and slice; keeps what they share."""
 
-    def __init__(self, cfg: RunConfig, accelerator: Accelerator):
+    def __init__(self, cfg: RunConfig, accelerator: Accelerator, compiles: bool = True):
         self.cfg, self.accelerator = cfg, accelerator
+        self.compiles = compiles and accelerator.chip.is_tpu
         self.state = abstract_state(cfg)
         self._works: dict[tuple, Work] = {}
         self._compiled: dict[tuple, Compiled] = {}
@@ -149,7 +150,7 @@ def nearest_that_fits(planner: Planner, candidate: Candidate, max_compiles: int 
             continue
         if not planner.may_fit(other):
             continue
-        if not planner.accelerator.chip.is_tpu or max_compiles == 0:
+        if not planner.compiles or max_compiles == 0:
             untested = untested or other
             break
         max_compiles -= 1
@@ -165,11 +166,11 @@ def settings(cfg: RunConfig, accelerator: Accelerator) -> Iterator[list[RunConfi
     mesh.sequence stays as given: it is for rows too long for one chip, which only the user knows to want.
     """
     sequence = topology.mesh_shape(cfg.mesh, accelerator)["sequence"]
-    chips = accelerator.num_chips // sequence
+    devices = accelerator.num_devices // sequence
     for tensor in TENSOR_SIZES:
-        if chips % tensor or tensor > accelerator.chip.chips_per_host:
+        if devices % tensor or tensor > accelerator.chip.devices_of_host:
             continue
-        rest = chips // tensor
+        rest = devices // tensor
         for fsdp in (n for n in range(1, rest + 1) if rest % (n * accelerator.num_slices) == 0):
             for remat in REMATS if remat_of(cfg) else (None,):
                 mesh = {"data": rest // fsdp, "fsdp": fsdp, "tensor": tensor, "sequence": sequence}
@@ -215,7 +216,7 @@ def search(planner: Planner, wanted: int = 3, max_compiles: int = 6) -> tuple[li
     """
     groups = list(settings(planner.cfg, planner.accelerator))
     found = ranked(planner, groups)
-    if not planner.accelerator.chip.is_tpu:
+    if not planner.compiles:
         return [(group[0], None) for group in found[:wanted]], len(groups)
     fitting, limit = [], len(planner.compiled) + max_compiles
     while found and len(planner.compiled) < limit and len(fitting) < wanted:

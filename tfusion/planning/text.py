@@ -28,9 +28,13 @@ def _title(plan: dict) -> list[str]:
     return lines + [f"note: {note}" for note in plan["notes"]]
 
 
+def unit(plan: dict) -> str:
+    return "chip" if plan["accelerator"]["devices"] == plan["accelerator"]["chips"] else "device"
+
+
 def _memory(plan: dict) -> list[str]:
     compiler = plan["compiler"]
-    lines = ["HBM per chip, GiB"] + [
+    lines = [f"HBM per {unit(plan)}, GiB"] + [
         row("EMA" if part["name"] == "ema" else part["name"], gib(part["bytes"]), part["source"])
         for part in plan["hbm"]]
     if compiler and compiler["fits"]:
@@ -46,7 +50,7 @@ def _exchange(plan: dict) -> list[str]:
     names = {"fsdp_gather": "fsdp: gather weights", "fsdp_scatter": "fsdp: scatter gradients",
              "data_reduce": "data: sum gradients", "tensor_reduce": "tensor: sum activations",
              "sequence_keys": "sequence: keys and values", "sequence_reduce": "sequence: sum gradients"}
-    lines = ["Received per chip and step, GB (from shardings)"]
+    lines = [f"Received per {unit(plan)} and step, GB (from shardings)"]
     return lines + [row(names[k], f"{v / GB:.2f}") for k, v in plan["exchange"].items() if v] + (
         [] if any(plan["exchange"].values()) else [row("nothing", "0.00")])
 

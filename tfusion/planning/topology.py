@@ -37,8 +37,25 @@ def libtpu_version() -> str | None:
     return importlib.metadata.version("libtpu") if have_libtpu() else None
 
 
+class Unknown(UserError):
+    """A slice that the installed libtpu does not know."""
+
+
+def why_by_formula(accelerator: Accelerator) -> str:
+    """Why nothing is compiled for it; "" where libtpu does. Raises UserError where it would and is not
+    installed."""
+    if not accelerator.chip.is_tpu:
+        return "GPUs"
+    try:
+        devices(accelerator)
+    except Unknown as e:
+        return str(e)
+    return ""
+
+
 def devices(accelerator: Accelerator) -> list:
-    """The devices of a TPU slice, one a chip, ordered by slice and id."""
+    """The devices of a TPU slice, ordered by slice and id. Raises UserError where libtpu is not installed, and
+    Unknown where it cannot describe the slice."""
     if not have_libtpu():
         raise UserError("compiling for a TPU needs libtpu: pip install '.[tpu]' (no TPU is needed)")
     os.environ.update(LIBTPU_ENVIRONMENT)
@@ -51,13 +68,14 @@ def devices(accelerator: Accelerator) -> list:
     try:
         found = topologies.get_topology_desc(topology_name=name, platform="tpu", **options).devices
     except Exception as e:  # whatever libtpu raises: its first line is what a user can act on
-        raise UserError(f"libtpu cannot describe {accelerator.name} ({name}): {str(e).splitlines()[0]}") from e
+        raise Unknown(f"libtpu {libtpu_version()} cannot describe {accelerator.name} ({name}): "
+                      f"{str(e).splitlines()[0]}") from e
     return sorted(found, key=lambda d: (getattr(d, "slice_index", 0) or 0, d.id))
 
 
 def mesh_shape(cfg: MeshConfig, accelerator: Accelerator) -> dict[str, int]:
-    """{axis: size} over the chips. Raises UserError where training could not make that mesh."""
-    return sharding.mesh_shape(cfg, accelerator.num_chips, accelerator.num_slices)
+    """{axis: size} over the devices. Raises UserError where training could not make that mesh."""
+    return sharding.mesh_shape(cfg, accelerator.num_devices, accelerator.num_slices)
 
 
 def abstract_mesh(cfg: MeshConfig, accelerator: Accelerator) -> AbstractMesh:

@@ -10,7 +10,7 @@
 A point is a config with single values changed, and the verbs that are run on it one after the other; without
 `verbs` it is trained, then evaluated. `{name}` in a value stands for the workdir of the point of that name,
 which is the sweep's folder and the name: who names another point waits for it. `flags` are further flags of a
-verb, `tags` what a report sorts the points by.
+verb, `tags` what a report sorts the points by, `topology` the slice that a cluster is asked for (`v5p-16`).
 """
 
 import difflib
@@ -20,16 +20,20 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from tfusion import config, experiment
+from tfusion import config, experiment, paths
+from tfusion.accelerators import Accelerator, parse_accelerator
 from tfusion.errors import UserError
 from tfusion.paths import replace_text
 from tfusion.scaling import ladder
 from tfusion.scaling.results import POINTS, flat
 
 VERBS = ("prepare", "train", "evaluate")
-GIVEN = {"name", "config", "overrides", "verbs", "flags", "tags"}
-NAME, NAMED = re.compile(r"[A-Za-z0-9_][\w.-]*"), re.compile(r"\{([\w.-]+)\}")
+GIVEN = {"name", "config", "overrides", "verbs", "flags", "tags", "topology"}
+OURS = ("config", "workdir")  # flags that a sweep gives itself
+TAKEN = (POINTS, "report")  # names in its folder that are none of a point's
+NAME, NAMED = re.compile(r"(?!\d+$)[A-Za-z0-9_][\w.-]*"), re.compile(r"\{([\w.-]+)\}")
 SHOWN = 3  # differences that are named
+ON_A_SLICE = ("topology", "plan")  # absent in the files of sweeps without, and of versions before
 
 
 class Point(NamedTuple):
@@ -41,13 +45,15 @@ class Point(NamedTuple):
     verbs: list[str]
     flags: dict  # {verb: {flag: value}}
     tags: dict
-    workdir: str  # the sweep's folder, as it was named, and the name
+    workdir: str  # the name, in the sweep's folder wherever that lies
     config_hash: str  # of `resolved`, the same wherever the sweep lies
     flops: float  # expected of the whole run: exact model FLOPs
     tokens: int | None  # D, codes and patches among them; None without a transformer
     params: int | None  # N: ladder.shared_params
     six_n_d: float | None
     resolved: dict  # the whole config; other points' names stand in it as {name}
+    topology: str | None = None  # the slice it is for; None: this machine
+    plan: dict | None = None  # of a point that trains on a slice: verdicts.Verdict
 
     @property
     def needs(self) -> list[str]:
@@ -57,7 +63,17 @@ class Point(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        return Path(self.workdir)
+        return paths.path(self.workdir)
+
+    @property
+    def accelerator(self) -> Accelerator | None:
+        return parse_accelerator(self.topology) if self.topology else None
+
+    @property
+    def line(self) -> str:
+        """As it stands in points.jsonl: what is of a slice only where there is one."""
+        return json.dumps({key: value for key, value in self._asdict().items()
+                           if value is not None or key not in ON_A_SLICE})
 
 
 def place(text, points: dict[str, Point]):
@@ -89,8 +105,9 @@ def resolve(name: str, overrides: dict) -> config.RunConfig:
     return config.from_dict(tree)
 
 
-def make(given: list[dict], where: str, out: Path) -> list[Point]:
-    """Points of what get_sweep returned, checked. where: the experiment, for messages."""
+def make(given: list[dict], where: str, out: Path, topology: str | None = None) -> list[Point]:
+    """Points of what get_sweep returned, checked. where: the experiment, for messages; topology: the slice of
+    all, whatever the experiment says."""
     if not given:
         raise UserError(f"{where}: get_sweep returns no points")
     points: dict[str, Point] = {}
@@ -99,11 +116,17 @@ def make(given: list[dict], where: str, out: Path) -> list[Point]:
         if unknown := one.keys() - GIVEN:
             raise UserError(f"{where}: point '{name}' has '{min(unknown)}'; known: {', '.join(sorted(GIVEN))}")
         if not (isinstance(name, str) and NAME.fullmatch(name)):
-            raise UserError(f"{where}: a point's name is letters, digits, _ . and -, not {name!r}")
+            raise UserError(f"{where}: a point's name is letters, digits, _ . and -, not {name!r}; nor is it a "
+                            "number alone")
         if name in points:
             raise UserError(f"{where}: two points are named '{name}', and would share one workdir")
+        if name in TAKEN:
+            raise UserError(f"{where}: a point cannot be named '{name}', which is a sweep's own file")
+        if same := next((other for other in points if other.casefold() == name.casefold()), None):
+            raise UserError(f"{where}: points '{same}' and '{name}' would share one workdir where capital and "
+                            "small letters are one; name one otherwise")
         try:
-            points[name] = _point(out, **one)
+            points[name] = _point(out, **one | ({"topology": topology} if topology else {}))
         except UserError as e:
             raise UserError(f"{where}: point '{name}': {e}") from e
         if missing := [other for other in points[name].needs if other not in points]:
@@ -113,16 +136,23 @@ def make(given: list[dict], where: str, out: Path) -> list[Point]:
 
 
 def _point(out: Path, name: str, config: str, overrides=None, verbs=("train", "evaluate"), flags=None,
-           tags=None) -> Point:
+           tags=None, topology=None) -> Point:
     cfg = resolve(config, overrides or {})
     if not verbs or (bad := [verb for verb in verbs if verb not in VERBS]):
         raise UserError(f"verbs = {list(verbs)}; choices: {', '.join(VERBS)}" if not verbs else
                         f"there is no verb '{bad[0]}' for points; choices: {', '.join(VERBS)}")
+    for verb, given in (flags or {}).items():
+        if verb not in verbs:
+            raise UserError(f"it has flags of '{verb}', which is none of its verbs: {', '.join(verbs)}")
+        if own := [flag for flag in OURS if flag in given]:
+            raise UserError(f"--{own[0]} is not for its flags of {verb}: a sweep gives it, each point its own")
+    if topology is not None:
+        topology = parse_accelerator(str(topology)).name
     cost = ladder.cost(cfg) if "train" in verbs else ladder.Cost(0.0)
     resolved = cfg.to_dict()
     digest = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:16]
     return Point(name, config, overrides or {}, list(verbs), flags or {}, tags or {}, str(out / name), digest,
-                 *cost, resolved)
+                 *cost, resolved, topology)
 
 
 def _check_different(points: list[Point], where: str) -> None:
@@ -143,33 +173,50 @@ def read(out: Path) -> list[Point]:
         raise UserError(f"{path} not found: `python -m tfusion.sweep --config=experiments/FILE.py:words "
                         f"--out={out}` writes it")
     try:
-        return [Point(**json.loads(line)) for line in path.read_text().splitlines()]
-    except (ValueError, TypeError) as e:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return [Point(**line | {"workdir": str(out / line["name"])}) for line in lines]
+    except (ValueError, TypeError, KeyError) as e:
         raise UserError(f"{path} is broken ({e}): move it away, and the command that wrote it writes it again"
                         ) from e
 
 
 def freeze(out: Path, points: list[Point]) -> bool:
-    """Writes points.jsonl; False where it is there and says the same. Raises UserError where it says something
-    else."""
+    """Writes points.jsonl; False where it is there and says the same. Points that were frozen without a slice
+    take the one that they are given now; all else stays as it was frozen. Raises UserError where the file says
+    something else."""
     if (out / POINTS).is_file():
-        if told := differences(read(out), points):
-            more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
-            raise UserError(f"{out / POINTS} is another sweep: {'; '.join(told[:SHOWN])}{more}. Name another "
-                            "--out, or put the experiment back as it was")
-        return False
+        old, new = check_frozen(out, points), {point.name: point for point in points}
+        if all(point.topology == new[point.name].topology for point in old):
+            return False
+        points = [point._replace(topology=new[point.name].topology, plan=new[point.name].plan)
+                  if point.topology is None else point for point in old]
     out.mkdir(parents=True, exist_ok=True)
-    replace_text(out / POINTS, "".join(json.dumps(point._asdict()) + "\n" for point in points))
+    replace_text(out / POINTS, "".join(f"{point.line}\n" for point in points))
     return True
 
 
+def check_frozen(out: Path, points: list[Point]) -> list[Point]:
+    """What is frozen in a folder, [] where nothing is. Raises UserError where it is another sweep."""
+    if not (out / POINTS).is_file():
+        return []
+    old = read(out)
+    if told := differences(old, points):
+        more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
+        raise UserError(f"{out / POINTS} is another sweep: {'; '.join(told[:SHOWN])}{more}. Name another "
+                        "--out, or put the experiment back as it was")
+    return old
+
+
 def differences(old: list[Point], new: list[Point]) -> list[str]:
-    """What a frozen sweep has otherwise than the experiment does now, a few words each."""
+    """What a frozen sweep has otherwise than the experiment does now, a few words each. A plan is no part of
+    what a sweep is, and nor is a slice where none was frozen."""
     before, now = ({point.name: point for point in points} for points in (old, new))
     told = [f"'{name}' is frozen and no longer in the experiment" for name in before if name not in now]
     told += [f"'{name}' is new" for name in now if name not in before]
     for name in (name for name in before if name in now):
-        a, b = (_flat(points[name]) for points in (before, now))
+        a, b = (_flat(points[name]._replace(plan=None)) for points in (before, now))
+        if before[name].topology is None:
+            b["topology"] = None
         told += [f"'{name}': {key} was {a.get(key)}, is {b.get(key)}" for key in sorted(a.keys() | b.keys())
                  if a.get(key) != b.get(key) and not key.startswith(("config_hash", "overrides.", "workdir"))]
     return told

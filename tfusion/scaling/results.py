@@ -121,8 +121,8 @@ def thinned(text: str, lines: int = LINES) -> str:
 def samples(folder: Path) -> bytes | None:
     """A sheet of the first pictures that were drawn, as PNG; None of a run that drew none."""
     cards = [folder / "evaluation" / name / "card.npz" for name in ("scenes", "drawn")]
-    for path in filter(Path.is_file, cards):
-        with np.load(path) as arrays:
+    for path in (path for path in cards if path.is_file()):
+        with np.load(io.BytesIO(path.read_bytes())) as arrays:  # it may lie in a bucket
             drawn = arrays["drawn"][:SAMPLES]
         drawn = drawn[: len(drawn) // ACROSS * ACROSS or None]
         sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in

@@ -24,6 +24,7 @@ from tfusion.scaling.results import other_config
 RESTARTS = 3  # of one point
 POLL_S = 1.0
 PACED_S = 10.0  # between two looks at how far the running ones are
+TAIL = 10_000  # bytes of what a verb said that are looked at
 
 
 def command(point: Point, verb: str, points: dict[str, Point]) -> list[str]:
@@ -35,6 +36,16 @@ def command(point: Point, verb: str, points: dict[str, Point]) -> list[str]:
     config = [f"--config={point.config}", *(f"--config.{key}={value}" for key, value in named.items())]
     return [sys.executable, "-m", f"tfusion.{verb}", *(config if verb != "evaluate" else []),
             *(f"--{key}={value}" for key, value in flags.items())]
+
+
+def check_frozen(point: Point) -> None:
+    """Raises UserError where its experiment says something else by now, for the verb would train that; or its
+    workdir holds a run of another configuration, for that would go on."""
+    if resolve(point.config, point.overrides).to_dict() != point.resolved:
+        raise UserError(f"'{point.name}' is no longer what was frozen in {point.folder.parent}: {point.config} "
+                        "was changed; put it back, or freeze another sweep")
+    if other := other_config(point.folder, point._asdict()):
+        raise UserError(f"{point.folder} holds another run than '{point.name}' ({other}): move it away")
 
 
 class Running(NamedTuple):
@@ -106,14 +117,10 @@ class Runner:
     def _begin(self, point: Point) -> bool:
         """False where another process is at it, or finished it meanwhile."""
         folder = point.folder
-        if resolve(point.config, point.overrides).to_dict() != point.resolved:
-            raise UserError(f"'{point.name}' is no longer what was frozen in {self.out}: {point.config} was "
-                            "changed; put it back, or freeze another sweep")
+        check_frozen(point)
         if self.state(point).what == progress.RUNNING:
             self._tell(point.name, "is run by another process: left alone")
             return False
-        if other := other_config(folder, point._asdict()):
-            raise UserError(f"{folder} holds another run than '{point.name}' ({other}): move it away")
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock = workdir.hold(folder / progress.LOCK)
@@ -136,9 +143,9 @@ class Runner:
 
     def _ended(self, one: Running) -> None:
         point, folder, status = one.point, one.point.folder, one.process.returncode
-        status = 128 - status if status < 0 else status  # as a shell says which signal it was
-        why = _last_line(folder / progress.LOG)
-        if status == 0 and progress.DONE[one.verb](folder, progress.configured(point, self.points)):
+        why = why_ended(status, _tail(folder / progress.LOG))
+        status = as_shell(status)
+        if status == 0 and progress.DONE[one.verb](point, self.points):
             progress.note(folder, one.verb, 0, "")
             if not self.stopping:
                 return self._next(point, one.lock)
@@ -189,10 +196,21 @@ def start(words: list[str], log: Path, lock) -> subprocess.Popen:
                                 pass_fds=kept)
 
 
-def _last_line(log: Path) -> str:
-    """The error that a verb ended in, or what it said last."""
-    if not log.is_file():
-        return ""
-    lines = log.read_bytes()[-10_000:].decode(errors="replace").replace("\r", "\n").split("\n")
+def _tail(log: Path) -> bytes:
+    return log.read_bytes()[-TAIL:] if log.is_file() else b""
+
+
+def as_shell(returncode: int) -> int:
+    """The exit status as a shell has it: 128 + the signal that ended the process."""
+    return 128 - returncode if returncode < 0 else returncode
+
+
+def why_ended(returncode: int, said: bytes) -> str:
+    """The error that a verb ended in, the signal that ended it, or what it said last."""
+    lines = said.decode(errors="replace").replace("\r", "\n").split("\n")
     lines = [line.strip() for line in lines if line.strip()]
-    return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
+    errors = [line for line in lines if line.startswith("error:")]
+    if returncode < 0 and not errors:
+        return f"ended by {signal.Signals(-returncode).name}" + (
+            ": memory ran out, or somebody did it" if returncode == -signal.SIGKILL else "")
+    return (errors or lines or [""])[-1]

@@ -94,6 +94,18 @@ class Goodput:
             self._write()
 
 
+def of_run(folder) -> tuple[float, int] | None:
+    """(the share of a run's wall time that went into its steps, how often it was begun again), as its workdir
+    says; None where that says nothing."""
+    path = folder / FILE
+    if not (attempts := _attempts(path)):
+        return None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        seconds = json.loads(path.read_text())["seconds"]
+        return seconds["step"] / sum(seconds.values()), len(attempts) - 1
+    return None
+
+
 def _rounded(seconds: dict) -> dict:
     return {part: round(value, 2) for part, value in seconds.items()}
 

@@ -1,0 +1,197 @@
+#!/usr/bin/env bash
+# Rents a TPU slice, runs a verb on all its hosts by ssh, and gives it back: no cluster, no image. Stays in the
+# foreground and restarts what was preempted, so run it where it can stay (tmux, a small VM).
+#   TOPOLOGY=v5litepod-16 ZONE=us-west4-a [SPOT=1] launch/tpu_vm.sh --config=... --workdir=gs://...
+#   VERB=evaluate ... launch/tpu_vm.sh --workdir=gs://...      prepare, sample, export likewise
+#   ZONE=... launch/tpu_vm.sh --sweep=gs://... [--retry]       a slice per point that is not done, all at once
+#   NAME=mine KEEP=1 TOPOLOGY=... launch/tpu_vm.sh ...    the slice stays; NAME=mine again runs the next verb on it
+# v4 to v6e come as queued resources, of several slices too; tpu7x as a Compute Engine instance, of one host.
+# SPOT=1: cheap, and taken away at any time. DATA=gs://...: what is in it is copied into data/ of each host.
+# VALID=6h: how long to wait for a slice. PROJECT, ZONE: else gcloud's own.
+# RUNTIME_VERSION: of the machines' software. SHARED, RESTARTS, ENGINE_FLAGS (of `create`): launch/jobs.sh.
+# shellcheck source=launch/jobs.sh
+. "$(dirname "$0")/jobs.sh"
+
+tool gcloud "install the Google Cloud CLI, then gcloud auth login"
+where=(${ZONE:+"--zone=$ZONE"} ${PROJECT:+"--project=$PROJECT"})
+if [[ -n "${DATA-}" ]]; then SHARED=${SHARED-data}; fi
+VALID=${VALID:-6h} POLL_S=${POLL_S:-30}
+code=$(mktemp -d)
+trap 'rm -rf "$code"' EXIT
+tar -czf "$code/tfusion.tgz" --exclude=./.venv --exclude=./.git --exclude=./runs --exclude=./sweeps \
+  --exclude=./data --exclude=__pycache__ .
+running=()  # process ids of this script's jobs
+# shellcheck disable=SC2016  # for the hosts to expand
+alive='kill -0 $(cat tfusion.pid)' stop='kill -TERM $(cat tfusion.pid)'
+
+queued() {
+  [[ "$chip" != tpu7x ]]
+}
+
+status_of() {  # NAME: what Google says of it; nothing where there is none
+  local said
+  if queued; then
+    said=$(gcloud compute tpus queued-resources describe "$1" "${where[@]}" --format='value(state.state)' 2>&1)
+  else
+    said=$(gcloud compute instances describe "$1" "${where[@]}" --format='value(status)' 2>&1)
+  fi || case $said in
+    *NOT_FOUND* | *'was not found'*) said='' ;;
+    *) die "gcloud cannot say what $1 is: $(tail -n 1 <<<"$said")" ;;
+  esac
+  tail -n 1 <<<"$said"
+}
+
+on() {  # NAME WORKERS COMMAND: by ssh, on all hosts at once (all) or on the first (0)
+  if queued; then
+    gcloud compute tpus queued-resources ssh "$1" "${where[@]}" --node="$2" --worker="$2" --batch-size=all \
+      --command="$3"
+  else
+    gcloud compute ssh "$1" "${where[@]}" --command="$3"
+  fi
+}
+
+state() {
+  case $(status_of "$1") in
+    '') ;;
+    ACTIVE | RUNNING) if on "$1" 0 "$alive" >/dev/null 2>&1; then echo live; fi ;;
+    FAILED | SUSPEND* | TERMINATED | STOP* | DELETING) ;;
+    *) echo live ;;  # it is waited for
+  esac
+}
+
+forget() { :; }  # `ready` sees to what is left of a slice
+
+create() {  # NAME
+  local flags=() nodes=(--node-id="$1") version
+  if ! queued; then
+    [[ "$chips" -le 4 && "$slices" == 1 ]] || die "launch/tpu_vm.sh runs tpu7x on one host, tpu7x-8: larger" \
+      "slices by launch/gke.sh"
+    [[ " ${more[*]}" == *" --image"* ]] || die "ENGINE_FLAGS='--image-family=... --image-project=...' is wanted:" \
+      "the TPU image for tpu7x of Google's page 'TPU OS images'"
+    [[ -z "${SPOT-}" ]] || flags=(--provisioning-model=SPOT --instance-termination-action=DELETE)
+    gcloud compute instances create "$1" "${where[@]}" --machine-type="$(machine)" \
+      --maintenance-policy=TERMINATE --scopes=cloud-platform "${flags[@]}" "${more[@]}"
+    return
+  fi
+  case $chip in
+    v5e) version=v2-alpha-tpuv5-lite ;;
+    v5p) version=v2-alpha-tpuv5 ;;
+    v6e) version=v2-alpha-tpuv6e ;;
+    *) version=tpu-ubuntu2204-base ;;
+  esac
+  [[ "$slices" == 1 ]] || nodes=(--node-count="$slices" --node-prefix="$1")
+  [[ -z "${SPOT-}" ]] || flags=(--spot)
+  gcloud compute tpus queued-resources create "$1" "${where[@]}" "${nodes[@]}" --accelerator-type="$slice_name" \
+    --runtime-version="${RUNTIME_VERSION:-$version}" --valid-until-duration="$VALID" "${flags[@]}" "${more[@]}"
+}
+
+delete() {  # NAME: the slice, and with it what it costs
+  if queued; then
+    gcloud compute tpus queued-resources delete "$1" "${where[@]}" --force --quiet
+  else
+    gcloud compute instances delete "$1" "${where[@]}" --quiet
+  fi
+}
+
+put() {  # NAME: this code, what it needs, and DATA on all hosts
+  local setup='mkdir -p tfusion/data && find tfusion -mindepth 1 -maxdepth 1 ! -name .venv ! -name data -exec \
+    rm -rf {} + && tar -xzf tfusion.tgz -C tfusion && tfusion/launch/install.sh tpu'
+  [[ -z "${DATA-}" ]] || setup+=" && gcloud storage rsync -r $(printf %q "$DATA") tfusion/data"
+  if queued; then
+    gcloud compute tpus queued-resources scp "$code/tfusion.tgz" "$1:" "${where[@]}" --node=all --worker=all \
+      --batch-size=all && on "$1" all "$setup"
+  else
+    gcloud compute scp "$code/tfusion.tgz" "$1:" "${where[@]}" && on "$1" all "$setup"
+  fi
+}
+
+ready() {  # NAME: the slice is there, with this code on it; where one was taken away another is made
+  local is
+  while :; do
+    is=$(status_of "$1")
+    case $is in
+      FAILED | SUSPEND* | TERMINATED | STOP*) delete "$1" && create "$1" ;;
+      '') create "$1" ;;
+    esac
+    until [[ "$is" == ACTIVE || "$is" == RUNNING ]]; do
+      is=$(status_of "$1")
+      case $is in
+        ACTIVE | RUNNING) ;;
+        FAILED | SUSPEND* | '') die "$1: no such slice within $VALID ($is): another ZONE, SPOT=1, a longer VALID" ;;
+        *) echo "$1: $is" && sleep "$POLL_S" ;;
+      esac
+    done
+    if put "$1"; then return; fi
+    sleep "$POLL_S"
+    case $(status_of "$1") in ACTIVE | RUNNING) die "$1: installing failed, see above" ;; esac
+    echo "$1: was taken away meanwhile"
+  done
+}
+
+# shellcheck disable=SC2329  # a trap calls it
+release() {  # NAME: gives back what there is of it
+  if [[ -n "${KEEP-}" ]]; then
+    echo "$1: stays, and costs, until: gcloud compute $(queued && echo tpus queued-resources || echo instances)" \
+      "delete $1 ${where[*]}$(! queued || echo ' --force')"
+  elif [[ -n "$(status_of "$1")" ]] && ! delete "$1"; then
+    echo "error: $1 may still be there, and cost: gcloud compute tpus queued-resources list ${where[*]}" >&2
+  fi
+}
+
+work() {  # NAME VERB FLAGS...: until it is done, or not worth a restart. A process of its own
+  local name=$1 command child status stops=0 seen restarts=0
+  command="cd tfusion && PATH=\$PWD/.venv/bin:\$PATH && echo \$\$ >../tfusion.pid && $(remote "${@:2}")"
+  trap 'release "$name"' EXIT
+  # What runs there saves, and ends with 42; then the slice is given back.
+  trap 'stops=$((stops + 1)); on "$name" all "$stop" >/dev/null 2>&1 || true' TERM
+  while :; do
+    ready "$name"
+    ((stops == 0)) || exit 42
+    on "$name" all "$command" &
+    child=$!
+    seen=-1
+    while ((seen != stops)); do  # else the wait was ended by a signal
+      seen=$stops status=0
+      wait "$child" || status=$?
+    done
+    ((status && stops == 0)) || break
+    # 255 is ssh's own. A slice that is gone was taken away, whatever status its connection ended with.
+    if [[ ",$RESTARTED,255," != *",$status,"* ]]; then
+      case $(status_of "$name") in ACTIVE | RUNNING) break ;; esac
+    fi
+    if ((restarts++ >= RESTARTS)); then
+      echo "error: $name: status $status after $RESTARTS restarts" >&2
+      break
+    fi
+    echo "$name: status $status, restart $restarts of $RESTARTS"
+  done
+  echo "$name: ended with status $status"
+  exit "$status"
+}
+
+submit() {
+  trap '' INT  # so it is for the job too, which a Ctrl-C would reach as well
+  work "$@" &
+  running+=($!)
+  trap stop_all INT
+}
+
+# shellcheck disable=SC2329  # a trap calls it
+stop_all() {
+  stops=$((stops + 1))
+  ((${#running[@]} == 0)) || kill -TERM "${running[@]}" 2>/dev/null || true
+}
+
+stops=0
+trap stop_all TERM INT
+submit_all "$@"
+worst=0
+for child in "${running[@]}"; do
+  seen=-1
+  while ((seen != stops)); do
+    seen=$stops status=0
+    wait "$child" || status=$?
+  done
+  ((worst)) || worst=$status
+done
+exit "$worst"
