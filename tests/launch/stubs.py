@@ -57,7 +57,7 @@ FLAGS = {
     ("sky", "jobs", "launch"): {"--name", "--detach-run", "--yes", "--env", "--infra"},
     ("sky", "jobs", "queue"): {"--all", "--output"},
 }
-NOT_LISTED = {"docker", "make", "python"}  # stubs that no table is for
+NOT_LISTED = {"docker", "make", "python", "sbatch", "squeue"}  # stubs that no table is for
 RECORD = """#!/usr/bin/env bash
 { printf '%s\\x1f' "${0##*/}" "$@"; printf '\\x1e'; } >>"$CALLS"
 """
