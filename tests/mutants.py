@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("tfusion", "experiments", "tests", "pytest.ini", "ruff.toml")
+COPIED = ("tfusion", "experiments", "tests", "launch", "docs", "pytest.ini", "ruff.toml",
+          "requirements.txt", "Dockerfile")
 TIMEOUT = 900
 FAILED = 1  # pytest's status where tests ran and some failed; errors in collection are another
 

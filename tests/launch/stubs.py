@@ -79,8 +79,8 @@ class Engines:
     def environment(self, **variables: str) -> dict[str, str]:
         """What a script is run with: nothing of the caller's that it reads."""
         kept = {name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR") if name in os.environ}
-        system = os.pathsep.join(["/usr/local/bin", "/usr/bin", "/bin"])
-        return kept | {"PATH": f"{self.bin}{os.pathsep}{system}", "CALLS": str(self.record)} | variables
+        path = [self.bin, Path(sys.executable).parent, "/usr/local/bin", "/usr/bin", "/bin"]
+        return kept | {"PATH": os.pathsep.join(map(str, path)), "CALLS": str(self.record)} | variables
 
     def run(self, script: str, *args: str, **variables: str) -> subprocess.CompletedProcess:
         """launch/SCRIPT with its settings; what it called is checked."""
@@ -142,6 +142,7 @@ def run_remotely(engines: Engines, command: str, status: int = 0) -> tuple[list[
     engines.answer("python", f"""if [[ "$1" == -c ]]; then exit "${{IMPORTS:-0}}"; fi
 env -0 >"$CALLS.env"; exit {status}""")
     done = subprocess.run(["bash", "-c", command], env=engines.environment(), capture_output=True, text=True)
+    (engines.bin / "python").unlink()
     return engines.calls("python", "-m")[-1], given(engines), done.returncode
 
 

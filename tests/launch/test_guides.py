@@ -5,6 +5,7 @@ minutes is recorded, and its flags are looked for in the verbs.
 
 import re
 import subprocess
+import sys
 
 import pytest
 
@@ -17,7 +18,7 @@ SLURM = {"sbatch": "echo Submitted batch job 7; touch slurm-7.out", "squeue": ""
          "scancel": ""}
 POINTS = [("transfusion-0.16b-seed0", "v5p-16"), ("chameleon-7b-seed0", "v5p-512")]
 PYTHON = r"""#!/usr/bin/env bash
-if [[ "$1" != -m ]]; then exec %s/.venv/bin/python "$@"; fi
+if [[ "$1" != -m ]]; then exec %s "$@"; fi
 { printf '%%s\x1f' python "$@"; printf '\x1e'; } >>"$CALLS"
 if [[ " $*" == *" --jobs"* ]]; then printf '%s'; fi
 """
@@ -50,7 +51,7 @@ def newcomer(engines, tmp_path):
     def walk(name: str, frozen: list[tuple[str, str]] = POINTS) -> None:
         points = "".join(f"{number}\\t{name}\\t{topology}\\n" for number, (name, topology) in enumerate(frozen))
         for path in (place / ".venv/bin/python", engines.bin / "python"):
-            path.write_text(PYTHON % (ROOT, points))
+            path.write_text(PYTHON % (sys.executable, points))
             path.chmod(0o755)
         script = "set -euxo pipefail\n" + "\n".join(commands(GUIDES[name]))
         done = subprocess.run(["bash", "-c", script], cwd=place, capture_output=True, text=True, timeout=120,

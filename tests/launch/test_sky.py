@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,8 +70,7 @@ def run(sky, script: str, variables: dict[str, str], ends: str, **node: str) -> 
     """The job on one machine, where Python ends with these statuses one after the other."""
     left = sky.record.parent / "ends"
     left.write_text(ends.replace(" ", "\n") + "\n")
-    real = ROOT / ".venv/bin/python"
-    sky.answer("python", f"""if [[ "$1" == -c ]]; then exec {real} "$@"; fi
+    sky.answer("python", f"""if [[ "$1" == -c ]]; then exec {sys.executable} "$@"; fi
 env -0 >"$CALLS.env"; status=$(head -n 1 {left}); sed -i 1d {left}; exit "$status" """)
     # Of the PATH that the script makes, .venv/bin/python would come before ours.
     place = sky.record.parent / "work"
@@ -81,6 +81,7 @@ env -0 >"$CALLS.env"; status=$(head -n 1 {left}); sed -i 1d {left}; exit "$statu
     before = len(sky.calls("python", "-m"))
     done = subprocess.run(["bash", "-c", script], cwd=place, capture_output=True, text=True, timeout=60,
                           env=sky.environment(**variables, **{"SKYPILOT_NUM_NODES": "1"} | node))
+    (sky.bin / "python").unlink()
     return done.returncode, sky.calls("python", "-m")[before:]
 
 
