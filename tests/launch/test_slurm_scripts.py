@@ -24,6 +24,12 @@ def test_the_restart_list_is_that_of_the_package():
     assert cases.split(" | ") == ["0", *map(str, RESTARTED)]
 
 
+def test_a_job_ends_in_the_verb():
+    job, task = ((SLURM / name).read_text() for name in ("train.sbatch", "task.sh"))
+    assert job.count(' launch/slurm/task.sh "$@"') == 1
+    assert task.count('\npython -m "tfusion.${VERB:-train}" "$@" || status=$?\n') == 1
+
+
 @pytest.fixture
 def task(tmp_path):
     """(variables) -> (what task.sh says, in which Python says which devices JAX is to take, its status)"""
