@@ -15,11 +15,11 @@ AUTOENCODER := experiments/quickstart.py:autoencoder
 TRANSFUSION := experiments/quickstart.py
 EVALUATE :=
 
-.PHONY: help quickstart smoke test test-slow lint mutants golden clean
+.PHONY: help quickstart smoke test test-slow test-cluster lint mutants golden clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | \
-		awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+		awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
 
 quickstart: $(RUN)/report.html  ## Train, evaluate and report a small Transfusion on a CPU
 	@s=$$(( $$(date +%s) - $(START) )); echo; echo "report:  $(abspath $<)"; \
@@ -53,10 +53,15 @@ smoke:  ## The quickstart shrunk to seconds of training, from scratch, in runs/s
 		AUTOENCODER=experiments/quickstart.py:smoke,autoencoder TRANSFUSION=experiments/quickstart.py:smoke
 
 test: $(STAMP)  ## The fast tests (ARGS="-k masks" picks some)
-	$(PY) -m pytest -m "not slow" -n auto --dist=loadfile $(ARGS)
+	$(PY) -m pytest -m "not slow and not cluster" -n auto --dist=loadfile $(ARGS)
 
 test-slow: $(STAMP)  ## The slow tests
 	$(PY) -m pytest -m slow $(ARGS)
+
+# Nothing of the system's is touched: SLURM's daemons run in a folder. They are to be there already (Debian:
+# apt-get install slurm-wlm munge); tests that miss something are skipped and say so, with TFUSION_CI=1 they fail.
+test-cluster: $(STAMP) .venv-launch/.installed  ## The tests on a SLURM of their own, and against launchers' tools
+	$(PY) -m pytest -m cluster -rs $(ARGS)
 
 lint: $(STAMP)  ## ruff
 	$(PY) -m ruff check .

@@ -16,6 +16,8 @@ import pytest
 
 from tests import processes
 from tests.launch import loopback
+from tests.launch.stubs import SLURM
+from tests.launch.test_guides import GUIDES, commands
 from tests.launch.tiny import STEPS
 from tests.test_resume import lines, saved_steps
 
@@ -50,6 +52,18 @@ def wait_for(condition, what: str, seconds: float = 150) -> None:
 
 def wait_for_end(slurm, *numbers: str, log: str = "") -> None:
     wait_for(lambda: all(job(slurm, number)[0] in ENDED for number in numbers), f"the end of {numbers}; {log}")
+
+
+def test_the_guides_and_the_scripts_flags_are_slurms(slurm):
+    script = re.sub(r"\s\\\n\s*", " ", (ROOT / "launch/slurm.sh").read_text())
+    lines = commands(GUIDES["slurm.md"]) + [line for line in script.splitlines() if line.strip()[0:1] != "#"]
+    calls = [(name, re.split(rf"(?<![.\w]){name} (?=-)", line)[1:]) for line in lines for name in SLURM]
+    found = {(name, flag) for name, words in calls for flag in re.findall(
+        r"--[a-z-]+", "".join(words).partition("launch/slurm/train.sbatch")[0])}
+    assert len(found) > 15
+    helps = {name: slurm.run(name, "--help") for name in SLURM}
+    unknown = {(name, flag) for name, flag in found if not re.search(rf"{flag}\b", helps[name])}
+    assert unknown == {("squeue", "--me"), ("scancel", "--me")}  # in their manuals alone
 
 
 # ---------------------------------------------------------------- what is begun again

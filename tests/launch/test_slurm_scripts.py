@@ -1,6 +1,7 @@
 """What the scripts for SLURM ask of it, by stand-ins for its commands; tests/launch/test_slurm.py runs the real
 ones."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.scaling.test_jobs import leave
+from tests.launch.stubs import sweep
 from tfusion.errors import RESTARTED
-from tfusion.scaling import points
+from tfusion.scaling import progress
 
 ROOT = Path(__file__).parents[2]
 SLURM = ROOT / "launch" / "slurm"
@@ -68,40 +69,41 @@ def test_a_status_that_is_not_to_be_restarted_is_told_apart(task, status, given)
 
 
 @pytest.fixture
-def submit(sweep, tmp_path):
+def submit(engines, tmp_path):
     """(flags, queued=what squeue prints, fails=whether it fails) -> (what slurm.sh says, its status, the calls
-    of sbatch)."""
-    sweep.write('[dict(name=x, config="FILE", overrides={"seed": i}) for i, x in enumerate("abc")]')
-    sweep.freeze()
-    tools = tmp_path / "tools"
-    tools.mkdir()
+    of sbatch); the sweep of three points is submit.out."""
+    out = tmp_path / "sweep"
+    sweep(out, '[dict(name=x, config="tests/launch/tiny.py", overrides={"seed": i}, verbs=["train"]) '
+               'for i, x in enumerate("abc")]')
+    engines.answer("sbatch")
 
-    def run(*flags: str, queued: str = "", fails: bool = False, **variables: str):
-        for name, text in (("squeue", f"printf '{queued}'; exit {int(fails)}"),
-                           ("sbatch", f'printf "%s|" "$@" >> {tools}/calls; echo >> {tools}/calls')):
-            (tools / name).write_text(f"#!/bin/bash\n{text}\n")
-            (tools / name).chmod(0o755)
-        (tools / "calls").write_text("")
-        done = subprocess.run([ROOT / "launch" / "slurm.sh", f"--sweep={sweep.out}", *flags], text=True,
-                              capture_output=True, check=False, env=os.environ | variables | {
-                                  "PATH": f"{tools}:{os.environ['PATH']}", "JAX_PLATFORMS": "cpu"})
-        calls = [line.strip("|").split("|") for line in (tools / "calls").read_text().splitlines()]
-        return done.stdout + done.stderr, done.returncode, calls
+    def run(*flags: str, queued: str = "", fails: bool = False):
+        engines.answer("squeue", f"printf '{queued}'; exit {int(fails)}")
+        engines.record.write_text("")
+        done = engines.run("slurm.sh", f"--sweep={out}", *flags, JAX_PLATFORMS="cpu")
+        return done.stdout + done.stderr, done.returncode, engines.calls("sbatch")
 
+    run.out = out
     return run
 
 
+def slice_up(out: Path, **changes: str) -> None:
+    """Points that are of another slice than was frozen: {name: topology}."""
+    lines = [json.loads(line) for line in (out / "points.jsonl").read_text().splitlines()]
+    (out / "points.jsonl").write_text("".join(
+        json.dumps(line | {"topology": changes[line["name"]]}) + "\n" for line in lines))
+
+
 @pytest.mark.slow
-def test_what_is_missing_is_submitted_as_one_array_and_what_is_queued_left_alone(sweep, submit):
-    leave(sweep, "b/sweep.json", {"verb": "train", "status": 1, "why": "error: x"})
-    said, status, calls = submit("--time=10", queued="0 PENDING\\n")
+def test_what_is_missing_is_submitted_as_one_array_and_what_is_queued_left_alone(submit):
+    progress.note(submit.out / "b", "train", 1, "error: x")
+    said, status, (call,) = submit("--time=10", queued="0 PENDING\\n")
     assert status == 0 and "a: PENDING, left alone" in said and "c: submitted" in said
-    (call,) = calls
-    assert call[1:] == ["--array=2", "--export=ALL,VERB=sweep", f"--output={sweep.out}/slurm-%A_%a.log",
-                        "--time=10", "launch/slurm/train.sbatch", f"--out={sweep.out}"]
-    assert re.fullmatch(r"--job-name=sweep-[0-9a-f]{8}", call[0])
+    assert call[2:] == ["--array=2", "--export=ALL,VERB=sweep", f"--output={submit.out}/slurm-%A_%a.log",
+                        "--time=10", "launch/slurm/train.sbatch", f"--out={submit.out}"]
+    assert re.fullmatch(r"--job-name=sweep-[0-9a-f]{8}", call[1])
     said, status, (again,) = submit("--retry", "--time=10")
-    assert again[:2] == [call[0], "--array=0,1,2"] and again[5:] == call[5:]
+    assert again[1:3] == [call[1], "--array=0,1,2"] and again[6:] == call[6:]
 
 
 @pytest.mark.slow
@@ -113,18 +115,14 @@ def test_an_engine_that_cannot_say_what_it_has_is_given_nothing(submit):
 
 
 @pytest.mark.slow
-def test_points_get_as_many_gpus_as_their_topology_has(sweep, submit):
-    lines = [point._asdict() for point in points.read(sweep.out)]
-    assert "topology" in lines[0]
-    for line, topology in zip(lines, ("h100-16", "h100-4", "h100-16")):
-        line["topology"] = topology
-    points.replace_text(sweep.out / points.POINTS, "".join(points.json.dumps(line) + "\n" for line in lines))
+def test_points_get_as_many_gpus_as_their_topology_has(submit):
+    slice_up(submit.out, a="h100-16", b="h100-4", c="h100-16")
     said, status, calls = submit("--partition=big")
     assert status == 0, said
-    assert sorted([call[1], *call[4:7]] for call in calls) == [
+    assert sorted([call[2], *call[5:8]] for call in calls) == [
         ["--array=0,2", "--nodes=2", "--gpus-per-node=8", "--partition=big"],
         ["--array=1", "--nodes=1", "--gpus-per-node=4", "--partition=big"]]
-    lines[0]["topology"] = "v5p-8"
-    points.replace_text(sweep.out / points.POINTS, "".join(points.json.dumps(line) + "\n" for line in lines))
+    slice_up(submit.out, a="v5p-8", b="v5p-8", c="v5p-8")
     said, status, calls = submit()
     assert status == 1 and "error: v5p-8 is no slice of GPUs: launch/gke.sh submits to TPUs" in said
+    assert not calls

@@ -6,7 +6,7 @@ import time
 from experiments import quickstart
 from tests import toy
 
-STEPS, EVERY, READ_S = 800, 100, 0.1
+STEPS, EVERY, READ_S = 800, 100, 0.02
 
 
 class Rows(toy.ToyRows):

@@ -59,6 +59,7 @@ def next_verb(point: Point, points: dict[str, Point]) -> str:
 
 def note(folder: Path, verb: str, status: int, why: str) -> None:
     """Leaves what a verb came to."""
+    folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / OUTCOME, json.dumps({"verb": verb, "status": status, "why": why}) + "\n")
 
 
