@@ -7,10 +7,21 @@
 
 strict: nothing that the paper does not mention, so no moving average and no dropped captions. The paper draws
 with guidance 5 in its section 4.2 (table 3, figure 5), with 3 in its ablations and here; training is the same.
+
+Two things that came after the paper: `flow`, rectified flow instead of DDPM, t logit-normal and shifted by the
+number of patches; `wsd`, a plateau and the last tenth of the steps to decay in, so that one run can be decayed
+at several lengths (train.branch_from).
 """
 
-from experiments.common import MODEL_SIZES, STRICT, base, parse
+from experiments.common import MODEL_SIZES, STRICT, base, parse, use_rectified_flow
 
 
 def get_config(arg=None):
-    return base(**parse(arg, size=MODEL_SIZES, preset=STRICT))
+    chosen = parse(arg, size=MODEL_SIZES, preset=STRICT, process=("flow",), schedule=("wsd",))
+    config = base(chosen["size"], chosen["preset"])
+    if chosen["process"]:
+        adapter = config.model.adapter
+        use_rectified_flow(config, "logit_normal", (adapter.latent_size // adapter.patch_size) ** 2)
+    if chosen["schedule"]:
+        config.optimizer.decay_steps = config.train.num_steps // 10
+    return config

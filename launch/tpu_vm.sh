@@ -18,8 +18,7 @@ if [[ -n "${DATA-}" ]]; then SHARED=${SHARED-data}; fi
 VALID=${VALID:-6h} POLL_S=${POLL_S:-30}
 code=$(mktemp -d)
 trap 'rm -rf "$code"' EXIT
-tar -czf "$code/tfusion.tgz" --exclude=./.venv --exclude=./.git --exclude=./runs --exclude=./sweeps \
-  --exclude=./data --exclude=__pycache__ .
+tar -czf "$code/tfusion.tgz" --exclude=__pycache__ tfusion experiments launch requirements.txt
 running=()  # process ids of this script's jobs
 # shellcheck disable=SC2016  # for the hosts to expand
 alive='kill -0 $(cat tfusion.pid)' stop='kill -TERM $(cat tfusion.pid)'
@@ -94,6 +93,7 @@ delete() {  # NAME: the slice, and with it what it costs
 }
 
 put() {  # NAME: this code, what it needs, and DATA on all hosts
+  # More of the checkout is not needed there; what was installed and copied before stays.
   local setup='mkdir -p tfusion/data && find tfusion -mindepth 1 -maxdepth 1 ! -name .venv ! -name data -exec \
     rm -rf {} + && tar -xzf tfusion.tgz -C tfusion && tfusion/launch/install.sh tpu'
   [[ -z "${DATA-}" ]] || setup+=" && gcloud storage rsync -r $(printf %q "$DATA") tfusion/data"

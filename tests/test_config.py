@@ -17,7 +17,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from ml_collections import config_flags
 
-from experiments import quickstart
+from experiments import common, quickstart
 from tfusion import config, experiment, paths
 from tfusion.errors import UserError
 from tfusion.models.transformer import TransformerConfig
@@ -104,6 +104,11 @@ def test_choices_are_listed(name):
         f"{name} = 'nonsense'; choices: {', '.join(CHOICES[name])}")
     for choice in CHOICES[name]:
         config.from_dict(tree(**{name.replace(".", "__"): choice}))
+
+
+def test_a_decay_fits_into_the_run():
+    assert message(optimizer__decay_steps=100_000, train__num_steps=1000).endswith(
+        "optimizer.decay_steps = 100000 are more than train.num_steps = 1000")
 
 
 def test_samplers_are_the_process_own():
@@ -392,6 +397,14 @@ def test_strict_leaves_two_things_out_and_changes_no_more(experiment):
     assert (strict.optimizer.ema_decay, strict.data.caption_dropout) == (0.0, 0.0)
     added.optimizer.ema_decay = added.data.caption_dropout = 0.0
     assert added.to_dict() == strict.to_dict()
+
+
+def test_words_that_came_after_the_paper():
+    flow, wsd = get("transfusion", "flow"), get("transfusion", "0.16b,wsd")
+    assert dict(flow.process) == dict(kind="flow", times="logit_normal", shift=1.0)
+    assert flow.sampling.sampler == "euler" and wsd.optimizer.decay_steps == 25_000
+    common.use_rectified_flow(flow, patches=1024)
+    assert flow.process.shift == 2.0
 
 
 ABLATED = {  # what each changes; image slots follow from the patch size

@@ -6,12 +6,12 @@ import types
 import numpy as np
 import pytest
 
-from experiments import scaling
+from experiments import ablations, scaling
 from tfusion import config
 from tfusion.data import documents, rows, store
 from tfusion.data.tokenizers import load_tokenizer
 from tfusion.objectives import kind_of
-from tfusion.scaling import ladder
+from tfusion.scaling import ladder, paper, points
 
 WINDOWS = 12
 
@@ -134,6 +134,15 @@ def test_the_packs_sweep_is_26_runs_and_what_they_need():
     parts = [point["tags"]["part"] for point in scaling.get_sweep("pack")]
     assert {part: parts.count(part) for part in set(parts)} == {"data": 4, "lr": 8, "ladder": 16, "process": 2}
     assert parts[:4] == ["data"] * 4 and parts[4:12] == ["lr"] * 8
+
+
+def test_the_ablations_sweep_is_every_linear_row_of_the_papers_tables(tmp_path):
+    made = points.make(ablations.get_sweep(), "x", tmp_path)
+    rows = sorted((table, row) for point in made for table, row in point.tags["tables"].items())
+    assert rows == sorted((table, row) for table, (_, theirs) in paper.TABLES.items() for row in theirs)
+    strict = points.make(ablations.get_sweep("strict"), "x", tmp_path)
+    assert [point.name for point in strict] == [point.name for point in made]
+    assert all(point.resolved["optimizer"]["ema_decay"] == 0 for point in strict)
 
 
 @pytest.mark.parametrize(("recipe", "sources"), [

@@ -177,7 +177,12 @@ def from_dict(tree) -> RunConfig:
     name = tree["objective"] if hasattr(tree, "keys") and "objective" in tree else None
     if name not in kinds:
         raise UserError(f"objective = {name!r}; choices: {', '.join(kinds)}")
-    return _build(kinds[name], tree, "")
+    cfg = _build(kinds[name], tree, "")
+    warmup, decay, steps = cfg.optimizer.warmup_steps, cfg.optimizer.decay_steps, cfg.train.num_steps
+    if decay and warmup + decay > steps:
+        raise UserError(f"optimizer.warmup_steps = {warmup} and optimizer.decay_steps = {decay} are more than "
+                        f"train.num_steps = {steps}")
+    return cfg
 
 
 def load(workdir) -> RunConfig:

@@ -65,7 +65,7 @@ def runs_of(root: Path) -> list[Path]:
     points = study.read_points(root)
     found = [study.finished(root, point, None) for point in points]
     for point in (point for point, folder in zip(points, found) if not folder):
-        print(f"left out: {point['name']} ({results.why_not(study.workdir_of(root, point))})")
+        print(f"left out: {point['name']} ({results.why_not(study.workdir_of(root, point), point)})")
     return [folder for folder in found if folder]
 
 

@@ -35,7 +35,7 @@ def newcomer(engines, tmp_path):
     """A checkout whose Python only records, and a machine with stubs; returns what walks through a guide."""
     place = tmp_path / "checkout"
     (place / ".venv/bin").mkdir(parents=True)
-    for name in ("launch", "tfusion", "experiments"):
+    for name in ("launch", "tfusion", "experiments", "requirements.txt"):
         (place / name).symlink_to(ROOT / name)
     # Scripts go to the folder above theirs: they must find this checkout, and not where the links lead.
     (place / "launch").unlink()

@@ -1,18 +1,16 @@
 """What holds of all launch scripts, of the flags that they set, and of the image."""
 
-import importlib.util
-import mmap
 import os
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.launch.stubs import FLAGS, ROOT, tool
 from tfusion.accelerators import CHIPS
+from tfusion.planning import topology
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(path for path in LAUNCH.rglob("*") if path.suffix in (".sh", ".sbatch"))
@@ -91,14 +89,22 @@ def told(chip: str, name: str, **variables: str) -> list[str]:
 def test_tpus_are_told_of_flags_of_this_libtpu(chip):
     flags = told(chip, "LIBTPU_INIT_ARGS")
     assert flags and len(set(flags)) == len(flags)
-    spec = importlib.util.find_spec("libtpu")
-    if spec is None:
+    assert flags == told("v5p", "LIBTPU_INIT_ARGS")
+
+
+@pytest.mark.slow
+def test_libtpu_takes_them():
+    """It ends a process that names a flag it does not know; no TPU is needed for that."""
+    if not topology.have_libtpu():
         pytest.skip("no libtpu here")
-    with (Path(spec.origin).parent / "libtpu.so").open("rb") as file, \
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as library:
-        for flag in flags:
-            name = flag.removeprefix("--").partition("=")[0].encode()
-            assert any(library.find(before + name + b"\0") >= 0 for before in (b"\0", b"-")), flag
+    script = ("from tfusion.planning import topology\ntopology.use_host_only()\n"
+              "from tfusion.accelerators import parse_accelerator as parse\n"
+              "print(len(topology.devices(parse('v5litepod-4'))))")
+    flags = " ".join(told("v5e", "LIBTPU_INIT_ARGS"))
+    for given, wanted in ((flags, "4\n"), (flags + " --xla_tpu_no_such_flag=true", "")):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT,
+                              env=os.environ | {"LIBTPU_INIT_ARGS": given, "JAX_PLATFORMS": "cpu"})
+        assert done.stdout == wanted, done.stderr
 
 
 def test_gpus_are_told_of_flags_of_this_xla():

@@ -24,6 +24,7 @@ case "$*" in
     echo "WARNING: something"; cat "$slice"
     if [[ $(cat "$slice") == WAITING_FOR_RESOURCES ]]; then echo ${GIVEN-ACTIVE} >"$slice"; fi ;;
   "compute "*" delete "*) rm "$slice" ;;
+  *" scp "*) for word; do if [[ "$word" == *.tgz ]]; then tar -tzf "$word" >"$CALLS.files"; fi; done ;;
   *"kill -0"*) [[ -f "$CALLS.alive" ]] ;;
   *"kill -TERM"*) touch "$CALLS.stopped" ;;
   *install.sh*) exit ${INSTALLED:-0} ;;
@@ -82,6 +83,9 @@ def test_the_code_is_put_on_every_host(cloud, tmp_path):
     run(cloud, *RUN, DATA="gs://b/data")
     (scp,) = cloud.calls("gcloud", "compute", "tpus", "queued-resources", "scp")
     assert flags_of([word for word in scp if not word.endswith((".tgz", ":"))])["--worker"] == "all"
+    files = set((cloud.record.parent / "calls.files").read_text().split())
+    assert {"tfusion/train.py", "experiments/quickstart.py", "launch/install.sh", "requirements.txt"} <= files
+    assert {name.split("/")[0] for name in files} == {"tfusion", "experiments", "launch", "requirements.txt"}
     ssh = map(flags_of, cloud.calls("gcloud", "compute", "tpus", "queued-resources", "ssh"))
     (setup,) = [flags for flags in ssh if "install.sh" in flags["--command"]]
     assert setup["--worker"] == setup["--node"] == "all"

@@ -9,6 +9,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from tests.conftest import import_verb
@@ -92,10 +93,60 @@ def test_drops_that_differ_are_said(found):
     assert scaling_page.drops(found._replace(runs=[run._replace(drops={}) for run in found.runs])) == ""
 
 
+def test_runs_that_are_rows_of_the_papers_tables_stand_beside_them(tmp_path, text):
+    assert '"tables"' not in text
+    write_lines(tmp_path / "points.jsonl", [
+        write_point(tmp_path, name, "transfusion", "s1", 0, "tables", tables=rows)
+        for name, rows in (("full", {"5": "bidirectional", "6": "2"}), ("causal", {"5": "causal"}))])
+    found = study.read(tmp_path)
+    text = section(page.document("x", scaling_page.body(found, ABOUT)), "tables")
+    five, six = re.findall(r"<h3>Table (\d): .*?</h3>(.*?)</table>", text, re.S)
+    assert (five[0], six[0]) == ("5", "6")
+    rows = {words[0]: words[1:] for row in re.findall(r"<tr>(.*?)</tr>", six[1])[1:]
+            if (words := re.sub("<.*?>", " ", row).split())}
+    reached = page.number(found.runs[0].figures["cider"]["value"])
+    assert rows["2"][:6] == ["10.4", "6.00", "51.7", "16.0", "20.3", "24.0"] and reached in rows["2"]
+    assert set(rows["8"][6:]) == {"–"} and len(rows["8"]) == len(rows["2"])
+    assert five[1].count("<tr>") == 3 and reached in five[1]
+
+
 def test_lines_that_do_not_improve_are_no_ratio(found):
     ratio = found.panels[0].ratios["six_nd"]
     assert "does not improve" in scaling_page.ratio_cell(ratio._replace(value=math.inf))
     assert "∞ · beyond its runs" in scaling_page.ratio_cell(ratio._replace(high=math.inf, beyond=True))
+
+
+def test_three_sizes_have_lines_and_ratios_without_intervals(tmp_path, charts):
+    write_lines(tmp_path / "points.jsonl", [
+        write_point(tmp_path, f"{recipe}-{size}", recipe, size, 0)
+        for recipe in ("transfusion", "chameleon") for size in ("s1", "s2", "s3")])
+    files = scaling_page.write(study.read(tmp_path), tmp_path / "out", ABOUT)
+    rows = list(csv.DictReader(io.StringIO(files[2].read_text())))
+    assert {row["low"] for row in rows} == {row["parity_low"] for row in rows} == {""}
+    text = files[0].read_text()
+    assert "too few sizes for an interval" in section(text, "parity") and "nan" not in section(text, "fits")
+    assert "transfusion, s3" in section(text, "parity")
+
+
+def test_losses_of_other_targets_are_not_ranked(text):
+    assert "Diffusion loss" not in section(text, "process")
+    assert "Diffusion loss" in section(text, "learning-rate")
+
+
+def test_what_the_paper_measures_and_we_do_not_is_named(text):
+    key = section(text, "parity").partition("Not measured here: ")[2].partition(".</p>")[0]
+    assert key == "C4 perplexity, Wikipedia perplexity, Llama accuracy (%), FID, CLIP score"
+
+
+def test_the_way_to_parity_is_in_the_picture(found):
+    """Also where it ends beyond the runs, by less than ten times."""
+    panel = found.panels[1]
+    last = max(run.six_nd for run, _ in panel.values["chameleon"])
+    for value, inside in ((3.0, True), (30.0, False)):
+        ratio = panel.ratios["six_nd"]._replace(value=value)
+        ax = Figure().subplots()
+        scaling_plots.panel(ax, panel._replace(ratios={"six_nd": ratio}), "six_nd", "6ND")
+        assert (ax.get_xlim()[1] > value * last) == inside
 
 
 def test_one_run_alone_makes_a_page(tmp_path, charts):

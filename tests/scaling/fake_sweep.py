@@ -44,7 +44,7 @@ def figures(recipe: str, flops: float, rng, worse: float = 1.0) -> dict:
 
 
 def write_point(root: Path, name: str, recipe: str, size: str, seed: int, part: str = "ladder",
-                rate: float = 1e-3, prediction: str = "v", worse: float = 1.0) -> dict:
+                rate: float = 1e-3, prediction: str = "v", worse: float = 1.0, **tags) -> dict:
     """Its workdir, trained and evaluated, and its line of points.jsonl."""
     folder, params = root / name, SIZES[size]
     tokens = TOKENS_PER_PARAM * params
@@ -63,8 +63,8 @@ def write_point(root: Path, name: str, recipe: str, size: str, seed: int, part: 
         "metrics": figures(recipe, flops, rng, worse), "step": 100, "sampling": {"of": recipe}})
     return {"name": name, "config": f"experiments/scaling.py:pack,{recipe},{size}", "overrides": {"seed": seed},
             "workdir": f"sweeps/x/{name}", "verbs": ["train", "evaluate"], "config_hash": f"hash-{name}",
-            "resolved": {"train": {"num_steps": 100}}, "flops": 1.3 * flops, "tokens": tokens,
-            "params": params, "tags": {"part": part, "size": size}}
+            "resolved": {"objective": recipe, "train": {"num_steps": 100}}, "flops": 1.3 * flops,
+            "tokens": tokens, "params": params, "tags": {"part": part, "size": size} | tags}
 
 
 def write_sweep(root: Path, seeds: int = 2) -> list[dict]:

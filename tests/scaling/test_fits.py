@@ -95,6 +95,21 @@ def test_a_seed_is_no_size():
         parity(synthetic(np.random.default_rng(0)), [], "lower")
 
 
+def test_few_sizes_have_no_interval():
+    rng = np.random.default_rng(0)
+    three, four = (synthetic(rng, sizes=n) for n in (3, 4))
+    assert np.isfinite(power_law(four).slope_interval).all()
+    assert np.isnan(power_law(three).slope_interval).all()
+    found = parity(three, three, "lower")
+    assert found.value == pytest.approx(1, rel=0.3) and np.isnan([found.low, found.high]).all()
+
+
+def test_a_line_that_may_as_well_be_flat_is_no_ratio():
+    flat = [Point(x, math.log(y)) for x, y in zip(np.geomspace(1e12, 1e14, 5), (3.0, 3.1, 2.9, 3.1, 2.95))]
+    with pytest.raises(TooFew, match=r"may as well be flat: exponent -0\.\d+ to \+0\.\d+"):
+        parity(flat, flat, "lower")
+
+
 TRUE = Surface(1.69, 406.4, 0.34, 410.7, 0.28)  # Hoffmann et al.
 
 

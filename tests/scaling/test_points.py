@@ -10,6 +10,8 @@ from tfusion import config, experiment
 from tfusion.errors import UserError
 from tfusion.scaling import ladder, points
 
+ROOT = Path(__file__).parents[2]
+
 
 def test_a_frozen_point_holds_all_that_its_run_will_be(sweep):
     frozen = sweep.freeze()
@@ -149,7 +151,7 @@ def test_a_sweep_that_was_frozen_without_slices_takes_those_that_it_is_given(swe
 
 def test_the_packs_sweep_is_what_its_kept_results_are_of():
     """Every byte of it: a finished run is passed over only where its configuration's hash is the same."""
-    kept = Path("docs/results/pack/points.jsonl").read_text()
+    kept = (ROOT / "docs/results/pack/points.jsonl").read_text()
     made = points.make(experiment.call("experiments/scaling.py:pack", "get_sweep"), "", Path("sweeps/pack"))
     assert "".join(f"{point.line}\n" for point in made) == kept
 

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from tfusion import workdir
+from tfusion.errors import UserError
 from tfusion.scaling import progress
+from tfusion.scaling.runner import Runner
 
 
 def write_log(folder, *lines) -> None:
@@ -50,3 +52,22 @@ def test_each_verb_is_done_when_its_last_file_says_so(sweep):
     assert progress.next_verb(a, named) == "evaluate"
     (a.folder / "evaluation" / "metrics.json").write_text(json.dumps({"step": steps}))
     assert progress.next_verb(a, named) == "" and progress.state(a, named).what == "finished"
+
+
+def test_a_workdir_that_holds_another_run_is_said_and_left(sweep):
+    named = sweep.freeze()
+    a = named["a"]
+    a.folder.mkdir(parents=True)
+    tree = json.loads(json.dumps(a.resolved))
+    (a.folder / "config.json").write_text(json.dumps(tree))
+    assert progress.state(a, named).what == "stopped"
+    tree["optimizer"]["learning_rate"] = 9.0
+    (a.folder / "config.json").write_text(json.dumps(tree))
+    state, rate = progress.state(a, named), a.resolved["optimizer"]["learning_rate"]
+    assert state.what == "failed" and state.why == (
+        f"its workdir holds another run (optimizer.learning_rate = 9.0, not {rate}): move it away")
+    made = sweep.out / "data" / "made"
+    made.mkdir(parents=True)
+    (made / "meta.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds another run than 'a' \(optimizer.learning_rate = 9.0, not"):
+        Runner(sweep.out, list(named.values()), 1, True).run()

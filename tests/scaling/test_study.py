@@ -87,7 +87,8 @@ def test_the_rest_is_fitted_where_runs_are_missing(sweep):
     (runs / "chameleon-s2-seed1/metrics.jsonl").unlink()
     found = study.read(root)
     assert found.missing == {
-        "transfusion-s1-seed0": "stopped or under way at step 100 of 400",
+        "transfusion-s1-seed0":
+            "its workdir holds another run (train.num_steps = 400, not 100): move it away",
         "transfusion-s2-seed0": "trained, not evaluated",
         "transfusion-s2-seed1": "trained to step 100, evaluated at step 50",
         "transfusion-s3-seed1": "trained to step 80, evaluated at step 80",
@@ -97,6 +98,72 @@ def test_the_rest_is_fitted_where_runs_are_missing(sweep):
     panel = found.panels[0]
     assert [len(some) for some in panel.values.values()] == [4, 5]
     assert [len(fit.groups) for fit in panel.fits["six_nd"].values()] == [3, 3]
+
+
+@pytest.mark.parametrize(("path", "content"), [
+    ("config.json", "{}"), ("summary.json", '{"steps": 100}'), ("evaluation/metrics.json", '{"step": 100}')])
+def test_a_broken_file_costs_one_run(sweep, path, content):
+    root, _ = sweep
+    (root / "chameleon-s1-seed0" / path).write_text(content)
+    found = study.read(root)
+    assert list(found.missing) == ["chameleon-s1-seed0"] and len(found.ladder()) == 15
+
+
+def test_a_broken_line_of_a_log_costs_that_line(sweep):
+    root, _ = sweep
+    for name in ("chameleon-s1-seed0", "chameleon-s2-seed0"):
+        path = root / name / "metrics.jsonl"
+        path.write_text(path.read_text() + "{garbage\n")
+    (root / "chameleon-s2-seed0/summary.json").unlink()
+    found = study.read(root)
+    assert found.missing == {"chameleon-s2-seed0": "stopped or under way at step 100 of 100"}
+    drops = next(run for run in found.runs if run.name == "chameleon-s1-seed0").drops
+    assert drops == pytest.approx({"scenes": 0.024})
+
+
+def test_a_run_of_another_configuration_is_not_the_point(sweep):
+    """Neither fitted nor kept under the point's hash."""
+    root, _ = sweep
+    change(root / "chameleon-s1-seed0/config.json", objective="transfusion")
+    why = "its workdir holds another run (objective = transfusion, not chameleon): move it away"
+    assert study.read(root).missing == {"chameleon-s1-seed0": why}
+    assert len(study.keep(root, root / "kept")) == 25
+
+
+def test_points_without_a_transformer_are_not_compared_and_none_counts_twice(sweep):
+    root, points = sweep
+    write_lines(root / "points.jsonl", [*points, points[0] | {"name": "codec", "params": None, "tokens": None}])
+    assert study.read(root).planned == 26
+    write_lines(root / "points.jsonl", [*points, points[0]])
+    with pytest.raises(UserError, match=f"has '{points[0]['name']}' twice"):
+        study.read(root)
+
+
+def test_what_is_no_number_has_no_place_in_a_line(sweep):
+    root, _ = sweep
+    path = root / "chameleon-s1-seed0/evaluation/metrics.json"
+    figures = json.loads(path.read_text())["metrics"]
+    figures["cider"]["value"], figures["scenes_lm_loss"]["value"] = math.nan, 800.0
+    change(path, metrics=figures)
+    panels = {x.metric.name: x for x in study.read(root).panels}
+    for name in ("cider", "scenes_lm_loss"):
+        assert panels[name].dropped == [("chameleon-s1-seed0", "no value")]
+
+
+@pytest.mark.parametrize("lost", ["value", "run"])
+def test_the_baselines_largest_runs_are_matched_or_nothing(sweep, lost):
+    """Not the next smaller ones."""
+    root, _ = sweep
+    if lost == "run":
+        shutil.rmtree(root / "chameleon-s4-seed1")
+    else:
+        path = root / "chameleon-s4-seed1/evaluation/metrics.json"
+        figures = json.loads(path.read_text())["metrics"]
+        figures["generation_all"]["value"] = 0.0
+        change(path, metrics=figures)
+    ratios = {x.metric.name: x.ratios["six_nd"] for x in study.read(root).panels}
+    assert ratios["generation_all"] == "chameleon-s4-seed1, which it has to match, has no value here"
+    assert isinstance(ratios["cider"], str) == (lost == "run")
 
 
 def test_references_of_one_modality_are_no_part_of_the_ladder(sweep):
@@ -216,9 +283,9 @@ def test_another_configurations_result_is_not_overwritten(sweep):
 
 
 def test_what_a_verb_failed_of_is_named(tmp_path):
-    assert results.why_not(tmp_path / "none") == "not begun"
+    assert results.why_not(tmp_path / "none", {}) == "not begun"
     write_json(tmp_path / "sweep.json", {"verb": "train", "status": 1, "why": "error: loss is NaN"})
-    assert results.why_not(tmp_path) == "train ended with 1: error: loss is NaN"
+    assert results.why_not(tmp_path, {}) == "train ended with 1: error: loss is NaN"
 
 
 def test_a_log_is_thinned_but_for_its_evaluations():

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from tests.conftest import import_verb
 from tests.scaling.conftest import SWEEP
 from tests.scaling.test_verdicts import plan
 from tfusion.errors import UserError
+from tfusion.planning import topology
 from tfusion.scaling import verdicts
 
 ROOT = Path(__file__).parents[2]
@@ -145,6 +147,21 @@ def test_a_sweep_in_a_bucket_is_not_run_here(monkeypatch):
         monkeypatch.setattr(verb, name, SimpleNamespace(value=value))
     with pytest.raises(UserError, match="--run works in a local folder, not in gs://bucket/sweep: submit jobs"):
         verb.main()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not topology.have_libtpu(), reason="no libtpu: pip install '.[tpu]'")
+def test_a_slice_that_is_not_here_is_compiled_for_once(sweep, tmp_path):
+    """The command itself; two points that differ in a seed take one compile, the second time none."""
+    sweep.write('[dict(name=f"seed{n}", config="FILE", overrides={"seed": n}) for n in (0, 1)]')
+    words = [sys.executable, "-m", "tfusion.sweep", f"--config={sweep.path}", f"--out={sweep.out}", "--dry_run",
+             "--topology=v5litepod-1"]
+    first, second = [subprocess.run(words, cwd=ROOT, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
+                                    capture_output=True, text=True, check=False) for _ in range(2)]
+    assert first.returncode == second.returncode == 0, first.stderr
+    assert first.stdout == second.stdout and first.stdout.count("of 15.75  compiled") == 2
+    assert "1 of 1" in first.stderr and "planning" not in second.stderr
+    assert len(list((tmp_path / "tfusion" / "plans").iterdir())) == 1 and not sweep.out.exists()
 
 
 @pytest.mark.slow

@@ -42,6 +42,7 @@ def body(study, about: dict[str, str]) -> str:
             ("learning-rate", "Learning rates", varied(study, "lr", "learning_rate")),
             ("process", "What the diffusion predicts", varied(study, "process", "process")),
             ("size-and-budget", "Size and budget apart", surfaces(study)),
+            ("tables", "The paper's tables, with ours", tables(study)),
             ("runs", "The runs", runs(study)), ("data", "The same data for both", drops(study)),
             ("missing", "What is missing", missing(study)), ("how", "How this was made", how(about))]
     made = [section for section in made if section[2]]
@@ -81,20 +82,26 @@ def ratio_cell(ratio) -> str:
     if not math.isfinite(ratio.value):
         return f"{ABSENT}<small>its line does not improve with compute</small>"
     high = page.number(ratio.high) if math.isfinite(ratio.high) else "∞"
-    notes = f"{page.number(ratio.low)} to {high}" + (" · beyond its runs" if ratio.beyond else "")
+    notes = "too few sizes for an interval" if math.isnan(ratio.low) else f"{page.number(ratio.low)} to {high}"
+    notes += " · beyond its runs" if ratio.beyond else ""
     return f"{page.number(ratio.value)}<small>{notes}</small>"
 
 
 def parity(study) -> str:
     """Table 3 with our numbers, and the paper's below."""
     candidate, baseline = study.recipes
-    head = ["held out", f"{candidate}, largest", f"{baseline}, largest",
+    head = ["held out", *(f"{recipe}, {study.largest_size(recipe)}" for recipe in study.recipes),
             *(f"parity ratio, {unit}" for unit in study.axes.values())]
     rows = [[f"{escape(found.metric.title)} {'↓' if found.metric.better == 'lower' else '↑'}",
              *(value(mean_of(found.metric, study.largest(recipe))) for recipe in study.recipes),
              *(ratio_cell(found.ratios[axis]) for axis in study.axes)] for found in study.panels]
+    measured = {found.metric.name.removesuffix("_lm_loss") for found in study.panels}
+    absent = [title for name, (title, *_) in study.paper.items() if name not in measured]
     theirs = page.table(["Table 3, at 7B", candidate, baseline, "parity ratio, 6ND"],
-                        [[title, *map(page.number, numbers)] for title, *numbers in study.paper], range(1, 4))
+                        [[title, *map(page.number, numbers)] for title, *numbers in study.paper.values()],
+                        range(1, 4))
+    if absent:
+        theirs += f'<p class="key">Not measured here: {escape(", ".join(absent))}.</p>'
     lead = (f"The share of the {baseline}'s compute with which {candidate} is as good as its largest run: the "
             f"{candidate}'s fitted line, read at the value that was measured. Below 1 {candidate} is cheaper.")
     key = ("Below a ratio its 95 % interval, by a bootstrap over sizes and seeds; ∞ where many of the redrawn "
@@ -129,13 +136,16 @@ def fits(study) -> str:
         interval = "" if low == "" else f"<small>{low:+.3f} to {high:+.3f}</small>"
         cell = f"{slope:+.3f}{interval}" if slope != "" else f"{ABSENT}<small>{escape(row[-1])}</small>"
         rows.append([escape(title), escape(recipe), study.axes[axis], str(runs_), cell])
-    return ('<p class="lead">Exponents b of metric = a · compute<sup>b</sup>, with 95 % intervals.</p>'
+    return ('<p class="lead">Exponents b of metric = a · compute<sup>b</sup>, with 95 % intervals where there '
+            'are four sizes or more.</p>'
             + page.table(["metric", "recipe", "compute", "runs", "exponent"], rows, (3, 4)))
 
 
 def varied(study, part: str, what: str) -> str:
     """Runs of one size that differ in one attribute, beside the ladder's of that recipe and size."""
-    metrics = [found.metric for found in study.panels]
+    # Of other processes the diffusion loss is of another target: not to be compared.
+    metrics = [found.metric for found in study.panels
+               if (part, found.metric.name) != ("process", "diffusion_loss")]
     groups = dict.fromkeys((run.recipe, run.size) for run in study.runs if run.part == part)
     if not groups:
         return ""
@@ -180,6 +190,19 @@ def surfaces(study) -> str:
             f"where sizes and budgets vary apart.</p>{table}")
 
 
+def tables(study) -> str:
+    """Tables 4 to 7 of the paper, as far as runs are rows of them, with our figures beside."""
+    made = []
+    for table in study.tables:
+        head = ["", *(f"{title}, paper" for title in table.columns),
+                *(f"{metric.title}, ours" for metric in table.metrics)]
+        rows = [[escape(row), *map(value, theirs), *(value(mean_of(metric, ours)) for metric in table.metrics)]
+                for row, theirs, ours in table.rows]
+        made.append(f"<h3>{escape(table.title)}</h3>{page.table(head, rows, range(1, len(head)))}")
+    lead = "The paper's runs have 0.5T tokens and other data: compare how rows differ, not the values."
+    return f'<p class="lead">{lead}</p>{"".join(made)}' if made else ""
+
+
 def runs(study) -> str:
     """Every finished run: its size, its budget on both axes, what it was shown."""
     head = ["run", "N", "tokens", "6ND", "exact FLOP", "images", "seed", "rate",
@@ -208,8 +231,12 @@ def drops(study) -> str:
         return ""
     verdict = ("They differ by no more than half a percent." if worst <= SAME else
                f"They differ by up to {100 * worst:.2f} %: more than half a percent.")
+    unknown = [escape(run.name) for run in study.runs if not run.same.get("tokenizer")]
+    told = "" if not unknown else (
+        f'<p class="key">Nothing says what data {len(unknown)} runs were trained on: '
+        f'{", ".join(unknown[:3])}{" ..." * (len(unknown) > 3)}.</p>')
     return ('<p class="lead">Documents that found no room in the rows of a window or of the next, by source. '
-            f"{verdict}</p>{page.table(['source', *recipes], rows, range(1, len(recipes) + 1))}")
+            f"{verdict}</p>{page.table(['source', *recipes], rows, range(1, len(recipes) + 1))}{told}")
 
 
 def missing(study) -> str:
@@ -242,8 +269,9 @@ def fits_rows(study) -> list[list]:
             for recipe, fit in found.fits[axis].items():
                 ratio = found.ratios[axis] if recipe == study.recipes[0] else ""
                 of = ["", "", "", ""] if isinstance(ratio, str) else [
-                    ratio.value, ratio.low, ratio.high, ratio.beyond]
-                line = ["", "", ""] if isinstance(fit, str) else [fit.line.slope, *fit.slope_interval]
+                    ratio.value, *("" if math.isnan(x) else x for x in (ratio.low, ratio.high)), ratio.beyond]
+                line = ["", "", ""] if isinstance(fit, str) else [
+                    fit.line.slope, *(fit.slope_interval if fit.has_interval else ("", ""))]
                 note = fit if isinstance(fit, str) else ratio if isinstance(ratio, str) else ""
                 rows.append([found.metric.title, axis, recipe, len(found.values[recipe]), *line, *of, note])
     return rows

@@ -38,6 +38,8 @@ def panel(ax: Axes, found, axis: str, unit: str) -> None:
             for recipe, some in found.values.items()}
     every = [x for some in runs.values() for x, _ in some]
     low, high = min(every), max(every)
+    if (matched := matched_at(found.ratios[axis])) and low / 10 < matched < high * 10:
+        low, high = min(low, matched), max(high, matched)
     xs, shown = np.geomspace(low / 1.15, high * 1.15, 40), []
     for recipe, some in runs.items():
         tone, fit = colour(recipe), found.fits[axis][recipe]
@@ -46,7 +48,8 @@ def panel(ax: Axes, found, axis: str, unit: str) -> None:
         shown += [value for _, value in some]
         if not isinstance(fit, str):
             ax.plot(xs, np.exp(fit.line.log_y(xs)), color=tone, linewidth=1.3)
-            ax.fill_between(xs, *np.exp(fit.band(xs)), color=tone, alpha=0.13, linewidth=0)
+            if fit.has_interval:
+                ax.fill_between(xs, *np.exp(fit.band(xs)), color=tone, alpha=0.13, linewidth=0)
     levels = {label: level for label, level in found.floors.items() if near(level, shown)}
     for label, level in levels.items():
         ax.axhline(level, color=plots.GREY, linewidth=0.9, linestyle=(0, (3, 2)))
@@ -74,11 +77,15 @@ def margin(values: list[float]) -> float:
     return max(1.02, (max(values) / min(values)) ** 0.08)
 
 
+def matched_at(ratio) -> float | None:
+    """The compute at which the candidate's line is as good as the baseline's largest run."""
+    return None if isinstance(ratio, str) or not math.isfinite(ratio.value) else ratio.x * ratio.value
+
+
 def parity_arrow(ax: Axes, ratio) -> None:
     """From the baseline's largest run to the candidate's line, where that is not far outside the picture."""
-    if isinstance(ratio, str) or not 0.02 < ratio.value < 50:
+    if not (x := matched_at(ratio)) or not 0.02 < ratio.value < 50:
         return
-    x = ratio.x * ratio.value
     y = math.exp(ratio.fit.line.log_y(x))
     ax.annotate("", (x, y), (ratio.x, y), arrowprops={
         "arrowstyle": "->", "color": plots.INK, "linewidth": 1.0, "shrinkA": 0, "shrinkB": 0})

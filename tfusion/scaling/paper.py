@@ -46,13 +46,19 @@ ATTENTION = {
     "causal": Scores(10.4, 6.0, 51.4, 12.7, 61.3, 23.0),
     "bidirectional": Scores(10.4, 6.0, 51.7, 16.0, 20.3, 24.0)}
 PATCHES = {  # latent pixels along a patch's side
-    1: Scores(10.3, 5.9, 52.2, 12.0, 21.0, 24.0),
-    2: Scores(10.4, 6.0, 51.7, 16.0, 20.3, 24.0),
-    4: Scores(10.9, 6.3, 49.8, 14.3, 25.6, 22.6),
-    8: Scores(11.7, 6.9, 47.7, 11.3, 43.5, 18.9)}
+    "1": Scores(10.3, 5.9, 52.2, 12.0, 21.0, 24.0),
+    "2": Scores(10.4, 6.0, 51.7, 16.0, 20.3, 24.0),
+    "4": Scores(10.9, 6.3, 49.8, 14.3, 25.6, 22.6),
+    "8": Scores(11.7, 6.9, 47.7, 11.3, 43.5, 18.9)}
 SIZES = {
     "0.16B": Scores(14.8, 8.8, 44.2, 6.2, 37.6, 20.0),
     "0.37B": Scores(12.0, 7.0, 47.9, 11.1, 21.5, 22.4),
     "0.76B": Scores(10.4, 6.0, 51.7, 16.0, 20.3, 24.0),
     "1.4B": Scores(9.5, 5.4, 53.8, 19.1, 19.4, 24.3),
     "7B": Scores(7.7, 4.3, 61.5, 27.2, 18.6, 25.9)}
+
+TABLES = {  # {number: (what is varied, its rows)}
+    "4": ("From the Llama 2 recipe to both, at 0.76B", STEPS),
+    "5": ("Attention inside an image, at 0.76B", ATTENTION),
+    "6": ("Latent pixels along a patch's side, at 0.76B", PATCHES),
+    "7": ("Size", SIZES)}

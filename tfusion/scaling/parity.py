@@ -7,6 +7,7 @@ Intervals are a bootstrap's of the line (fits.py) and of that one value. On synt
 the truth 85 times in 100 with four sizes of one seed, 91 with two, 96 with three.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,8 +17,9 @@ from tfusion.scaling.fits import PERCENT, Fit, Point, TooFew, grouped, power_law
 
 
 class Ratio(NamedTuple):
-    """value: of FLOPs; NaN where the candidate's line does not improve with compute. low, high: 95 %, infinite
-    where many draws' lines do not either. beyond: the line is read outside of the points it goes through."""
+    """value: of FLOPs; infinite where the candidate's line does not improve with compute. low, high: 95 %,
+    infinite where many draws' lines do not either, NaN where sizes are too few for an interval. beyond: the
+    line is read outside of the points it goes through."""
 
     value: float
     low: float
@@ -40,12 +42,17 @@ def spread(baseline: Sequence[Point]) -> np.ndarray:
 
 
 def parity(candidate: Sequence[Point], baseline: Sequence[Point], better: str, seed: int = 0) -> Ratio:
-    """better: 'lower' or 'higher'. Raises TooFew where the candidate has no line, or the baseline no run."""
+    """better: 'lower' or 'higher'. Raises TooFew where the candidate has no line, or one that may as well be
+    flat, or the baseline no run."""
     measured = grouped(baseline)
     if not measured:
         raise TooFew("the baseline has no run to match")
     x, target = measured[-1]  # its largest, over its seeds
     fit, sign = power_law(candidate, seed=seed), 1 if better == "higher" else -1
+
+    low, high = fit.slope_interval
+    if low < 0 < high:
+        raise TooFew(f"its line may as well be flat: exponent {low:+.3f} to {high:+.3f}")
 
     def ratio(line, log_y):
         """inf where a line does not improve: no compute would be enough."""
@@ -55,7 +62,9 @@ def parity(candidate: Sequence[Point], baseline: Sequence[Point], better: str, s
     value = float(ratio(fit.line, np.mean(target)))
     rng = np.random.default_rng([seed, 1])
     drawn = np.mean(target) + rng.choice(spread(baseline), (len(fit.draws.slope), len(target))).mean(1)
-    low, high = np.percentile(ratio(fit.draws, drawn), PERCENT, method="nearest")
+    low, high = math.nan, math.nan
+    if fit.has_interval:
+        low, high = np.percentile(ratio(fit.draws, drawn), PERCENT, method="nearest")
     first, last = fit.groups[0][0], fit.groups[-1][0]
     beyond = not first * 0.999 <= value * x <= last * 1.001
     return Ratio(value, float(low), float(high), beyond, x, fit)

@@ -25,7 +25,7 @@ from tfusion.accelerators import Accelerator, parse_accelerator
 from tfusion.errors import UserError
 from tfusion.paths import replace_text
 from tfusion.scaling import ladder
-from tfusion.scaling.results import POINTS
+from tfusion.scaling.results import POINTS, flat
 
 VERBS = ("prepare", "train", "evaluate")
 GIVEN = {"name", "config", "overrides", "verbs", "flags", "tags", "topology"}
@@ -214,7 +214,7 @@ def differences(old: list[Point], new: list[Point]) -> list[str]:
     told = [f"'{name}' is frozen and no longer in the experiment" for name in before if name not in now]
     told += [f"'{name}' is new" for name in now if name not in before]
     for name in (name for name in before if name in now):
-        a, b = (_flat(points[name]._replace(plan=None)._asdict()) for points in (before, now))
+        a, b = (_flat(points[name]._replace(plan=None)) for points in (before, now))
         if before[name].topology is None:
             b["topology"] = None
         told += [f"'{name}': {key} was {a.get(key)}, is {b.get(key)}" for key in sorted(a.keys() | b.keys())
@@ -222,8 +222,7 @@ def differences(old: list[Point], new: list[Point]) -> list[str]:
     return told
 
 
-def _flat(tree, prefix: str = "") -> dict:
-    """{dotted key: value} of JSON values; of the resolved config without 'resolved' in front."""
-    if not isinstance(tree, dict):
-        return {prefix.removeprefix("resolved.")[:-1]: json.loads(json.dumps(tree))}
-    return {key: value for name, x in tree.items() for key, value in _flat(x, f"{prefix}{name}.").items()}
+def _flat(point: Point) -> dict:
+    """As JSON has it; keys of the resolved config without 'resolved' in front."""
+    tree = json.loads(json.dumps(point._asdict()))
+    return {key.removeprefix("resolved."): value for key, value in flat(tree).items()}

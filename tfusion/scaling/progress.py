@@ -10,7 +10,7 @@ from tfusion.errors import PREEMPTED, UserError
 from tfusion.objectives import make_objective
 from tfusion.paths import replace_text
 from tfusion.scaling.points import Point, place
-from tfusion.scaling.results import EVALUATION, OUTCOME, SUMMARY, kept, read_json
+from tfusion.scaling.results import EVALUATION, OUTCOME, SUMMARY, kept, other_config, read_json
 from tfusion.training import goodput
 from tfusion.training.writers import logged
 
@@ -76,9 +76,14 @@ def state(point: Point, points: dict[str, Point], results: Path | None = None) -
     folder, verb = point.folder, next_verb(point, points)
     last, lines = outcome(point), _logged(folder)
     step = lines[-1]["step"] if lines else 0
+    why, other = last.get("why", ""), other_config(folder, point._asdict())
+    if other:
+        why = f"its workdir holds another run ({other}): move it away"
     held = any(workdir.is_held(folder / name) for name in (workdir.LOCK, LOCK))
     if held:
         what = RUNNING
+    elif other:
+        what = FAILED
     elif not verb:
         what = FINISHED
     elif last.get("status", 0) != 0:
@@ -86,7 +91,7 @@ def state(point: Point, points: dict[str, Point], results: Path | None = None) -
     else:
         what = STOPPED if folder.is_dir() else WAITING
     return State(what, verb, step, steps, _eta(lines, steps) if what == RUNNING and verb == "train" else None,
-                 _losses(point, lines), last.get("why", "") if what == FAILED else "",
+                 _losses(point, lines), why if what == FAILED else "",
                  *(goodput.of_run(folder) or (None, None)))
 
 

@@ -50,19 +50,51 @@ def kept(results: Path, name: str, config_hash: str) -> Path | None:
     return folder if found and found["point"]["config_hash"] == config_hash and is_whole(folder) else None
 
 
-def why_not(workdir: Path) -> str:
+def flat(tree, prefix: str = "") -> dict:
+    """{dotted key: value} of JSON values."""
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {key: value for name, x in tree.items() for key, value in flat(x, f"{prefix}{name}.").items()}
+
+
+def other_config(workdir: Path, point: dict) -> str:
+    """What the run in a point's workdir is configured otherwise than the point, in a few words; "" of nothing.
+    Values that name other points' workdirs are not compared."""
+    found = read_json(workdir / "config.json")
+    if found is None or "resolved" not in point:
+        return ""
+    have, wanted = flat(found), flat(point["resolved"])
+    other = [f"{key} = {have.get(key)}, not {value}" for key, value in sorted(wanted.items())
+             if have.get(key) != value and not (isinstance(value, str) and "{" in value)]
+    return f"{', '.join(other[:2])}{' ...' * (len(other) > 2)}"
+
+
+def log_lines(folder: Path) -> list[dict]:
+    """Of its metrics.jsonl; of a line that is broken nothing."""
+    found = []
+    for line in (logged(folder) or "").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return [line for line in found if isinstance(line, dict)]
+
+
+def why_not(workdir: Path, point: dict) -> str:
     """Of a point that is not finished: how far its workdir has come, and what the last verb failed of."""
     summary, evaluation, outcome = (read_json(workdir / name) for name in (SUMMARY, EVALUATION, OUTCOME))
+    if other := other_config(workdir, point):
+        return f"its workdir holds another run ({other}): move it away"
     if outcome and outcome.get("status"):
         return f"{outcome['verb']} ended with {outcome['status']}: {outcome['why']}".rstrip(": ")
     if summary and evaluation:
         return f"trained to step {summary['steps']}, evaluated at step {evaluation.get('step')}"
     if summary:
         return "trained, not evaluated"
-    lines = (logged(workdir) or "").splitlines()
-    if not lines:
+    steps = [line["step"] for line in log_lines(workdir) if "step" in line]
+    if not steps:
         return "begun, nothing logged" if workdir.is_dir() else "not begun"
-    config, step = read_json(workdir / "config.json") or {}, json.loads(lines[-1])["step"]
+    config, step = read_json(workdir / "config.json") or {}, steps[-1]
     return f"stopped or under way at step {step} of {config.get('train', {}).get('num_steps', '?')}"
 
 

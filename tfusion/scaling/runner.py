@@ -19,6 +19,7 @@ from tfusion import workdir
 from tfusion.errors import PREEMPTED, RESTARTED, Stopped, UserError
 from tfusion.scaling import progress
 from tfusion.scaling.points import Point, place, resolve
+from tfusion.scaling.results import other_config
 
 RESTARTS = 3  # of one point
 POLL_S = 1.0
@@ -38,10 +39,13 @@ def command(point: Point, verb: str, points: dict[str, Point]) -> list[str]:
 
 
 def check_frozen(point: Point) -> None:
-    """Raises UserError where its experiment says something else by now: the verb would train that."""
+    """Raises UserError where its experiment says something else by now, for the verb would train that; or its
+    workdir holds a run of another configuration, for that would go on."""
     if resolve(point.config, point.overrides).to_dict() != point.resolved:
         raise UserError(f"'{point.name}' is no longer what was frozen in {point.folder.parent}: {point.config} "
                         "was changed; put it back, or freeze another sweep")
+    if other := other_config(point.folder, point._asdict()):
+        raise UserError(f"{point.folder} holds another run than '{point.name}' ({other}): move it away")
 
 
 class Running(NamedTuple):

@@ -5,6 +5,7 @@ All that a page needs stands in `Study`, as plain values; reporting/scaling_page
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,15 +13,17 @@ from tfusion.errors import UserError
 from tfusion.scaling import paper, results
 from tfusion.scaling.fits import Fit, Point, Surface, TooFew, loss_surface, power_law
 from tfusion.scaling.parity import Ratio, parity
-from tfusion.training.writers import logged
 
 NEEDED = ("name", "workdir", "config_hash", "params", "tokens")
 CANDIDATE, BASELINE = "transfusion", "chameleon"  # whose line, and whose largest run it has to match
 AXES = {"six_nd": "6ND", "flops": "exact FLOPs"}
 LADDER = "ladder"  # of a point's tags: `part`; others vary one thing at few sizes
 NATS = "_lm_loss"  # held-out losses per token: their perplexity is what is fitted
+MOST_NATS = 100.0  # a run that diverged has no perplexity to be drawn
 METRICS = {  # beside those: name in metrics.json -> (short title, {floor or ceiling: name of its figure})
     "diffusion_loss": ("Diffusion loss", {}),
+    "token_loss": ("Loss per text token or code", {}),
+    "code_loss": ("Loss per code", {}),
     "cider": ("CIDEr", {}),
     "fd_pack": ("Fréchet distance (fd_pack)", {"real against real": "fd_pack_floor", "codec": "fd_pack_codec"}),
     "generation_all": ("Drawn: all right", {}),
@@ -48,6 +51,7 @@ class Run(NamedTuple):
     figures: dict[str, dict]
     drops: dict[str, float]  # {source: share of its documents that no row held}
     same: dict[str, Any]  # what all runs of a fit must have in common
+    rows: dict[str, str]  # {table of the paper: its row that this run is}
 
 
 class Metric(NamedTuple):
@@ -59,7 +63,9 @@ class Metric(NamedTuple):
     def shown(self, figure: dict) -> float | None:
         """The number on the axis: perplexity of a loss per token, else the figure as it is."""
         value = figure["value"]
-        return value if value is None or not self.nats else math.exp(value)
+        if value is None or not math.isfinite(value) or (self.nats and value > MOST_NATS):
+            return None
+        return math.exp(value) if self.nats else value
 
 
 class Panel(NamedTuple):
@@ -73,6 +79,15 @@ class Panel(NamedTuple):
     ratios: dict[str, Ratio | str]
 
 
+class Table(NamedTuple):
+    """A table of the paper that some run is a row of; in a row the paper's figures, and the runs of ours."""
+
+    title: str
+    columns: list[str]  # of the paper's figures
+    metrics: list[Metric]  # of ours
+    rows: list[tuple[str, list[float | None], list[Run]]]
+
+
 class Study(NamedTuple):
     name: str
     planned: int
@@ -83,7 +98,8 @@ class Study(NamedTuple):
     outliers: str
     axes: dict[str, str]  # {attribute of a run: what it is called}
     recipes: tuple[str, str]  # the candidate, and the baseline
-    paper: tuple  # its table 3: (title, candidate, baseline, ratio)
+    paper: dict[str, tuple]  # its table 3: {metric: (title, candidate, baseline, ratio)}
+    tables: list[Table]
 
     def ladder(self) -> list[Run]:
         return [run for run in self.runs if run.part == LADDER]
@@ -92,6 +108,10 @@ class Study(NamedTuple):
         """The runs of its largest size, one for each seed."""
         some = [run for run in self.ladder() if run.recipe == recipe]
         return [run for run in some if run.six_nd == max(other.six_nd for other in some)]
+
+    def largest_size(self, recipe: str) -> str:
+        """Its name, as the points' tags have it; '' where the recipe has no run."""
+        return next((run.size for run in self.largest(recipe)), "no run")
 
 
 def read_points(sweep: Path) -> list[dict]:
@@ -112,8 +132,11 @@ def read_points(sweep: Path) -> list[dict]:
             raise UserError(f"{path}, line {number} is not JSON: {e}") from e
         if missing:
             raise UserError(f"{path}, line {number} lacks {', '.join(missing)}")
-        if "evaluate" in point.get("verbs", ["evaluate"]):  # others make a codec, or data
+        # Others make a codec, or data, or have no transformer to be compared.
+        if "evaluate" in point.get("verbs", ["evaluate"]) and point["params"]:
             points.append(point)
+    if twice := [name for name, n in Counter(point["name"] for point in points).items() if n > 1]:
+        raise UserError(f"{path} has '{twice[0]}' twice: delete one of the lines")
     if not points:
         raise UserError(f"{path} holds no points that are evaluated")
     return points
@@ -127,7 +150,7 @@ def workdir_of(sweep: Path, point: dict) -> Path:
 def finished(sweep: Path, point: dict, kept: Path | None) -> Path | None:
     """The folder with a point's finished run: its workdir, else where it is kept; None of neither."""
     workdir = workdir_of(sweep, point)
-    if results.is_whole(workdir, steps_of(point)):
+    if results.is_whole(workdir, steps_of(point)) and not results.other_config(workdir, point):
         return workdir
     return kept and results.kept(kept, point["name"], point["config_hash"])
 
@@ -140,7 +163,7 @@ def steps_of(point: dict) -> int | None:
 def keep(sweep: Path, kept: Path) -> list[Path]:
     """Copies what finished in its workdir and is not kept yet; returns the new folders."""
     return [results.keep(point, workdir_of(sweep, point), kept) for point in read_points(sweep)
-            if results.is_whole(workdir_of(sweep, point), steps_of(point))
+            if finished(sweep, point, None)
             and not results.kept(kept, point["name"], point["config_hash"])]
 
 
@@ -154,7 +177,8 @@ def read_run(point: dict, folder: Path) -> Run:
         point["name"], folder, config["objective"], size, tags.get("part", LADDER), config["seed"],
         config["optimizer"]["learning_rate"], process, float(params), float(tokens), 6.0 * params * tokens,
         float(summary["flops"]), float(summary.get("images", 0)), evaluation["metrics"], drops(folder),
-        held_fixed(f"{config['objective']} {process}".strip(), evaluation, results.identity(folder)))
+        held_fixed(f"{config['objective']} {process}".strip(), evaluation, results.identity(folder)),
+        tags.get("tables", {}))
 
 
 def held_fixed(recipe: str, evaluation: dict, identity: dict) -> dict:
@@ -170,7 +194,7 @@ def held_fixed(recipe: str, evaluation: dict, identity: dict) -> dict:
 
 def drops(folder: Path) -> dict[str, float]:
     """{source: the mean share of its documents that windows dropped}, over the run."""
-    rows = [json.loads(line) for line in (logged(folder) or "").splitlines()]
+    rows = results.log_lines(folder)
     prefix, found = "data/dropped_documents/", {}
     for row in rows:
         for key, value in row.items():
@@ -204,8 +228,17 @@ def metrics_of(runs: list[Run]) -> list[Metric]:
                      for name, (title, _) in METRICS.items() if name in having]
 
 
-def panel(metric: Metric, ladder: list[Run], outliers: str) -> Panel:
-    """outliers: 'paper' leaves out what the paper's rule does, 'none' nothing but what has no logarithm."""
+def largest_planned(points: list[dict], recipe: str) -> set[str]:
+    """Names of the ladder's points of its largest size, one for each seed, finished or not."""
+    some = {point["name"]: point["params"] * point["tokens"] for point in points
+            if point.get("tags", {}).get("part", LADDER) == LADDER
+            and point.get("resolved", {}).get("objective") == recipe}
+    return {name for name, cost in some.items() if cost == max(some.values())}
+
+
+def panel(metric: Metric, ladder: list[Run], outliers: str, wanted: set[str] = frozenset()) -> Panel:
+    """outliers: 'paper' leaves out what the paper's rule does, 'none' nothing but what has no logarithm.
+    wanted: the baseline's largest runs; without any of them nothing is there to be matched."""
     values, dropped = {}, []
     for run in ladder:
         if (figure := run.figures.get(metric.name)) is None:
@@ -224,6 +257,8 @@ def panel(metric: Metric, ladder: list[Run], outliers: str) -> Panel:
                   for recipe, some in values.items()}
         fits[axis] = {recipe: attempt(power_law, some) for recipe, some in points.items()}
         ratios[axis] = attempt(parity, points.get(CANDIDATE, []), points.get(BASELINE, []), metric.better)
+        if points.get(BASELINE) and (gone := sorted(wanted - {run.name for run, _ in values[BASELINE]})):
+            ratios[axis] = f"{gone[0]}, which it has to match, has no value here"
     return Panel(metric, values, dropped, floors(metric, ladder), fits, ratios)
 
 
@@ -253,10 +288,24 @@ def surface(runs: list[Run]) -> Surface | str:
     """L(N, D) of the mean held-out loss over sources, of one recipe."""
     names = [metric.name for metric in metrics_of(runs) if metric.nats]
     losses = [[run.figures[name]["value"] for name in names if name in run.figures] for run in runs]
-    if not names or any(len(some) < len(names) or None in some for some in losses):
+    if not names or any(len(some) < len(names) or not all(x is not None and math.isfinite(x) for x in some)
+                        for some in losses):
         return "not all runs have the held-out losses of all sources"
     return attempt(loss_surface, [run.params for run in runs], [run.tokens for run in runs],
                    [sum(some) / len(some) for some in losses])
+
+
+def tables(runs: list[Run]) -> list[Table]:
+    """Of the paper's tables 4 to 7 those that the runs' tags name."""
+    found = []
+    for number, (title, theirs) in paper.TABLES.items():
+        ours = {row: [run for run in runs if run.rows.get(number) == row] for row in theirs}
+        names = [name for name in paper.TITLES if any(getattr(x, name) is not None for x in theirs.values())]
+        rows = [(row, [getattr(scores, name) for name in names], ours[row]) for row, scores in theirs.items()]
+        if some := [run for found_ in ours.values() for run in found_]:
+            found.append(Table(f"Table {number}: {title}", [paper.TITLES[name] for name in names],
+                               metrics_of(some), rows))
+    return found
 
 
 def read(sweep: Path, kept: Path | None = None, outliers: str = "none") -> Study:
@@ -266,18 +315,25 @@ def read(sweep: Path, kept: Path | None = None, outliers: str = "none") -> Study
     """
     points = read_points(sweep)
     folders = {point["name"]: finished(sweep, point, kept) for point in points}
-    runs = [read_run(point, folder) for point in points if (folder := folders[point["name"]])]
-    missing = {point["name"]: results.why_not(workdir_of(sweep, point))
-               for point in points if not folders[point["name"]]}
+    runs, missing = [], {}
+    for point in points:
+        if not (folder := folders[point["name"]]):
+            missing[point["name"]] = results.why_not(workdir_of(sweep, point), point)
+            continue
+        try:
+            runs.append(read_run(point, folder))
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            missing[point["name"]] = f"a file of {folder} is broken or lacks a key: {e!r}"
     if not runs:
         first = next(iter(missing.items()))
         raise UserError(f"no run of {sweep} is finished and evaluated ({first[0]}: {first[1]})")
     check_alike(runs)
     ladder = [run for run in runs if run.part == LADDER]
-    panels = [panel(metric, ladder, outliers) for metric in metrics_of(ladder)]
+    wanted = largest_planned(points, BASELINE)
+    panels = [panel(metric, ladder, outliers, wanted) for metric in metrics_of(ladder)]
     recipes = dict.fromkeys(run.recipe for run in ladder)
     surfaces = {recipe: surface([run for run in ladder if run.recipe == recipe]) for recipe in recipes}
-    table = [(paper.TITLES[name], *(getattr(scores, name) for scores in (
-        paper.TRANSFUSION_7B, paper.CHAMELEON_7B, paper.PARITY))) for name in paper.TITLES]
+    table = {name: (title, *(getattr(scores, name) for scores in (
+        paper.TRANSFUSION_7B, paper.CHAMELEON_7B, paper.PARITY))) for name, title in paper.TITLES.items()}
     return Study(sweep.resolve().name, len(points), runs, missing, panels, surfaces, outliers, AXES,
-                 (CANDIDATE, BASELINE), tuple(table))
+                 (CANDIDATE, BASELINE), table, tables(runs))
