@@ -181,6 +181,7 @@ def test_a_sweep_is_preempted_and_ends_as_if_it_had_not_been(slurm, tmp_path):
     """Three points of two tasks each. An urgent job, which trains what the longest of them does, takes their
     nodes; a point fails, which hurts no other; it is mended, and --retry submits that alone."""
     drill, out, whole, given = Drill(slurm, tmp_path), tmp_path / "tiny", tmp_path / "whole", tmp_path / "given"
+    drill.types("sinfo --version; sinfo; nproc; uptime")
     drill.types(f"python -m tfusion.sweep --config=tests/launch/tiny.py:{given} --out={out}")
     submit = f"launch/slurm.sh --sweep={out} --nodes=2 --ntasks=2"
     array = submitted(drill.types(submit))

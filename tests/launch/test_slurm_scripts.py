@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch import loopback
 from tests.launch.stubs import sweep
 from tfusion.errors import RESTARTED
 from tfusion.scaling import progress
@@ -22,6 +23,24 @@ def test_the_restart_list_is_that_of_the_package():
     assert found == [str(status) for status in RESTARTED]
     cases = re.search(r"(0 \|[\d |]+)\)", (SLURM / "task.sh").read_text())[1]
     assert cases.split(" | ") == ["0", *map(str, RESTARTED)]
+
+
+def test_a_cluster_that_cannot_be_is_a_skip_that_says_why_and_in_ci_an_error(monkeypatch):
+    monkeypatch.setattr(loopback.shutil, "which", lambda name, path: None if name == "munged" else name)
+    why = loopback.missing()
+    assert why == "munged not found: apt-get install slurm-wlm munge"
+    monkeypatch.delenv("TFUSION_CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match=why):
+        loopback.absent(why)
+    monkeypatch.setenv("TFUSION_CI", "1")
+    with pytest.raises(pytest.fail.Exception, match=why):
+        loopback.absent(why)
+
+
+def test_a_job_ends_in_the_verb():
+    job, task = ((SLURM / name).read_text() for name in ("train.sbatch", "task.sh"))
+    assert job.count(' launch/slurm/task.sh "$@"') == 1
+    assert task.count('\npython -m "tfusion.${VERB:-train}" "$@" || status=$?\n') == 1
 
 
 @pytest.fixture

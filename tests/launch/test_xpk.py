@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.launch.stubs import flags_of, one_line_error, run_remotely, tool
+from tfusion.accelerators import CHIPS, names
 from tfusion.errors import RESTARTED
 
 HERE = dict(IMAGE="us-docker.pkg.dev/p/r/tfusion:1", CLUSTER="c", ZONE="us-east5-a", PROJECT="p")
@@ -89,6 +90,26 @@ touch {tmp_path}/runs; while :; do sleep .05; done""")
         time.sleep(0.05)
     shell.terminate()
     assert shell.wait(30) == 42 and (tmp_path / "saved").exists()
+
+
+SHAPES = """
+import json, sys
+from xpk.core.system_characteristics import UserFacingNameToSystemCharacteristics as known
+print(json.dumps({name: known[name].topology for name in sys.argv[1:] if name in known}))
+"""
+
+
+@pytest.mark.cluster
+def test_xpk_means_the_same_slices():
+    """But for the two smallest of v5e, which it lacks and refuses, and the two largest of v4, of which it has
+    another shape."""
+    ours = {f"{chip.prefixes[0]}{count}": shape for chip in CHIPS.values() if chip.is_tpu
+            for count, shape in names(chip).items()}
+    python = os.path.join(os.path.dirname(tool("xpk")), "python")
+    done = subprocess.run([python, "-c", SHAPES, *ours], check=True, capture_output=True, text=True)
+    known = json.loads(done.stdout)
+    assert ours.keys() - known.keys() == {"v5litepod-1", "v5litepod-4"}
+    assert {name for name in known if known[name] != ours[name]} == {"v4-6144", "v4-8192"}
 
 
 VALIDATE = """

@@ -17,9 +17,6 @@ class Rows(toy.ToyRows):
         return super().read(rows)
 
 
-toy.ToyRows = Rows
-
-
 def get_config(arg=None) -> dict:
     if arg == "text":
         tree = quickstart.get_config("smoke")
@@ -30,6 +27,7 @@ def get_config(arg=None) -> dict:
         tree.train.update(num_steps=3, batch_size=2, log_every=1, eval_every=3, eval_documents=2,
                           diagnostics_every=0, checkpoint_every=3)
         return tree
+    toy.ToyRows = Rows  # in the process that trains
     tree = toy.get_config()
     tree["train"] |= dict(num_steps=STEPS, checkpoint_every=EVERY, log_every=1, eval_every=STEPS)
     return tree
