@@ -10,10 +10,16 @@
 # shellcheck source=launch/jobs.sh
 . "$(dirname "$0")/jobs.sh"
 
-tool gcluster "take the bundle of release 1.103.0 or newer from Cluster Toolkit's page and put gcluster on PATH"
+bundle="take the bundle of release 1.103.0 or newer from Cluster Toolkit's page and put gcluster on PATH"
+tool gcluster "$bundle"
+# An older one restarts every status, also 1, the user's error.
+version=$(gcluster --version | grep -oE '[0-9]+\.[0-9]+\.[0-9]+' | head -n 1) || true
+printf '%s\n' 1.103.0 "$version" | sort -VC || die "gcluster is ${version:-of no known version}: $bundle"
 check_image
 where=(${CLUSTER:+"--cluster=$CLUSTER"} ${LOCATION:+"--location=$LOCATION"} ${PROJECT:+"--project=$PROJECT"})
 jobs=$(gcluster job list "${where[@]}") || die "gcluster job list failed: is the cluster there, and yours?"
+
+suits() { machine >/dev/null; }
 
 state() {
   case $(awk -v name="$1" '$1 == name { print $2 }' <<<"$jobs") in

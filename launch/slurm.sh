@@ -10,7 +10,7 @@
 
 tool sbatch "this is to be run where jobs are submitted"
 [[ "${1-}" == --sweep=?* ]] || die "launch/slurm.sh --sweep=DIR [--retry] [flags of sbatch] is wanted"
-out=${1#--sweep=} retry=()
+out=${1#--sweep=} retry=() new=''
 out=${out%/}
 shift
 if [[ "${1-}" == --retry ]]; then
@@ -23,7 +23,7 @@ where=$out
 [[ "$out" == gs://* ]] || where=$(realpath --canonicalize-missing "$out")
 name=$(job_name "${out##*/}" "$where")
 jobs=$(squeue --me --noheader --array --name="$name" --format='%K %T') || die "squeue failed"
-declare -A queued=() points=()
+declare -A queued=() points=() machines=()
 while read -r index state; do
   if [[ -n "$index" ]]; then queued[$index]=$state; fi
 done <<<"$jobs"
@@ -33,20 +33,21 @@ while IFS=$'\t' read -r index point topology <&3; do
   if [[ -n "${queued[$index]-}" ]]; then
     echo "$point: ${queued[$index]}, left alone"
   else
-    echo "$point: submitted"
+    if [[ -n "$topology" ]]; then  # all are looked at before the first is submitted
+      slice "$topology"
+      [[ "$chip" != v* && "$chip" != tpu* ]] || die "$topology is no slice of GPUs: launch/gke.sh submits to TPUs"
+      machines[$topology]="--nodes=$(((chips + 7) / 8)) --gpus-per-node=$((chips < 8 ? chips : 8))"
+    fi
+    new+="$point: submitted"$'\n'
     points[${topology:-none}]+="${points[${topology:-none}]+,}$index"
   fi
 done 3<<<"$listed"
+printf %s "$new"
 
 log=()
 if [[ -d "$out" ]]; then log=("--output=$out/slurm-%A_%a.log"); fi  # else it is in a bucket
 for topology in "${!points[@]}"; do
-  machines=()
-  if [[ "$topology" != none ]]; then
-    slice "$topology"
-    [[ "$chip" != v* && "$chip" != tpu* ]] || die "$topology is no slice of GPUs: launch/gke.sh submits to TPUs"
-    machines=("--nodes=$(((chips + 7) / 8))" "--gpus-per-node=$((chips < 8 ? chips : 8))")
-  fi
-  sbatch --job-name="$name" --array="${points[$topology]}" --export=ALL,VERB=sweep "${log[@]}" "${machines[@]}" \
+  read -r -a size <<<"${machines[$topology]-}"
+  sbatch --job-name="$name" --array="${points[$topology]}" --export=ALL,VERB=sweep "${log[@]}" "${size[@]}" \
     "$@" launch/slurm/train.sbatch --out="$out"
 done

@@ -12,16 +12,22 @@
 # shellcheck source=launch/jobs.sh
 . "$(dirname "$0")/jobs.sh"
 
+tool flock "util-linux has it; macOS: brew install flock"
 tool gcloud "install the Google Cloud CLI, then gcloud auth login"
 where=(${ZONE:+"--zone=$ZONE"} ${PROJECT:+"--project=$PROJECT"})
-if [[ -n "${DATA-}" ]]; then SHARED=${SHARED-data}; fi
+# shellcheck disable=SC2034
+[[ -z "${DATA-}" ]] || copied=data
 VALID=${VALID:-6h} POLL_S=${POLL_S:-30}
-code=$(mktemp -d)
-trap 'rm -rf "$code"' EXIT
-tar -czf "$code/tfusion.tgz" --exclude=__pycache__ tfusion experiments launch requirements.txt
-running=()  # process ids of this script's jobs
-# shellcheck disable=SC2016  # for the hosts to expand
-alive='kill -0 $(cat tfusion.pid)' stop='kill -TERM $(cat tfusion.pid)'
+locks=${XDG_CACHE_HOME:-$HOME/.cache}/tfusion/slices  # a file a slice that is worked on from this machine
+mkdir -p "$locks"
+running=() stops=0  # process ids of this script's jobs; how often it was told to stop
+# For the hosts to expand. tfusion.pid: a run's process. tfusion.mark: by which machine it is being installed; one
+# that was left counts for half an hour.
+# shellcheck disable=SC2016
+stop='kill -TERM $(cat tfusion.pid)' me=$(printf %q "$HOSTNAME")
+# shellcheck disable=SC2016
+asked='if kill -0 $(cat tfusion.pid) || find tfusion.mark -mmin -30 -exec cat {} + | grep -qvxF '$me
+asked+='; then echo busy; else echo idle; fi'
 
 queued() {
   [[ "$chip" != tpu7x ]]
@@ -49,10 +55,24 @@ on() {  # NAME WORKERS COMMAND: by ssh, on all hosts at once (all) or on the fir
   fi
 }
 
+suits() {
+  machine >/dev/null
+  if ! queued; then
+    [[ "$chips" -le 4 && "$slices" == 1 ]] || die "launch/tpu_vm.sh runs tpu7x on one host, tpu7x-8: larger" \
+      "slices by launch/gke.sh"
+    [[ " ${more[*]}" == *" --image"* ]] || die "ENGINE_FLAGS='--image-family=... --image-project=...' is wanted:" \
+      "the TPU image for tpu7x of Google's page 'TPU OS images'"
+  fi
+}
+
 state() {
-  case $(status_of "$1") in
+  local is
+  if ! flock -n "$locks/$1" true; then echo live && return; fi
+  is=$(status_of "$1") || exit 1
+  case $is in
     '') ;;
-    ACTIVE | RUNNING) if on "$1" 0 "$alive" >/dev/null 2>&1; then echo live; fi ;;
+    # A host that cannot be asked may well be at work.
+    ACTIVE | RUNNING) [[ "$(on "$1" 0 "$asked" 2>/dev/null)" == *idle* ]] || echo live ;;
     FAILED | SUSPEND* | TERMINATED | STOP* | DELETING) ;;
     *) echo live ;;  # it is waited for
   esac
@@ -63,10 +83,6 @@ forget() { :; }  # `ready` sees to what is left of a slice
 create() {  # NAME
   local flags=() nodes=(--node-id="$1") version
   if ! queued; then
-    [[ "$chips" -le 4 && "$slices" == 1 ]] || die "launch/tpu_vm.sh runs tpu7x on one host, tpu7x-8: larger" \
-      "slices by launch/gke.sh"
-    [[ " ${more[*]}" == *" --image"* ]] || die "ENGINE_FLAGS='--image-family=... --image-project=...' is wanted:" \
-      "the TPU image for tpu7x of Google's page 'TPU OS images'"
     [[ -z "${SPOT-}" ]] || flags=(--provisioning-model=SPOT --instance-termination-action=DELETE)
     gcloud compute instances create "$1" "${where[@]}" --machine-type="$(machine)" \
       --maintenance-policy=TERMINATE --scopes=cloud-platform "${flags[@]}" "${more[@]}"
@@ -93,10 +109,15 @@ delete() {  # NAME: the slice, and with it what it costs
 }
 
 put() {  # NAME: this code, what it needs, and DATA on all hosts
-  # More of the checkout is not needed there; what was installed and copied before stays.
-  local setup='mkdir -p tfusion/data && find tfusion -mindepth 1 -maxdepth 1 ! -name .venv ! -name data -exec \
+  # A run that lost its ssh may still be there: it saves first. More of the checkout is not needed there; what was
+  # installed and copied before stays.
+  # shellcheck disable=SC2016
+  local setup='if kill -TERM $(cat tfusion.pid 2>/dev/null) 2>/dev/null; then
+      while kill -0 $(cat tfusion.pid) 2>/dev/null; do sleep 1; done
+    fi; mkdir -p tfusion/data && find tfusion -mindepth 1 -maxdepth 1 ! -name .venv ! -name data -exec \
     rm -rf {} + && tar -xzf tfusion.tgz -C tfusion && tfusion/launch/install.sh tpu'
   [[ -z "${DATA-}" ]] || setup+=" && gcloud storage rsync -r $(printf %q "$DATA") tfusion/data"
+  on "$1" 0 "echo $me >tfusion.mark" || return
   if queued; then
     gcloud compute tpus queued-resources scp "$code/tfusion.tgz" "$1:" "${where[@]}" --node=all --worker=all \
       --batch-size=all && on "$1" all "$setup"
@@ -108,56 +129,74 @@ put() {  # NAME: this code, what it needs, and DATA on all hosts
 ready() {  # NAME: the slice is there, with this code on it; where one was taken away another is made
   local is
   while :; do
-    is=$(status_of "$1")
+    ((stops == 0)) || exit 42
+    is=$(status_of "$1") || exit 1
     case $is in
+      DELETING | STOPPING) echo "$1: $is" && sleep "$POLL_S" && continue ;;
       FAILED | SUSPEND* | TERMINATED | STOP*) delete "$1" && create "$1" ;;
       '') create "$1" ;;
     esac
     until [[ "$is" == ACTIVE || "$is" == RUNNING ]]; do
-      is=$(status_of "$1")
+      ((stops == 0)) || exit 42
+      is=$(status_of "$1") || exit 1
       case $is in
         ACTIVE | RUNNING) ;;
         FAILED | SUSPEND* | '') die "$1: no such slice within $VALID ($is): another ZONE, SPOT=1, a longer VALID" ;;
         *) echo "$1: $is" && sleep "$POLL_S" ;;
       esac
     done
+    ((stops == 0)) || exit 42
     if put "$1"; then return; fi
     sleep "$POLL_S"
-    case $(status_of "$1") in ACTIVE | RUNNING) die "$1: installing failed, see above" ;; esac
+    is=$(status_of "$1") || exit 1
+    case $is in ACTIVE | RUNNING) die "$1: installing failed, see above" ;; esac
     echo "$1: was taken away meanwhile"
   done
 }
 
 # shellcheck disable=SC2329  # a trap calls it
-release() {  # NAME: gives back what there is of it
+release() {  # NAME: gives back what there is of it; fails where it may still be there
+  local is kind='tpus queued-resources'
+  queued || kind=instances
   if [[ -n "${KEEP-}" ]]; then
-    echo "$1: stays, and costs, until: gcloud compute $(queued && echo tpus queued-resources || echo instances)" \
-      "delete $1 ${where[*]}$(! queued || echo ' --force')"
-  elif [[ -n "$(status_of "$1")" ]] && ! delete "$1"; then
-    echo "error: $1 may still be there, and cost: gcloud compute tpus queued-resources list ${where[*]}" >&2
+    echo "$1: stays, and costs, until: gcloud compute $kind delete $1 ${where[*]}$(! queued || echo ' --force')"
+    return
   fi
+  for _ in 1 2 3; do
+    if is=$(status_of "$1") && [[ -z "$is" ]]; then return; fi
+    if delete "$1"; then return; fi
+    sleep "$POLL_S"
+  done
+  echo "error: $1 may still be there, and cost: gcloud compute $kind list ${where[*]}" >&2
+  return 1
+}
+
+await() {  # PID: sets its status; a wait that a signal ended begins again
+  local seen=-1
+  while ((seen != stops)); do
+    seen=$stops status=0
+    wait "$1" || status=$?
+  done
 }
 
 work() {  # NAME VERB FLAGS...: until it is done, or not worth a restart. A process of its own
-  local name=$1 command child status stops=0 seen restarts=0
-  command="cd tfusion && PATH=\$PWD/.venv/bin:\$PATH && echo \$\$ >../tfusion.pid && $(remote "${@:2}")"
-  trap 'release "$name"' EXIT
+  local name=$1 command is status stops=0 restarts=0 lock
+  exec {lock}>"$locks/$1"
+  if ! flock -n "$lock"; then echo "$name: queued or running, left alone" && exit; fi
+  command="cd tfusion && PATH=\$PWD/.venv/bin:\$PATH && echo \$\$ >../tfusion.pid && rm -f ../tfusion.mark && $(remote "${@:2}")"
+  trap 'status=$?; release "$name" || exit $((status ? status : 1))' EXIT
   # What runs there saves, and ends with 42; then the slice is given back.
   trap 'stops=$((stops + 1)); on "$name" all "$stop" >/dev/null 2>&1 || true' TERM
   while :; do
     ready "$name"
     ((stops == 0)) || exit 42
     on "$name" all "$command" &
-    child=$!
-    seen=-1
-    while ((seen != stops)); do  # else the wait was ended by a signal
-      seen=$stops status=0
-      wait "$child" || status=$?
-    done
+    await $!
     ((status && stops == 0)) || break
     # 255 is ssh's own. A slice that is gone was taken away, whatever status its connection ended with.
     if [[ ",$RESTARTED,255," != *",$status,"* ]]; then
-      case $(status_of "$name") in ACTIVE | RUNNING) break ;; esac
+      is=$(status_of "$name") || is=ACTIVE  # who cannot say does not make a user's error worth another try
+      case $is in ACTIVE | RUNNING) break ;; esac
     fi
     if ((restarts++ >= RESTARTS)); then
       echo "error: $name: status $status after $RESTARTS restarts" >&2
@@ -170,9 +209,14 @@ work() {  # NAME VERB FLAGS...: until it is done, or not worth a restart. A proc
 }
 
 submit() {
+  if ((stops)); then
+    worst=42
+    return
+  fi
   trap '' INT  # so it is for the job too, which a Ctrl-C would reach as well
   work "$@" &
   running+=($!)
+  ((stops == 0)) || kill -TERM $!
   trap stop_all INT
 }
 
@@ -182,16 +226,21 @@ stop_all() {
   ((${#running[@]} == 0)) || kill -TERM "${running[@]}" 2>/dev/null || true
 }
 
-stops=0
+# shellcheck disable=SC2329  # a trap calls it
+finish() {  # also where submitting ended with an error: no slice is left behind
+  stop_all
+  for child in "${running[@]}"; do await "$child"; done
+  rm -rf "$code"
+}
+
+worst=0 code=$(mktemp -d)
+trap finish EXIT
 trap stop_all TERM INT
+tar -czf "$code/tfusion.tgz" --exclude=__pycache__ tfusion experiments launch requirements.txt
 submit_all "$@"
-worst=0
 for child in "${running[@]}"; do
-  seen=-1
-  while ((seen != stops)); do
-    seen=$stops status=0
-    wait "$child" || status=$?
-  done
+  await "$child"
   ((worst)) || worst=$status
 done
+running=()
 exit "$worst"

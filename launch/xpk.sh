@@ -18,6 +18,8 @@ list() {  # STATUS: names, one a line
 }
 everything=$(list EVERYTHING) failed=$(list FAILED) successful=$(list SUCCESSFUL)
 
+suits() { machine >/dev/null; }
+
 state() {
   if grep -qxF -- "$1" <<<"$failed"; then echo failed
   elif grep -qxF -- "$1" <<<"$successful"; then echo ended
@@ -30,7 +32,6 @@ forget() {
 
 submit() {
   local command
-  machine >/dev/null  # no GPUs
   command=$(remote "${@:2}")
   # By itself xpk restarts nothing; told to, it restarts 42 and 127 to 255 besides our list. 1 is in neither.
   xpk workload create "${where[@]}" --workload="$1" --docker-image="$IMAGE" --command="$command" \

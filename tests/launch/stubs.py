@@ -17,7 +17,7 @@ OF_XPK = {"--cluster", "--zone", "--project"}
 OF_GCLOUD = {"--zone", "--project", "--format", "--quiet"}
 SSH = {"--node", "--worker", "--batch-size", "--command"}
 SWITCHES = {"--gke-disable-parallel-containers", "--quiet", "--force", "--spot", "--detach-run", "--yes",
-            "--all", "-r"}
+            "--all", "-r", "--version"}
 # {(tool, words): the flags that it has and we may use}. gcluster: cmd/job/*.go of cluster-toolkit 1.95.0, and
 # the mapping from xpk in docs/migration/xpk_to_clustertoolkit.md as of release 1.103.0; of the others
 # the --help: xpk 1.16.0, gcloud 528.0.0, sky 0.14.1.
@@ -26,6 +26,7 @@ FLAGS = {
         "--name", "--image", "--command", "--compute-type", "--topology", "--num-slices", "--restarts",
         "--restart-on-exit-codes", "--grace-period", "--gke-disable-parallel-containers", "--mount",
         "--priority", "--service-account", "--queue", "--gke-nap-provisioning", "--placement-policy"},
+    ("gcluster",): {"--version"},
     ("gcluster", "job", "list"): OF_JOBS,
     ("gcluster", "job", "cancel"): OF_JOBS,
     ("gcluster", "job", "config", "set"): set(),
@@ -59,6 +60,12 @@ FLAGS = {
 }
 SLURM = ("sbatch", "scancel", "scontrol", "sinfo", "squeue")  # test_slurm.py asks the real ones
 NOT_LISTED = {"docker", "make", "python", *SLURM}  # stubs that no table is for
+# A checkout's Python: the sweep's points that are ready, and else only recorded, but for scripts of ours.
+PYTHON = r"""#!/usr/bin/env bash
+if [[ "$1" != -m ]]; then exec %s "$@"; fi
+{ printf '%%s\x1f' python "$@"; printf '\x1e'; } >>"$CALLS"
+if [[ " $*" == *" --jobs"* ]]; then printf '%s'; fi
+"""
 RECORD = """#!/usr/bin/env bash
 { printf '%s\\x1f' "${0##*/}" "$@"; printf '\\x1e'; } >>"$CALLS"
 """
@@ -66,7 +73,7 @@ RECORD = """#!/usr/bin/env bash
 
 class Engines:
     def __init__(self, folder: Path):
-        self.bin, self.record = folder / "bin", folder / "calls"
+        self.bin, self.record, self.root = folder / "bin", folder / "calls", ROOT
         self.bin.mkdir()
         self.record.touch()
 
@@ -76,15 +83,32 @@ class Engines:
         path.write_text(RECORD + script + "\n")
         path.chmod(0o755)
 
+    def checkout(self, points: list[tuple[str, str]]) -> Path:
+        """From now on scripts are run in a checkout whose Python only records. points: (name, topology) of a
+        sweep's that are ready."""
+        place = self.record.parent / "checkout"
+        (place / ".venv/bin").mkdir(parents=True)
+        for name in ("tfusion", "experiments", "requirements.txt"):
+            (place / name).symlink_to(ROOT / name)
+        # Scripts go to the folder above theirs: they must find this checkout, and not where a link leads.
+        shutil.copytree(ROOT / "launch", place / "launch")
+        lines = "".join(f"{number}\\t{name}\\t{topology}\\n" for number, (name, topology) in enumerate(points))
+        for path in (place / ".venv/bin/python", self.bin / "python"):
+            path.write_text(PYTHON % (sys.executable, lines))
+            path.chmod(0o755)
+        self.root = place
+        return place
+
     def environment(self, **variables: str) -> dict[str, str]:
         """What a script is run with: nothing of the caller's that it reads."""
         kept = {name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR") if name in os.environ}
         path = [self.bin, Path(sys.executable).parent, "/usr/local/bin", "/usr/bin", "/bin"]
-        return kept | {"PATH": os.pathsep.join(map(str, path)), "CALLS": str(self.record)} | variables
+        return kept | {"PATH": os.pathsep.join(map(str, path)), "CALLS": str(self.record),
+                       "XDG_CACHE_HOME": str(self.record.parent / "cache")} | variables
 
     def run(self, script: str, *args: str, **variables: str) -> subprocess.CompletedProcess:
         """launch/SCRIPT with its settings; what it called is checked."""
-        done = subprocess.run([ROOT / "launch" / script, *args], env=self.environment(**variables), text=True,
+        done = subprocess.run([self.root / "launch" / script, *args], env=self.environment(**variables), text=True,
                               capture_output=True, stdin=subprocess.DEVNULL, timeout=120)
         self.check()
         return done

@@ -6,15 +6,20 @@ from tests.launch.stubs import flags_of, one_line_error, run_remotely, sweep
 from tfusion.accelerators import CHIPS
 from tfusion.errors import RESTARTED
 
-HERE = dict(IMAGE="us-docker.pkg.dev/p/r/tfusion:1", CLUSTER="c", LOCATION="us-east5")
-RUN = ["--config=experiments/transfusion.py:7b", "--workdir=gs://b/runs/my run"]
-TABLE = "NAME  STATUS  CREATION_TIME  COMPLETION_TIME"
+# What they do with any verb is tried with this one: the config of train is checked first, which takes seconds.
+HERE = dict(IMAGE="us-docker.pkg.dev/p/r/tfusion:1", CLUSTER="c", LOCATION="us-east5", VERB="evaluate")
+RUN = ["--workdir=gs://b/runs/my run"]
+TRAIN = ["--config=experiments/transfusion.py:7b", *RUN]
+GCLUSTER = """cat >/dev/null  # it may ask something
+case "$1 ${2-}" in
+  --version*) echo "gcluster version v${VERSION-1.103.0}"; echo "Built from 'main' branch." ;;
+  *list) echo "NAME  STATUS  CREATION_TIME  COMPLETION_TIME"; echo "${LISTED-}" ;;
+esac"""
 
 
 @pytest.fixture
 def gke(engines):
-    engines.answer("gcluster", f"""cat >/dev/null  # it may ask something
-if [[ "$2" == list ]]; then echo "{TABLE}"; echo "$LISTED"; fi""")
+    engines.answer("gcluster", GCLUSTER)
     return engines
 
 
@@ -23,7 +28,7 @@ def submitted(engines) -> list[dict[str, str]]:
 
 
 def test_a_job(gke):
-    done = gke.run("gke.sh", *RUN, TOPOLOGY="2xv5p-256", **HERE)
+    done = gke.run("gke.sh", *TRAIN, TOPOLOGY="2xv5p-256", **HERE | {"VERB": ""})
     assert done.returncode == 0, done.stderr
     (flags,) = submitted(gke)
     command = flags.pop("--command")
@@ -32,7 +37,7 @@ def test_a_job(gke):
         "--compute-type": "ct5p-hightpu-4t", "--topology": "4x4x8", "--num-slices": "2", "--restarts": "20",
         "--restart-on-exit-codes": ",".join(map(str, RESTARTED)), "--grace-period": "600s"}
     words, environment, status = run_remotely(gke, command, status=42)
-    assert (words[1:], status) == (["-m", "tfusion.train", *RUN], 42)
+    assert (words[1:], status) == (["-m", "tfusion.train", *TRAIN], 42)
     assert "--xla_tpu_enable_async_collective_fusion=true" in environment["LIBTPU_INIT_ARGS"].split()
     assert environment["JAX_COMPILATION_CACHE_DIR"] == "gs://b/runs/compilation_cache"
     assert 1 not in RESTARTED
@@ -42,7 +47,7 @@ def test_python_takes_the_place_of_the_shell(gke):
     """Else SIGTERM would reach a shell, which dies of it or waits, and the run would not be saved."""
     gke.run("gke.sh", *RUN, TOPOLOGY="v5p-8", **HERE)
     (flags,) = submitted(gke)
-    assert "; exec python -m tfusion.train " in flags["--command"]
+    assert "; exec python -m tfusion.evaluate " in flags["--command"]
 
 
 @pytest.mark.parametrize("topology, machine, shape", [
@@ -70,7 +75,7 @@ def test_ironwood_runs_one_process_a_machine(gke, chip):
     ("evaluate", ["--workdir=gs://b/runs/x", "--number=5000"]),
     ("export", ["--workdir=gs://b/runs/x", "--out=/data/export"])])
 def test_every_verb_is_launched(gke, verb, args):
-    done = gke.run("gke.sh", *args, VERB=verb, TOPOLOGY="v6e-8", SHARED="/data", **HERE)
+    done = gke.run("gke.sh", *args, TOPOLOGY="v6e-8", SHARED="/data", **HERE | {"VERB": verb})
     assert done.returncode == 0, done.stderr
     (flags,) = submitted(gke)
     words, _, status = run_remotely(gke, flags["--command"])
@@ -94,10 +99,10 @@ def test_submitting_twice(gke, status, again):
     """What is queued or runs is left alone; a job that ended would keep a second one of its name out."""
     gke.run("gke.sh", *RUN, TOPOLOGY="v5p-8", **HERE)
     (flags,) = submitted(gke)
-    before = len(gke.calls())
+    before = len(gke.calls("gcluster", "job"))
     done = gke.run("gke.sh", *RUN, TOPOLOGY="v5p-8", LISTED=f"{flags['--name']}  {status}  now", **HERE)
     assert done.returncode == 0
-    assert [call[2] for call in gke.calls()[before:]] == ["list", *again]
+    assert [call[2] for call in gke.calls("gcluster", "job")[before:]] == ["list", *again]
 
 
 POINTS = """[dict(name="codec", config="experiments/quickstart.py:smoke,autoencoder", verbs=["train"]),
@@ -145,14 +150,49 @@ def test_a_sweep(gke, tmp_path):
     (["--workdir", "runs/x"], dict(TOPOLOGY="v5p-8"), "error: --workdir=runs/x: workers do not see this"),
     (["--workdir=/data2/x"], dict(TOPOLOGY="v5p-8", SHARED="/data"), "error: --workdir=/data2/x: workers"),
     ([*RUN, "--config.data.prepared=data/x"], dict(TOPOLOGY="v5p-8"), "error: --config.data.prepared=data/x: "),
-    (["--config=x.py"], dict(TOPOLOGY="v5p-8"), "error: train needs --workdir=gs://..."),
+    (["--config=x.py"], dict(TOPOLOGY="v5p-8", VERB=""), "error: train needs --workdir=gs://..."),
     (["--config=x.py"], dict(TOPOLOGY="v5p-8", VERB="prepare"), "error: prepare needs --config.data.prepared="),
+    (RUN, dict(TOPOLOGY="v5p-8", VERB="trian"), "error: VERB=trian is no verb: train, prepare, sample, evaluate"),
+    (RUN, dict(TOPOLOGY="v5p-8", GRACE="10m"), "error: GRACE=10m is no whole number"),
+    (RUN, dict(TOPOLOGY="v5p-8", RESTARTS="many"), "error: RESTARTS=many is no whole number"),
+    (RUN, dict(TOPOLOGY="v5p-8", RESTARTS="08"), "error: RESTARTS=08 is no whole number"),
+    (RUN, dict(TOPOLOGY="v5p-8", VERSION="1.95.0"), "error: gcluster is 1.95.0: take the bundle of release 1.103.0"),
+    (RUN, dict(TOPOLOGY="v5p-8", VERSION=" of today"), "error: gcluster is of no known version: take the bundle"),
     (["--sweep=sweeps/x"], {}, "error: --out=sweeps/x: workers do not see this machine's folders"),
 ])
 def test_mistakes_are_found_before_anything_is_submitted(gke, args, given, message):
     error = one_line_error(gke.run("gke.sh", *args, **HERE | given))
     assert error.startswith(message), error
     assert not submitted(gke)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--config.mesh.fsdp=64"], "error: mesh data=1 x fsdp=64"), (["--config.no.such=1"], "error: unknown config key 'no'"),
+    (["--nosuch=1"], "error: Unknown command line flag 'nosuch'"), (["--config=nosuch.py"], "error: Configuration is not available")])
+def test_a_config_that_cannot_run_is_not_submitted(gke, flags, message):
+    error = one_line_error(gke.run("gke.sh", *TRAIN, *flags, TOPOLOGY="v5p-8", **HERE | {"VERB": ""}))
+    assert error.startswith(message) and not submitted(gke)
+
+
+def test_one_workdir_is_one_job(gke):
+    for workdir in ("gs://b/runs/x", "gs://b/runs/x/"):
+        gke.run("gke.sh", f"--workdir={workdir}", TOPOLOGY="v5p-8", **HERE)
+    one, two = submitted(gke)
+    assert one["--name"] == two["--name"] and "gs://b/runs/compilation_cache" in two["--command"]
+
+
+def test_flags_of_the_engine_on_several_lines(gke):
+    gke.run("gke.sh", *RUN, TOPOLOGY="v5p-8", ENGINE_FLAGS="--priority=high\n  --service-account=me", **HERE)
+    (flags,) = submitted(gke)
+    assert (flags["--priority"], flags["--service-account"]) == ("high", "me")
+
+
+def test_a_point_without_a_slice_is_found_before_any_is_submitted(gke):
+    gke.checkout([("a", "v5p-8"), ("b", "")])
+    error = one_line_error(gke.run("gke.sh", "--sweep=gs://b/x", **HERE))
+    assert error.startswith("error: point 'b' names no topology: TOPOLOGY=v5p-256") and not submitted(gke)
+    done = gke.run("gke.sh", "--sweep=gs://b/x", TOPOLOGY="v5p-16", **HERE)
+    assert done.returncode == 0 and [job["--topology"] for job in submitted(gke)] == ["2x2x1", "2x2x2"]
 
 
 def test_no_gcluster(engines):

@@ -5,11 +5,11 @@ minutes is recorded, and its flags are looked for in the verbs.
 
 import re
 import subprocess
-import sys
 
 import pytest
 
 from tests.launch.stubs import ROOT, flags_of
+from tests.launch.test_gke import GCLUSTER
 from tests.launch.test_tpu_vm import GCLOUD
 
 GUIDES = {name: (ROOT / "docs" / name).read_text()
@@ -17,11 +17,6 @@ GUIDES = {name: (ROOT / "docs" / name).read_text()
 SLURM = {"sbatch": "echo Submitted batch job 7; touch slurm-7.out", "squeue": "", "sinfo": "", "scontrol": "",
          "scancel": ""}
 POINTS = [("transfusion-0.16b-seed0", "v5p-16"), ("chameleon-7b-seed0", "v5p-512")]
-PYTHON = r"""#!/usr/bin/env bash
-if [[ "$1" != -m ]]; then exec %s "$@"; fi
-{ printf '%%s\x1f' python "$@"; printf '\x1e'; } >>"$CALLS"
-if [[ " $*" == *" --jobs"* ]]; then printf '%s'; fi
-"""
 
 
 def commands(text: str) -> list[str]:
@@ -31,28 +26,18 @@ def commands(text: str) -> list[str]:
 
 
 @pytest.fixture
-def newcomer(engines, tmp_path):
+def newcomer(engines):
     """A checkout whose Python only records, and a machine with stubs; returns what walks through a guide."""
-    place = tmp_path / "checkout"
-    (place / ".venv/bin").mkdir(parents=True)
-    for name in ("launch", "tfusion", "experiments", "requirements.txt"):
-        (place / name).symlink_to(ROOT / name)
-    # Scripts go to the folder above theirs: they must find this checkout, and not where the links lead.
-    (place / "launch").unlink()
-    subprocess.run(["cp", "-r", ROOT / "launch", place / "launch"], check=True)
     for tool, script in SLURM.items():
         engines.answer(tool, script)
     for tool in ("make", "docker"):
         engines.answer(tool, '[[ "$1" != image ]]')
-    engines.answer("gcluster", 'if [[ "$2" == list ]]; then echo "NAME  STATUS"; fi')
+    engines.answer("gcluster", GCLUSTER)
     engines.answer("gcloud", GCLOUD)
     (engines.record.parent / "calls.ends").write_text("0\n" * 9)
 
     def walk(name: str, frozen: list[tuple[str, str]] = POINTS) -> None:
-        points = "".join(f"{number}\\t{name}\\t{topology}\\n" for number, (name, topology) in enumerate(frozen))
-        for path in (place / ".venv/bin/python", engines.bin / "python"):
-            path.write_text(PYTHON % (sys.executable, points))
-            path.chmod(0o755)
+        place = engines.checkout(frozen)
         script = "set -euxo pipefail\n" + "\n".join(commands(GUIDES[name]))
         done = subprocess.run(["bash", "-c", script], cwd=place, capture_output=True, text=True, timeout=120,
                               env=engines.environment(POLL_S="0"))

@@ -12,7 +12,7 @@ from tests.launch.stubs import ROOT, flags_of, given, one_line_error, tool
 from tfusion.accelerators import CHIPS, names
 from tfusion.errors import RESTARTED
 
-RUN = ["--config=experiments/transfusion.py:7b", "--workdir=gs://b/runs/my run"]
+RUN = ["--workdir=gs://b/runs/my run"]
 # After what it prints besides, as of its own server.
 SKY = """if [[ "$2" == queue ]]; then echo 'Fetching'; echo "${QUEUE:-[]}"
 else cp "${*: -1}" "$CALLS.yaml"; fi"""
@@ -30,7 +30,7 @@ def sky(engines):
 
 def submit(sky, *args, **settings) -> tuple[dict, dict[str, str]]:
     """The task's YAML, and its variables."""
-    done = sky.run("sky.sh", *args, **settings)
+    done = sky.run("sky.sh", *args, **{"VERB": "evaluate"} | settings)
     assert done.returncode == 0, done.stderr
     call = sky.calls("sky", "jobs", "launch")[-1]
     flags = flags_of(call[:-1])
@@ -51,7 +51,7 @@ def test_the_machines(sky, topology, accelerators, nodes, version, device):
     assert (resources["accelerators"], task["num_nodes"], resources["use_spot"]) == (accelerators, nodes, True)
     assert accelerators.split(":")[0] in KNOWN
     assert resources.get("accelerator_args") == ({"runtime_version": version} if version else None)
-    assert (variables["DEVICE"], variables["VERB"], variables["RESTARTS"]) == (device, "train", "20")
+    assert (variables["DEVICE"], variables["VERB"], variables["RESTARTS"]) == (device, "evaluate", "20")
     assert variables["JAX_COMPILATION_CACHE_DIR"] == "gs://b/runs/compilation_cache"
 
 
@@ -115,7 +115,7 @@ def test_submitting_twice(sky, status, again):
     name = flags_of(sky.calls("sky", "jobs", "launch")[0][:-1])["--name"]
     other = "SUCCEEDED" if status == "RUNNING" else "RUNNING"  # an older job of that name
     queue = [dict(job_id=1, job_name=name, status=other), dict(job_id=2, job_name=name, status=status)]
-    done = sky.run("sky.sh", *RUN, TOPOLOGY="v6e-8", QUEUE=json.dumps(queue))
+    done = sky.run("sky.sh", *RUN, TOPOLOGY="v6e-8", VERB="evaluate", QUEUE=json.dumps(queue))
     assert done.returncode == 0, done.stderr
     assert len(sky.calls("sky", "jobs", "launch")) == 1 + again
 
@@ -124,8 +124,18 @@ def test_submitting_twice(sky, status, again):
     ("2xv6e-16", "error: SkyPilot gives one slice a job: several by launch/gke.sh or launch/tpu_vm.sh"),
     ("h100-9", "error: 'h100-9' is not a valid slice of h100"), ("tpu7x-8", "error: ")])
 def test_mistakes(sky, topology, message):
-    error = one_line_error(sky.run("sky.sh", *RUN, TOPOLOGY=topology))
+    error = one_line_error(sky.run("sky.sh", *RUN, TOPOLOGY=topology, VERB="evaluate"))
     assert error.startswith(message) and not sky.calls("sky", "jobs", "launch")
+
+
+@pytest.mark.parametrize("queue, message", [
+    ("\x1b[2mFetching\x1b[0m\n[]", ""), ("[INFO] up\n[ ]\nbye", ""),
+    ("\x1b[2mNo jobs\x1b[0m", "error: sky jobs queue --output=json says no JSON: "), ("[{", "error: sky jobs queue")])
+def test_what_comes_with_the_queue(sky, queue, message):
+    done = sky.run("sky.sh", *RUN, TOPOLOGY="v6e-8", VERB="evaluate", QUEUE=queue)
+    assert bool(sky.calls("sky", "jobs", "launch")) == (not message)
+    if message:
+        assert one_line_error(done).startswith(message)
 
 
 def test_no_sky(engines):

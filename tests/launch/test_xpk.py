@@ -13,8 +13,8 @@ from tests.launch.stubs import flags_of, one_line_error, run_remotely, tool
 from tfusion.accelerators import CHIPS, names
 from tfusion.errors import RESTARTED
 
-HERE = dict(IMAGE="us-docker.pkg.dev/p/r/tfusion:1", CLUSTER="c", ZONE="us-east5-a", PROJECT="p")
-RUN = ["--config=experiments/transfusion.py:7b", "--workdir=gs://b/runs/my run"]
+HERE = dict(IMAGE="us-docker.pkg.dev/p/r/tfusion:1", CLUSTER="c", ZONE="us-east5-a", PROJECT="p", VERB="evaluate")
+RUN = ["--workdir=gs://b/runs/my run"]
 GOLDEN = Path(__file__).parents[1] / "testdata/launch"
 # xpk's table, after its own lines, for one status.
 LIST = """if [[ "$2" == list ]]; then
@@ -34,7 +34,7 @@ def test_a_job(engines):
         "--docker-image": HERE["IMAGE"], "--tpu-type": "v5p-256", "--num-slices": "2", "--max-restarts": "20",
         "--restart-on-exit-codes": ",".join(map(str, RESTARTED)), "-tgps": "600"}
     words, _, status = run_remotely(engines, command, status=134)
-    assert (words[1:], status) == (["-m", "tfusion.train", *RUN], 134)
+    assert (words[1:], status) == (["-m", "tfusion.evaluate", *RUN], 134)
 
 
 @pytest.mark.parametrize("where, again", [
