@@ -13,13 +13,13 @@ SPOT=${SPOT-}
 task=$(mktemp)
 trap 'rm -f "$task"' EXIT
 # Newest first: a name may have been used by several jobs.
-queue=$(sky jobs queue --all --output=json) || die "sky jobs queue failed: $(tail -n 1 <<<"$queue")"
+said=$(sky jobs queue --all --output=json) || die "sky jobs queue failed: $(tail -n 1 <<<"$said")"
 queue=$(python -c 'import json, re, sys
 text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", sys.stdin.read())  # of the colours of what it says before
 begin = re.search(r"^\[\s*[]{]", text, re.M)
 for job in sorted(json.JSONDecoder().raw_decode(text[begin.start() if begin else 0:])[0], key=lambda job: -job["job_id"]):
-    print(job["job_name"], job["status"])' 2>/dev/null <<<"$queue") ||
-  die "sky jobs queue --output=json says no JSON: $(tail -n 1 <<<"$queue")"
+    print(job["job_name"], job["status"])' 2>/dev/null <<<"$said") ||
+  die "sky jobs queue --output=json says no JSON: $(tail -n 1 <<<"$said")"
 
 state() {
   case $(awk -v name="$1" '$1 == name { print $2; exit }' <<<"$queue") in

@@ -25,7 +25,7 @@ FLAGS = {
     ("gcluster", "job", "submit"): OF_JOBS | {
         "--name", "--image", "--command", "--compute-type", "--topology", "--num-slices", "--restarts",
         "--restart-on-exit-codes", "--grace-period", "--gke-disable-parallel-containers", "--mount",
-        "--priority", "--service-account", "--queue", "--gke-nap-provisioning", "--placement-policy"},
+        "--priority", "--service-account", "--gke-nap-provisioning"},
     ("gcluster",): {"--version"},
     ("gcluster", "job", "list"): OF_JOBS,
     ("gcluster", "job", "cancel"): OF_JOBS,
@@ -37,7 +37,7 @@ FLAGS = {
     ("xpk", "workload", "delete"): OF_XPK | {"--workload"},
     ("gcloud", "compute", "tpus", "queued-resources", "create"): OF_GCLOUD | {
         "--accelerator-type", "--runtime-version", "--node-id", "--node-count", "--node-prefix", "--spot",
-        "--valid-until-duration", "--reserved", "--service-account", "--network"},
+        "--valid-until-duration", "--service-account"},
     ("gcloud", "compute", "tpus", "queued-resources", "describe"): OF_GCLOUD,
     ("gcloud", "compute", "tpus", "queued-resources", "list"): OF_GCLOUD,
     ("gcloud", "compute", "tpus", "queued-resources", "delete"): OF_GCLOUD | {"--force"},
@@ -58,14 +58,15 @@ FLAGS = {
     ("sky", "jobs", "launch"): {"--name", "--detach-run", "--yes", "--env", "--infra"},
     ("sky", "jobs", "queue"): {"--all", "--output"},
 }
-SLURM = ("sbatch", "scancel", "scontrol", "sinfo", "squeue")  # test_slurm.py asks the real ones
-NOT_LISTED = {"docker", "make", "python", *SLURM}  # stubs that no table is for
+SLURM = ("sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun")  # test_slurm.py asks the real ones
+NOT_LISTED = {"docker", "make", "python", "sleep", *SLURM}  # stubs that no table is for
 # A checkout's Python: the sweep's points that are ready, and else only recorded, but for scripts of ours.
 PYTHON = r"""#!/usr/bin/env bash
 if [[ "$1" != -m ]]; then exec %s "$@"; fi
 { printf '%%s\x1f' python "$@"; printf '\x1e'; } >>"$CALLS"
 if [[ " $*" == *" --jobs"* ]]; then printf '%s'; fi
 """
+NO_PACKAGE = ("gcluster", "gcloud")  # CI has them not: the scripts and guides hold their rows, test_scripts.py
 RECORD = """#!/usr/bin/env bash
 { printf '%s\\x1f' "${0##*/}" "$@"; printf '\\x1e'; } >>"$CALLS"
 """

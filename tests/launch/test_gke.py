@@ -9,7 +9,7 @@ from tfusion.errors import RESTARTED
 # What they do with any verb is tried with this one: the config of train is checked first, which takes seconds.
 HERE = dict(IMAGE="us-docker.pkg.dev/p/r/tfusion:1", CLUSTER="c", LOCATION="us-east5", VERB="evaluate")
 RUN = ["--workdir=gs://b/runs/my run"]
-TRAIN = ["--config=experiments/transfusion.py:7b", *RUN]
+TRAIN = ["--config=experiments/transfusion.py:7b", "--config.mesh.data=2", *RUN]
 GCLUSTER = """cat >/dev/null  # it may ask something
 case "$1 ${2-}" in
   --version*) echo "gcluster version v${VERSION-1.103.0}"; echo "Built from 'main' branch." ;;

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.launch.stubs import FLAGS, ROOT, tool
+from tests.launch.stubs import FLAGS, NO_PACKAGE, ROOT, tool
 from tfusion.accelerators import CHIPS
 from tfusion.planning import topology
 
@@ -65,18 +65,41 @@ def test_hadolint():
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("words", FLAGS, ids=" ".join)
+@pytest.mark.parametrize("words", [words for words in FLAGS if words[0] not in NO_PACKAGE or shutil.which(words[0])],
+                         ids=" ".join)
 def test_the_tables_hold_only_flags_that_the_tools_have(words, tmp_path):
-    if words[0] == "gcluster":
-        pytest.skip("no package has gcluster: its table was read from its source")
-    if words[0] == "gcloud" and not shutil.which("gcloud"):
-        pytest.skip("no package has gcloud")
     done = subprocess.run([tool(words[0]), *words[1:], "--help"], capture_output=True, text=True, timeout=120,
                           env=os.environ | {"HOME": str(tmp_path), "COLUMNS": "200"})
     text = re.sub(r"\x1b\[[0-9;]*m|.\x08", "", done.stdout)
     missing = [flag for flag in FLAGS[words] - {"--quiet", "--project", "--format", "--zone"}
                if not re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text)]
     assert not missing, f"{' '.join(words)}: {missing}"
+
+
+@pytest.mark.parametrize("words", [words for words in FLAGS if words[0] in NO_PACKAGE], ids=" ".join)
+def test_the_tables_of_tools_without_a_package_hold_only_what_is_used(words):
+    """And what scripts and guides call is in them: the stubs see to that. What stays is whether a tool has a flag:
+    its source or its --help was read for that, once."""
+    text = "\n".join(path.read_text() for path in [*SCRIPTS, LAUNCH / "README.md", *(ROOT / "docs").glob("*.md")])
+    text = re.sub(r"#.*", "", text).replace("\\\n", " ")
+    assert re.search(r"\b" + r"\s+".join(words), text), f"nothing calls {' '.join(words)}"
+    missing = [flag for flag in FLAGS[words] if not re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text)]
+    assert not missing, f"nothing gives {' '.join(words)} {missing}"
+
+
+def test_ci_gives_a_machine_without_a_name_one(tmp_path):
+    """SLURM's daemons look for it."""
+    (function,) = re.findall(r"^slurm\(\) {.*?^}", (ROOT / ".ci/run").read_text(), re.M | re.S)
+    for name, script in {"sudo": 'shift; "$@"', "apt-get": "", "getent": 'exit "$KNOWN"', "hostname": "echo me",
+                         "tee": f'echo "$@" >>{tmp_path}/said; cat >>{tmp_path}/said'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    assert bash(f"set -euo pipefail; {function}; slurm", PATH=path, KNOWN="0").returncode == 0
+    assert not (tmp_path / "said").exists()
+    done = bash(f"set -euo pipefail; {function}; slurm", PATH=path, KNOWN="2")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "said").read_text() == "-a /etc/hosts\n127.0.0.1 me\n"
 
 
 def told(chip: str, name: str, **variables: str) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch import loopback
-from tests.launch.stubs import sweep
+from tests.launch.stubs import one_line_error, sweep
 from tfusion.errors import RESTARTED
 from tfusion.scaling import progress
 
@@ -85,6 +85,45 @@ def test_more_processes_than_gpus_are_refused(task):
 def test_a_status_that_is_not_to_be_restarted_is_told_apart(task, status, given):
     said, found = task(STATUS=str(status), VERB="sample")
     assert found == given and said == "-m tfusion.sample --flag takes what JAX finds"
+
+
+@pytest.fixture
+def job(engines, tmp_path):
+    """(the times that squeue is asked in vain) -> (what train.sbatch says, its status, the calls of scontrol),
+    where its processes end with 42 and its state is RUNNING."""
+    engines.answer("srun", "exit 42")
+    engines.answer("sleep")
+    engines.answer("scontrol")
+
+    def run(vain: int, state: str = "RUNNING") -> tuple[str, int, list[list[str]]]:
+        engines.record.write_text("")
+        engines.answer("squeue", f"""if (($(grep -ao squeue "$CALLS" | wc -l) <= {vain})); then exit 1; fi; echo {state}""")
+        done = subprocess.run([SLURM / "train.sbatch", "--workdir=x"], cwd=ROOT, capture_output=True, text=True,
+                              env=engines.environment(SLURM_JOB_ID="7", TMPDIR=str(tmp_path)), timeout=60)
+        return done.stdout + done.stderr, done.returncode, engines.calls("scontrol")
+
+    return run
+
+
+def test_a_job_is_begun_again_though_squeue_was_too_busy_once(job, tmp_path):
+    for vain in (0, 4):
+        said, status, calls = job(vain)
+        assert (status, calls) == (42, [["scontrol", "requeue", "7"]]), said
+    said, status, calls = job(5)
+    assert status == 42 and not calls
+    assert said == ("error: status 42, and it cannot be begun again (squeue --noheader): the same command goes on\n")
+    said, status, calls = job(1, "COMPLETING")
+    assert (said, status, calls) == ("", 42, [])
+    assert not list(tmp_path.glob("tmp.*"))
+
+
+def test_a_point_that_is_no_slice_of_gpus_is_found_before_any_is_submitted(engines):
+    for name in ("sbatch", "squeue"):
+        engines.answer(name)
+    engines.checkout([("a", ""), ("b", "h100-16"), ("c", "v5p-8")])
+    done = engines.run("slurm.sh", "--sweep=gs://b/x")
+    assert one_line_error(done) == "error: v5p-8 is no slice of GPUs: launch/gke.sh submits to TPUs"
+    assert not engines.calls("sbatch") and not done.stdout
 
 
 @pytest.fixture
