@@ -29,7 +29,7 @@ case ${VERB:-train} in
   *) die "VERB=$VERB is no verb: train, prepare, sample, evaluate or export" ;;
 esac
 for number in RESTARTS GRACE; do
-  [[ "${!number}" =~ ^(0|[1-9][0-9]*)$ ]] || die "$number=${!number} is no whole number: RESTARTS=20, GRACE=600 (seconds)"
+  [[ "${!number}" =~ ^(0|[1-9][0-9]*)$ ]] || die "$number=${!number} is no whole number"
 done
 
 tool() {  # NAME HOW: it must be there

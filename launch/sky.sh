@@ -17,7 +17,8 @@ said=$(sky jobs queue --all --output=json) || die "sky jobs queue failed: $(tail
 queue=$(python -c 'import json, re, sys
 text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", sys.stdin.read())  # of the colours of what it says before
 begin = re.search(r"^\[\s*[]{]", text, re.M)
-for job in sorted(json.JSONDecoder().raw_decode(text[begin.start() if begin else 0:])[0], key=lambda job: -job["job_id"]):
+jobs, _ = json.JSONDecoder().raw_decode(text[begin.start() if begin else 0:])
+for job in sorted(jobs, key=lambda job: -job["job_id"]):
     print(job["job_name"], job["status"])' 2>/dev/null <<<"$said") ||
   die "sky jobs queue --output=json says no JSON: $(tail -n 1 <<<"$said")"
 

@@ -183,7 +183,8 @@ work() {  # NAME VERB FLAGS...: until it is done, or not worth a restart. A proc
   local name=$1 command is status stops=0 restarts=0 lock
   exec {lock}>"$locks/$1"
   if ! flock -n "$lock"; then echo "$name: queued or running, left alone" && exit; fi
-  command="cd tfusion && PATH=\$PWD/.venv/bin:\$PATH && echo \$\$ >../tfusion.pid && rm -f ../tfusion.mark && $(remote "${@:2}")"
+  command="echo \$\$ >tfusion.pid && rm -f tfusion.mark && cd tfusion && PATH=\$PWD/.venv/bin:\$PATH && "
+  command+=$(remote "${@:2}")
   trap 'status=$?; release "$name" || exit $((status ? status : 1))' EXIT
   # What runs there saves, and ends with 42; then the slice is given back.
   trap 'stops=$((stops + 1)); on "$name" all "$stop" >/dev/null 2>&1 || true' TERM

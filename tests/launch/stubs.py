@@ -93,7 +93,8 @@ class Engines:
             (place / name).symlink_to(ROOT / name)
         # Scripts go to the folder above theirs: they must find this checkout, and not where a link leads.
         shutil.copytree(ROOT / "launch", place / "launch")
-        lines = "".join(f"{number}\\t{name}\\t{topology}\\n" for number, (name, topology) in enumerate(points))
+        lines = "".join(f"{number}\\t{name}\\t{topology}\\n"
+                        for number, (name, topology) in enumerate(points))
         for path in (place / ".venv/bin/python", self.bin / "python"):
             path.write_text(PYTHON % (sys.executable, lines))
             path.chmod(0o755)

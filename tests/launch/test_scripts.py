@@ -65,8 +65,8 @@ def test_hadolint():
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("words", [words for words in FLAGS if words[0] not in NO_PACKAGE or shutil.which(words[0])],
-                         ids=" ".join)
+@pytest.mark.parametrize("words", [words for words in FLAGS
+                                   if words[0] not in NO_PACKAGE or shutil.which(words[0])], ids=" ".join)
 def test_the_tables_hold_only_flags_that_the_tools_have(words, tmp_path):
     done = subprocess.run([tool(words[0]), *words[1:], "--help"], capture_output=True, text=True, timeout=120,
                           env=os.environ | {"HOME": str(tmp_path), "COLUMNS": "200"})
@@ -78,9 +78,10 @@ def test_the_tables_hold_only_flags_that_the_tools_have(words, tmp_path):
 
 @pytest.mark.parametrize("words", [words for words in FLAGS if words[0] in NO_PACKAGE], ids=" ".join)
 def test_the_tables_of_tools_without_a_package_hold_only_what_is_used(words):
-    """And what scripts and guides call is in them: the stubs see to that. What stays is whether a tool has a flag:
-    its source or its --help was read for that, once."""
-    text = "\n".join(path.read_text() for path in [*SCRIPTS, LAUNCH / "README.md", *(ROOT / "docs").glob("*.md")])
+    """And what scripts and guides call is in them: the stubs see to that. What stays is whether a tool has a
+    flag: its source or its --help was read for that, once."""
+    paths = [*SCRIPTS, LAUNCH / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(path.read_text() for path in paths)
     text = re.sub(r"#.*", "", text).replace("\\\n", " ")
     assert re.search(r"\b" + r"\s+".join(words), text), f"nothing calls {' '.join(words)}"
     missing = [flag for flag in FLAGS[words] if not re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text)]

@@ -130,7 +130,8 @@ def test_mistakes(sky, topology, message):
 
 @pytest.mark.parametrize("queue, message", [
     ("\x1b[2mFetching\x1b[0m\n[]", ""), ("[INFO] up\n[ ]\nbye", ""),
-    ("\x1b[2mNo jobs\x1b[0m", "error: sky jobs queue --output=json says no JSON: "), ("[{", "error: sky jobs queue")])
+    ("\x1b[2mNo jobs\x1b[0m", "error: sky jobs queue --output=json says no JSON: "),
+    ("[{", "error: sky jobs queue")])
 def test_what_comes_with_the_queue(sky, queue, message):
     done = sky.run("sky.sh", *RUN, TOPOLOGY="v6e-8", VERB="evaluate", QUEUE=queue)
     assert bool(sky.calls("sky", "jobs", "launch")) == (not message)

@@ -97,7 +97,8 @@ def job(engines, tmp_path):
 
     def run(vain: int, state: str = "RUNNING") -> tuple[str, int, list[list[str]]]:
         engines.record.write_text("")
-        engines.answer("squeue", f"""if (($(grep -ao squeue "$CALLS" | wc -l) <= {vain})); then exit 1; fi; echo {state}""")
+        engines.answer("squeue", f"""if (($(grep -ao squeue "$CALLS" | wc -l) <= {vain})); then exit 1; fi
+echo {state}""")
         done = subprocess.run([SLURM / "train.sbatch", "--workdir=x"], cwd=ROOT, capture_output=True, text=True,
                               env=engines.environment(SLURM_JOB_ID="7", TMPDIR=str(tmp_path)), timeout=60)
         return done.stdout + done.stderr, done.returncode, engines.calls("scontrol")
@@ -111,7 +112,8 @@ def test_a_job_is_begun_again_though_squeue_was_too_busy_once(job, tmp_path):
         assert (status, calls) == (42, [["scontrol", "requeue", "7"]]), said
     said, status, calls = job(5)
     assert status == 42 and not calls
-    assert said == ("error: status 42, and it cannot be begun again (squeue --noheader): the same command goes on\n")
+    assert said == ("error: status 42, and it cannot be begun again (squeue --noheader): the same command goes "
+                    "on\n")
     said, status, calls = job(1, "COMPLETING")
     assert (said, status, calls) == ("", 42, [])
     assert not list(tmp_path.glob("tmp.*"))

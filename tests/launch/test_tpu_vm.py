@@ -17,8 +17,8 @@ HERE = dict(TOPOLOGY="v5litepod-16", ZONE="us-west4-a", PROJECT="p", POLL_S="0",
 RUN = ["--workdir=gs://b/runs/x"]
 # A queue of statuses that the runs end with, and what becomes of the slice with each: "42", "1 SUSPENDED", ...
 # Of a MUTE slice gcloud cannot say what it is, a STUCK one cannot be deleted either. Files tell it what to do:
-# calls.hold: installing takes until it is gone; calls.wait: a run takes until it is stopped; calls.term: the process
-# that is told to stop when the second of two slices is asked for; calls.unreachable: no ssh.
+# calls.hold: installing takes until it is gone; calls.wait: a run takes until it is stopped; calls.term: the
+# process that is told to stop when the second of two slices is asked for; calls.unreachable: no ssh.
 GCLOUD = """slice="$CALLS.slice${SLICES:+.$5}" ends="$CALLS.ends"
 case "$*" in
   "compute "*" create "*)
@@ -65,8 +65,8 @@ def cloud(engines):
 
 
 def started(cloud, *args, **given) -> subprocess.Popen:
-    return subprocess.Popen([cloud.root / "launch/tpu_vm.sh", *args], env=cloud.environment(**HERE | given), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    return subprocess.Popen([cloud.root / "launch/tpu_vm.sh", *args], env=cloud.environment(**HERE | given),
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
 
 
@@ -184,7 +184,8 @@ def test_a_slice_where_it_runs_already_is_left_alone(cloud):
     home = cloud.record.parent
     (home / "calls.slice").write_text("ACTIVE\n")
     (home / "calls.host").mkdir()
-    pid, mark, unreachable = home / "calls.host/tfusion.pid", home / "calls.host/tfusion.mark", home / "calls.unreachable"
+    pid, mark = (home / "calls.host" / name for name in ("tfusion.pid", "tfusion.mark"))
+    unreachable = home / "calls.unreachable"
 
     def left_alone() -> bool:
         done = run(cloud, *RUN, HOSTNAME="here")
@@ -310,8 +311,10 @@ def test_nothing_is_rented_where_gcloud_cannot_say_what_there_is(cloud):
 
 @pytest.mark.parametrize("verb, flags, taken", [
     ("evaluate", ["--workdir=data/run"], False), ("sample", [*RUN, "--out=data/x"], False),
-    ("prepare", ["--config.data.prepared=data/x"], False), ("prepare", ["--config.data.prepared=gs://b/x", "--codec=data/vae"], True),
-    ("evaluate", [*RUN, "--config.data.prepared=data"], True), ("evaluate", [*RUN, "--config.data.prepared=data2"], False)])
+    ("prepare", ["--config.data.prepared=data/x"], False),
+    ("prepare", ["--config.data.prepared=gs://b/x", "--codec=data/vae"], True),
+    ("evaluate", [*RUN, "--config.data.prepared=data"], True),
+    ("evaluate", [*RUN, "--config.data.prepared=data2"], False)])
 def test_only_what_is_read_may_lie_on_the_hosts_own_disk(cloud, verb, flags, taken):
     done = run(cloud, *flags, VERB=verb, DATA="gs://b/d")
     assert len(runs(cloud)) == taken

@@ -13,7 +13,8 @@ from tests.launch.stubs import flags_of, one_line_error, run_remotely, tool
 from tfusion.accelerators import CHIPS, names
 from tfusion.errors import RESTARTED
 
-HERE = dict(IMAGE="us-docker.pkg.dev/p/r/tfusion:1", CLUSTER="c", ZONE="us-east5-a", PROJECT="p", VERB="evaluate")
+HERE = dict(IMAGE="us-docker.pkg.dev/p/r/tfusion:1", CLUSTER="c", ZONE="us-east5-a", PROJECT="p",
+            VERB="evaluate")
 RUN = ["--workdir=gs://b/runs/my run"]
 GOLDEN = Path(__file__).parents[1] / "testdata/launch"
 # xpk's table, after its own lines, for one status.
