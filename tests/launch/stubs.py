@@ -110,8 +110,8 @@ class Engines:
 
     def run(self, script: str, *args: str, **variables: str) -> subprocess.CompletedProcess:
         """launch/SCRIPT with its settings; what it called is checked."""
-        done = subprocess.run([self.root / "launch" / script, *args], env=self.environment(**variables), text=True,
-                              capture_output=True, stdin=subprocess.DEVNULL, timeout=120)
+        done = subprocess.run([self.root / "launch" / script, *args], env=self.environment(**variables),
+                              text=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=120)
         self.check()
         return done
 
