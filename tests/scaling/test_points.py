@@ -57,6 +57,14 @@ def test_n_is_the_shared_transformer_with_the_texts_embeddings():
 
 @pytest.mark.parametrize(("sweep_text", "message"), [
     ("[]", "tiny: get_sweep returns no points"),
+    ('dict(name="a")', "tiny: get_sweep returns a list of points, each a dictionary, not {'name'"),
+    ('[dict(name="a", config=None)]', "point 'a': config = None is no str"),
+    ('[dict(name="a", config="FILE", overrides=["seed"])]', r"overrides = \['seed'\] is no dict"),
+    ('[dict(name="a", config="FILE", flags={"train": ["x"]})]', "its flags of 'train' are .* not a dictionary"),
+    ('[dict(name="a", config="FILE", overrides={"train.num_steps": "many"})]',
+     "train.num_steps = 'many' is str, where .* has int"),
+    ('[dict(name="a", config="FILE", overrides={"data.prepared": "{data"})]', "'{data' has a brace of its own"),
+    ('[dict(name="compilation_cache", config="FILE")]', "which is a sweep's own file"),
     ('[dict(name="a", config="FILE")] * 2', "two points are named 'a', and would share one workdir"),
     ('[dict(name=x, config="FILE") for x in "ab"]', "points 'a' and 'b' are one and the same run"),
     ('[dict(name=x, config="FILE", overrides={"seed": i}) for i, x in enumerate(["lr", "LR"])]',
