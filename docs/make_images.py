@@ -3,6 +3,9 @@
 Writes docs/images/*.png (but inspect.png, which a browser took of `prepare --inspect`'s page), and
 docs/quickstart_metrics.json: the figures, times and versions of that run, and the tables of figures in
 README.md, between their marks.
+
+  python docs/make_images.py FOLDER FOLDER     what `sample --draw --out=FOLDER` drew of both recipes, the same
+                                               prompts: Transfusion above, Chameleon below (both_draw.png)
 """
 
 import json
@@ -45,6 +48,22 @@ def samples(run: Path) -> None:
         ax.axis("off")
     fig.tight_layout()
     fig.savefig(ROOT / "images" / "quickstart_samples.png", dpi=80)
+
+
+def both_draw(folders: list[Path]) -> None:
+    rows = [lines(folder / "documents.jsonl") for folder in folders]
+    fig, axes = plt.subplots(2, len(rows[0]), figsize=(1.75 * len(rows[0]), 4.3))
+    for recipe, folder, documents, row in zip(("Transfusion", "Chameleon"), folders, rows, axes):
+        for ax, document in zip(row, documents):
+            picture = next(part["image"] for part in document["parts"] if "image" in part)
+            ax.imshow(plt.imread(folder / picture), interpolation="nearest")
+            ax.set_xticks([])
+            ax.set_yticks([])
+        row[0].set_ylabel(recipe, fontsize=10)
+    for ax, document in zip(axes[0], rows[0]):
+        ax.set_title(document["prompt"].replace(" on a", "\non a"), fontsize=7.5)
+    fig.tight_layout()
+    fig.savefig(ROOT / "images" / "both_draw.png", dpi=80)
 
 
 def curves(run: Path) -> None:
@@ -150,5 +169,9 @@ def readme(run: Path) -> None:
 
 if __name__ == "__main__":
     (ROOT / "images").mkdir(exist_ok=True)
-    for make in (samples, curves, mask, figures, readme):
-        make(Path(sys.argv[1]))
+    given = [Path(folder) for folder in sys.argv[1:]]
+    if len(given) == 2:
+        both_draw(given)
+    else:
+        for make in (samples, curves, mask, figures, readme):
+            make(*given)
