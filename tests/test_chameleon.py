@@ -98,9 +98,12 @@ def test_is_evaluated_and_reported(folder, monkeypatch):
     assert "codes of an image" in (folder / "data.html").read_text()
 
 
-def test_plans():
+@pytest.mark.parametrize(("micros", "chips"), [(1, 8), (2, 4)])
+def test_plans(micros, chips):
+    """The step that it traces splits latents of no size as well."""
     made = tree(Path("unused"))
-    plan = make_plan(config.from_dict(made), parse_accelerator("h100-8"), "tiny", search_too=False)
+    made.train.num_microbatches = micros
+    plan = make_plan(config.from_dict(made), parse_accelerator(f"h100-{chips}"), "tiny", search_too=False)
     assert plan["flops"]["parts"].keys() == {"text matmuls", "patch matmuls", "lm head", "attention"}
 
 

@@ -80,7 +80,9 @@ def test_so_many_at_a_time(planner, monkeypatch, tmp_path, at_a_time):
 
 @pytest.mark.parametrize(("code", "status", "why"), [
     ("sys.exit('noise\\nerror: mesh does not fit\\nmore noise')", 1, "mesh does not fit"),
-    ("sys.exit('Killed')", 1, "Killed"), ("import os; os.abort()", -6, "")], ids=["error", "words", "crash"])
+    ("print('For simplicity, ...', file=sys.stderr); 1 // 0", 1, "ZeroDivisionError: .*"),
+    ("sys.exit('Killed')", 1, "Killed"), ("import os; os.abort()", -6, "")],
+    ids=["error", "traceback", "words", "crash"])
 def test_one_that_fails_is_named_and_ends_the_others(planner, monkeypatch, tmp_path, code, status, why):
     planned = planner(f"if name == 'b': {code}\ntime.sleep(60)")
     monkeypatch.setattr(several, "at_a_time", lambda: 2)

@@ -61,6 +61,10 @@ def test_a_workdir_that_holds_another_run_is_said_and_left(sweep):
     tree = json.loads(json.dumps(a.resolved))
     (a.folder / "config.json").write_text(json.dumps(tree))
     assert progress.state(a, named).what == "stopped"
+    relative = a._replace(resolved=a.resolved | {"data": a.resolved["data"] | {"prepared": "./runs/data"}})
+    for kept, what in (("/x/runs/data", "stopped"), ("/x/other/data", "failed")):  # a run makes it absolute
+        (a.folder / "config.json").write_text(json.dumps(tree | {"data": tree["data"] | {"prepared": kept}}))
+        assert progress.state(relative, named).what == what
     tree["optimizer"]["learning_rate"] = 9.0
     (a.folder / "config.json").write_text(json.dumps(tree))
     state, rate = progress.state(a, named), a.resolved["optimizer"]["learning_rate"]

@@ -4,6 +4,7 @@ memory ends with it, and one that crashes takes nothing along. As many at a time
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from tfusion.planning import cache, topology
 MEMORY_OF_ONE = 4 * GIB  # a 7B step takes 3
 USUAL_S = 150.0  # until one is made: a step of the paper's smallest size, alone on a core
 POLL_S = 0.2
+ERROR = re.compile(r"error: |[A-Za-z_.]+(Error|Exception): ")  # or the end of a traceback
 
 
 class Wanted(NamedTuple):
@@ -117,7 +119,7 @@ class Making:
         out, said = one.ended()
         if one.process.returncode:
             lines = [line.strip() for line in said.splitlines() if line.strip()]
-            why = next((line for line in reversed(lines) if line.startswith("error: ")), (lines or [""])[-1])
+            why = next((line for line in reversed(lines) if ERROR.match(line)), (lines or [""])[-1])
             raise UserError(f"'{name}': planning ended with status {one.process.returncode}: "
                             f"{why.removeprefix('error: ')}")
         self.plans[name] = json.loads(out.splitlines()[-1])

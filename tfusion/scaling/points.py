@@ -30,7 +30,9 @@ from tfusion.scaling.results import POINTS, flat
 VERBS = ("prepare", "train", "evaluate")
 GIVEN = {"name", "config", "overrides", "verbs", "flags", "tags", "topology"}
 OURS = ("config", "workdir")  # flags that a sweep gives itself
-TAKEN = (POINTS, "report")  # names in its folder that are none of a point's
+TYPES = {"config": str, "overrides": dict, "flags": dict, "tags": dict}
+DERIVED = ("flops", "tokens", "params", "six_n_d")  # of the config: told last of what differs
+TAKEN = (POINTS, "report", "compilation_cache")  # names in its folder that are none of a point's
 NAME, NAMED = re.compile(r"(?!\d+$)[A-Za-z0-9_][\w.-]*"), re.compile(r"\{([\w.-]+)\}")
 SHOWN = 3  # differences that are named
 ON_A_SLICE = ("topology", "plan")  # absent in the files of sweeps without, and of versions before
@@ -101,18 +103,27 @@ def resolve(name: str, overrides: dict) -> config.RunConfig:
                 raise UserError(f"there is no {key} in {name}; "
                                 + (f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"))
             above, node = node, node[group]
-        above[last] = value
+        try:
+            above[last] = value
+        except TypeError:
+            raise UserError(f"{key} = {value!r} is {type(value).__name__}, where {name} has "
+                            f"{type(node).__name__}") from None
     return config.from_dict(tree)
 
 
 def make(given: list[dict], where: str, out: Path, topology: str | None = None) -> list[Point]:
     """Points of what get_sweep returned, checked. where: the experiment, for messages; topology: the slice of
     all, whatever the experiment says."""
+    if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
+        raise UserError(f"{where}: get_sweep returns a list of points, each a dictionary, not {given!r:.60}")
     if not given:
         raise UserError(f"{where}: get_sweep returns no points")
     points: dict[str, Point] = {}
     for one in given:
         name = one.get("name")
+        if wrong := [key for key, kind in TYPES.items() if key in one and not isinstance(one[key], kind)]:
+            raise UserError(f"{where}: point '{name}': {wrong[0]} = {one[wrong[0]]!r:.60} is no "
+                            f"{TYPES[wrong[0]].__name__}")
         if unknown := one.keys() - GIVEN:
             raise UserError(f"{where}: point '{name}' has '{min(unknown)}'; known: {', '.join(sorted(GIVEN))}")
         if not (isinstance(name, str) and NAME.fullmatch(name)):
@@ -144,8 +155,13 @@ def _point(out: Path, name: str, config: str, overrides=None, verbs=("train", "e
     for verb, given in (flags or {}).items():
         if verb not in verbs:
             raise UserError(f"it has flags of '{verb}', which is none of its verbs: {', '.join(verbs)}")
+        if not isinstance(given, dict):
+            raise UserError(f"its flags of '{verb}' are {given!r:.60}, not a dictionary")
         if own := [flag for flag in OURS if flag in given]:
             raise UserError(f"--{own[0]} is not for its flags of {verb}: a sweep gives it, each point its own")
+    values = [*(overrides or {}).values(), *(x for given in (flags or {}).values() for x in given.values())]
+    if torn := [x for x in map(str, values) if set("{}") & set(NAMED.sub("", x))]:
+        raise UserError(f"'{torn[0]}' has a brace of its own: {{name}} stands for another point's workdir")
     if topology is not None:
         topology = parse_accelerator(str(topology)).name
     cost = ladder.cost(cfg) if "train" in verbs else ladder.Cost(0.0)
@@ -217,8 +233,10 @@ def differences(old: list[Point], new: list[Point]) -> list[str]:
         a, b = (_flat(points[name]._replace(plan=None)) for points in (before, now))
         if before[name].topology is None:
             b["topology"] = None
-        told += [f"'{name}': {key} was {a.get(key)}, is {b.get(key)}" for key in sorted(a.keys() | b.keys())
-                 if a.get(key) != b.get(key) and not key.startswith(("config_hash", "overrides.", "workdir"))]
+        other = [key for key in a.keys() | b.keys() if a.get(key) != b.get(key)
+                 and not key.startswith(("config_hash", "overrides.", "workdir"))]
+        told += [f"'{name}': {key} was {a.get(key)}, is {b.get(key)}"
+                 for key in sorted(other, key=lambda key: (key in DERIVED, key))]
     return told
 
 

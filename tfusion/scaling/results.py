@@ -8,6 +8,7 @@ draw the comparison anew, and for another machine to know that the point is done
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -59,14 +60,20 @@ def flat(tree, prefix: str = "") -> dict:
 
 def other_config(workdir: Path, point: dict) -> str:
     """What the run in a point's workdir is configured otherwise than the point, in a few words; "" of nothing.
-    Values that name other points' workdirs are not compared."""
+    Values that name other points' workdirs are not compared; a run has made its paths absolute."""
     found = read_json(workdir / "config.json")
     if found is None or "resolved" not in point:
         return ""
     have, wanted = flat(found), flat(point["resolved"])
     other = [f"{key} = {have.get(key)}, not {value}" for key, value in sorted(wanted.items())
-             if have.get(key) != value and not (isinstance(value, str) and "{" in value)]
+             if have.get(key) != value and not (isinstance(value, str) and _same_path(value, have.get(key)))]
     return f"{', '.join(other[:2])}{' ...' * (len(other) > 2)}"
+
+
+def _same_path(frozen: str, kept) -> bool:
+    """Whether a text may be a path that the run made absolute, or that of another point's workdir."""
+    return "{" in frozen or (isinstance(kept, str) and os.path.isabs(kept)
+                             and kept.endswith(f"/{os.path.normpath(frozen)}"))
 
 
 def log_lines(folder: Path) -> list[dict]:

@@ -33,9 +33,9 @@ def weighted_total(objective: Objective, params, aux: Aux, batch, counts, key):
 
 
 def split_microbatches(batch, num_microbatches: int):
-    """(B, ...) -> (M, B / M, ...), strided so that every device keeps its own rows."""
+    """(B, ...) -> (M, B / M, ...), strided so that every device keeps its own rows. An axis may be empty."""
     return jax.tree.map(
-        lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+        lambda x: x.reshape(len(x) // num_microbatches, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def gradients(objective: Objective, params, aux: Aux, batch, key, num_microbatches: int):
