@@ -185,7 +185,8 @@ work() {  # NAME VERB FLAGS...: until it is done, or not worth a restart. A proc
   if ! flock -n "$lock"; then echo "$name: queued or running, left alone" && exit; fi
   command="echo \$\$ >tfusion.pid && rm -f tfusion.mark && cd tfusion && PATH=\$PWD/.venv/bin:\$PATH && "
   command+=$(remote "${@:2}")
-  trap 'status=$?; release "$name" || exit $((status ? status : 1))' EXIT
+  # shellcheck disable=SC2064  # now: where `set -e` ends it, the trap no longer sees what is local
+  trap "status=\$?; release $(printf %q "$name") || exit \$((status ? status : 1))" EXIT
   # What runs there saves, and ends with 42; then the slice is given back.
   trap 'stops=$((stops + 1)); on "$name" all "$stop" >/dev/null 2>&1 || true' TERM
   while :; do

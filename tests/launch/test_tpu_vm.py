@@ -23,7 +23,8 @@ GCLOUD = """slice="$CALLS.slice${SLICES:+.$5}" ends="$CALLS.ends"
 case "$*" in
   "compute "*" create "*)
     if [[ -n "${NOQUOTA-}" ]]; then echo "ERROR: quota" >&2; exit 1; fi
-    echo WAITING_FOR_RESOURCES >"$slice" ;;
+    echo WAITING_FOR_RESOURCES >"$slice"
+    if [[ -n "${TIMEOUT-}" ]]; then echo "ERROR: no answer" >&2; exit 1; fi ;;
   "compute "*" describe "*)
     if [[ -f "$CALLS.term" && "$*" == *second* ]]; then
       until [[ -f "$CALLS.runs" ]]; do sleep .05; done
@@ -213,7 +214,7 @@ def test_a_slice_that_is_kept(cloud):
 @pytest.mark.parametrize("given, message, of_slices", [
     (dict(GIVEN="FAILED"), "error: evaluate-x-[0-9a-f]{8}: no such slice within 6h .FAILED.: another ZONE", 2),
     (dict(INSTALLED="1"), "error: evaluate-x-[0-9a-f]{8}: installing failed, see above", 2),
-    (dict(NOQUOTA="1"), "ERROR: quota", 1)])
+    (dict(NOQUOTA="1"), "ERROR: quota", 1), (dict(TIMEOUT="1"), "ERROR: no answer", 2)])
 def test_what_fails_before_the_run_leaves_no_slice(cloud, given, message, of_slices):
     done = run(cloud, *RUN, **given)
     assert done.returncode == 1 and re.match(message, done.stderr), done.stderr
