@@ -10,20 +10,22 @@
 
 tool sbatch "this is to be run where jobs are submitted"
 [[ "${1-}" == --sweep=?* ]] || die "launch/slurm.sh --sweep=DIR [--retry] [flags of sbatch] is wanted"
-out=${1#--sweep=} retry=() new=''
+out=${1#--sweep=} retry=() given=()
 out=${out%/}
-shift
-if [[ "${1-}" == --retry ]]; then
-  retry=(--retry)
-  shift
-fi
+for flag in "${@:2}"; do
+  case $flag in
+    --retry) retry=(--retry) ;;
+    --array | --array=* | -a*) die "$flag: which points there are to run is this script's to say" ;;
+    *) given+=("$flag") ;;
+  esac
+done
 
 # The name tells this sweep's jobs from others': by where it lies.
 where=$out
 [[ "$out" == gs://* ]] || where=$(realpath --canonicalize-missing "$out")
 name=$(job_name "${out##*/}" "$where")
 jobs=$(squeue --me --noheader --array --name="$name" --format='%K %T') || die "squeue failed"
-declare -A queued=() points=() machines=()
+declare -A queued=() points=() machines=() names=()
 while read -r index state; do
   if [[ -n "$index" ]]; then queued[$index]=$state; fi
 done <<<"$jobs"
@@ -38,16 +40,16 @@ while IFS=$'\t' read -r index point topology <&3; do
       [[ "$chip" != v* && "$chip" != tpu* ]] || die "$topology is no slice of GPUs: launch/gke.sh submits to TPUs"
       machines[$topology]="--nodes=$(((chips + 7) / 8)) --gpus-per-node=$((chips < 8 ? chips : 8))"
     fi
-    new+="$point: submitted"$'\n'
+    names[${topology:-none}]+="$point: submitted"$'\n'
     points[${topology:-none}]+="${points[${topology:-none}]+,}$index"
   fi
 done 3<<<"$listed"
-printf %s "$new"
 
 log=()
 if [[ -d "$out" ]]; then log=("--output=$out/slurm-%A_%a.log"); fi  # else it is in a bucket
 for topology in "${!points[@]}"; do
   read -r -a size <<<"${machines[$topology]-}"
   sbatch --job-name="$name" --array="${points[$topology]}" --export=ALL,VERB=sweep "${log[@]}" "${size[@]}" \
-    "$@" launch/slurm/train.sbatch --out="$out"
+    "${given[@]}" launch/slurm/train.sbatch --out="$out"
+  printf %s "${names[$topology]}"
 done

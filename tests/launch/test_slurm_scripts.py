@@ -128,6 +128,18 @@ def test_a_point_that_is_no_slice_of_gpus_is_found_before_any_is_submitted(engin
     assert not engines.calls("sbatch") and not done.stdout
 
 
+def test_which_points_are_run_is_the_scripts_to_say_and_no_word_too_early(engines):
+    engines.answer("sbatch", "echo refused >&2; exit 1")
+    engines.answer("squeue")
+    engines.checkout([("a", ""), ("b", "")])
+    for flag in ("--array=0-3", "-a0"):
+        done = engines.run("slurm.sh", "--sweep=gs://b/x", "--time=10", flag)
+        assert one_line_error(done).startswith(f"error: {flag}: which points") and not engines.calls("sbatch")
+    done = engines.run("slurm.sh", "--sweep=gs://b/x", "--time=10", "--retry")
+    (call,) = engines.calls("sbatch")
+    assert done.returncode == 1 and not done.stdout and "--time=10" in call and "--retry" not in call
+
+
 @pytest.fixture
 def submit(engines, tmp_path):
     """(flags, queued=what squeue prints, fails=whether it fails) -> (what slurm.sh says, its status, the calls
