@@ -156,6 +156,7 @@ def test_the_code_is_put_on_every_host(cloud, tmp_path):
 def test_what_is_restarted(cloud, ends, status, number, of_slices):
     done = run(cloud, *RUN, ends=ends, **({"RESTARTS": "2"} if ends.startswith("42, 42") else {}))
     assert (done.returncode, len(runs(cloud)), slices(cloud)) == (status, number, of_slices), done.stderr
+    assert done.stdout.splitlines()[-1].endswith(f"ended with status {status}")
 
 
 def test_several_slices_and_other_chips(cloud):
