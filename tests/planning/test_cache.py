@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
+from tests import toy
 from tests.conftest import import_verb
 from tests.planning.plans import small_config
-from tfusion import accelerators
+from tfusion import accelerators, config
 from tfusion.accelerators import parse_accelerator
 from tfusion.planning import cache, plan, search, topology, walk
 from tfusion.planning.compile import abstract_state, trace
@@ -58,6 +60,9 @@ def test_a_broken_file_and_a_folder_that_cannot_be_written(kept, monkeypatch):
     cfg = small_config()
     first = cache.planned(cfg, SLICE, "toy")
     [file] = folder.iterdir()
+    for broken in ("{}", '{"step": {}}', json.dumps(json.loads(file.read_text()) | {"step": {"seconds": 1}})):
+        file.write_text(broken)
+        assert cache.read(file.stem) is None
     file.write_text('{"fits": tr')
     assert cache.planned(cfg, SLICE, "toy")["run"] == first["run"] and len(made) == 2
     assert json.loads(file.read_text())["fits"] is True
@@ -78,9 +83,22 @@ def test_the_key_is_of_all_that_decides(monkeypatch):
     keys.append(cache.key(cfg, parse_accelerator("v5p-16")))
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_x=true")
     keys.append(cache.key(cfg, SLICE))
+    try:
+        jax.config.update("jax_enable_x64", True)
+        keys.append(cache.key(cfg, SLICE))
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "own_source", lambda cfg: "of a kind elsewhere")
+        keys.append(cache.key(cfg, SLICE))
     monkeypatch.setattr(cache, "source_digest", lambda: "another")
     keys.append(cache.key(cfg, SLICE))
     assert len(set(keys)) == len(keys)
+
+
+def test_a_kind_from_elsewhere_is_in_the_key_with_its_file():
+    assert cache.own_source(small_config()) == ""
+    assert cache.own_source(config.from_dict(toy.get_config())) == Path(toy.__file__).read_text()
 
 
 def outline(cfg) -> list:

@@ -14,11 +14,15 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import sys
 from pathlib import Path
+
+import jax
 
 from tfusion import distributed
 from tfusion.accelerators import Accelerator
 from tfusion.config import RunConfig
+from tfusion.objectives import kind_of
 from tfusion.paths import replace_text
 from tfusion.planning import plan, roofline, topology
 
@@ -29,6 +33,7 @@ SOURCES = ("config.py", "sharding.py", "types.py", "data", "diffusion", "kernels
            "planning", "training/optimizer.py", "training/state.py", "training/step.py")
 COMPILERS = ("jax", "jaxlib", "flax", "optax")
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+NEEDED = {"step", "parameters", "notes", "fits", "compiler", "memory"}  # of a plan that was kept
 ASIDE = ("seed", "data.prepared", "optimizer.learning_rate", "train.num_steps", "train.branch_from",
          "train.init_from")  # two configs that differ in these alone have one plan
 
@@ -69,7 +74,8 @@ def key(cfg: RunConfig, accelerator: Accelerator) -> str:
     if accelerator.chip.is_tpu:
         versions["libtpu"] = topology.libtpu_version()
     decides = [config, dataclasses.asdict(accelerator), accelerator.torus, accelerator.num_hosts, versions,
-               {name: os.environ.get(name, "") for name in FLAGS}, source_digest()]
+               {name: os.environ.get(name, "") for name in FLAGS}, jax.config.jax_enable_x64, source_digest(),
+               own_source(cfg)]
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -83,13 +89,20 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
+def own_source(cfg: RunConfig) -> str:
+    """The file of a kind of training that is not of the package; '' of those that are."""
+    path = Path(sys.modules[kind_of(cfg).make.__module__].__file__)
+    return "" if path.is_relative_to(Path(__file__).parents[1]) else path.read_text()
+
+
 def read(name: str) -> dict | None:
     """None where it is absent, or broken."""
     try:
         found = json.loads((folder() / f"{name}.json").read_text()) if folder() else None
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    whole = isinstance(found, dict) and found.keys() >= NEEDED and isinstance(found["step"], dict)
+    return found if whole and found["step"].keys() == set(roofline.Step._fields) else None
 
 
 def keep(name: str, made: dict) -> None:

@@ -86,14 +86,15 @@ class Making:
 
     def __init__(self, wanted: dict[str, Wanted]):
         self.waiting, self.running, self.plans, self.seconds = dict(wanted), {}, {}, []
-        self.total, self.shown = len(wanted), 0.0
+        self.total, self.shown = len(wanted), time.monotonic()
         self.bar = tqdm(total=self.total, desc="planning", dynamic_ncols=True,
                         bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}")
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
+        self.bar.leave = kind is None  # what is left of an error is the error
         for one in self.running.values():
             one.process.kill()
             one.process.wait()
