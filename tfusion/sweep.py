@@ -107,7 +107,7 @@ def main() -> None:
     asked = [CONFIG.value is not None, STATUS.value, RUN.value, JOBS.value, POINT.value is not None]
     if OUT.value is None or sum(asked) != 1:
         raise UserError(f"--out=DIR is needed, and one of {ASKED}")
-    if CONFIG.value is None and (TOPOLOGY.value or DRY_RUN.value):
+    if CONFIG.value is None and (TOPOLOGY.value is not None or DRY_RUN.value):
         raise UserError("--topology and --dry_run go with --config: what is frozen keeps its slices")
     out, results = paths.path(OUT.value), RESULTS.value and Path(RESULTS.value)
     if CONFIG.value is not None:

@@ -128,8 +128,9 @@ def test_a_slice_is_the_experiments_or_the_commands(sweep):
     assert [point.topology for point in on_slices(sweep, "2xv5e-8")] == ["2xv5litepod-8"] * 3
     assert on_slices(sweep)[1].accelerator.num_chips == 8 and on_slices(sweep)[0].accelerator is None
     assert on_slices(sweep)[1].config_hash == on_slices(sweep, "v5p-8")[1].config_hash
-    with pytest.raises(UserError, match="point 'data': unknown topology 'v9-8'"):
-        on_slices(sweep, "v9-8")
+    for name in ("v9-8", ""):
+        with pytest.raises(UserError, match=f"point 'data': unknown topology '{name}'; "):
+            on_slices(sweep, name)
 
 
 def test_slices_and_plans_are_frozen_and_other_lines_are_as_ever(sweep):

@@ -137,7 +137,7 @@ def make(given: list[dict], where: str, out: Path, topology: str | None = None) 
             raise UserError(f"{where}: points '{same}' and '{name}' would share one workdir where capital and "
                             "small letters are one; name one otherwise")
         try:
-            points[name] = _point(out, **one | ({"topology": topology} if topology else {}))
+            points[name] = _point(out, **one | ({} if topology is None else {"topology": topology}))
         except UserError as e:
             raise UserError(f"{where}: point '{name}': {e}") from e
         if missing := [other for other in points[name].needs if other not in points]:
