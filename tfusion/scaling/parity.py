@@ -51,7 +51,7 @@ def parity(candidate: Sequence[Point], baseline: Sequence[Point], better: str, s
     fit, sign = power_law(candidate, seed=seed), 1 if better == "higher" else -1
 
     low, high = fit.slope_interval
-    if low < 0 < high:
+    if low <= 0 <= high:
         raise TooFew(f"its line may as well be flat: exponent {low:+.3f} to {high:+.3f}")
 
     def ratio(line, log_y):
