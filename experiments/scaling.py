@@ -19,8 +19,8 @@ and 64 codes of the other (256 and 1,024 in the paper): within these FLOPs the b
 **Learning rates.** One for each recipe at all sizes, as in the paper (3e-4 and 1e-4 from 0.16B to 7B). In the
 pack three are tried at the two smallest sizes, which the sweep trains first. That of LEARNING_RATES is carried
 upward: at s2 its held-out loss of all that is trained (lm_loss + 5 diffusion_loss; token_loss) is the lowest,
-or within .01 nats of the next higher rate's, since the best rate falls with size and seeds differ by .005.
-Where it is not, the best is put there and the sweep frozen anew.
+or the next higher rate gains less than 1.5 %, since the best rate falls with size (there .7 and 1.4 %, at s1 2
+and 2.5 %). Where it does not hold, the best is put there and the sweep frozen anew.
 
 **What differs between the arms**, besides codes and patches: patches have learned positions (the adapter's),
 codes have RoPE alone; Transfusion samples with settings chosen at this size, the baseline with those of its
