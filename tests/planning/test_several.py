@@ -93,6 +93,17 @@ def test_one_that_fails_is_named_and_ends_the_others(planner, monkeypatch, tmp_p
     assert not list((tmp_path / "ran").glob("*.ended"))
 
 
+def test_there_is_an_eta_from_the_first_second_on(planner, monkeypatch, capsys):
+    planner()
+    monkeypatch.setattr(several, "at_a_time", lambda: 2)
+    monkeypatch.setattr(several, "USUAL_S", 600.0)
+    several.make({name: wanted(name, train={"batch_size": 8 * n}) for n, name in enumerate("abcd", 1)})
+    shown = capsys.readouterr().err.split("\r")
+    assert next(line for line in shown if "left" in line).rstrip().endswith(
+        ("0 of 4, about 20:00 left; a, b", "0 of 4, about 19:59 left; a, b"))
+    assert "4 of 4, about 00:00 left" in shown[-1] and "100%" in shown[-1]
+
+
 def test_the_command_is_what_a_user_types():
     one = Wanted(small_config(), parse_accelerator("2xV5P-8"), "x.py:words", ["--config.seed=1"])
     assert several.command(one) == [sys.executable, "-m", "tfusion.plan", "--config=x.py:words",

@@ -88,7 +88,7 @@ class Making:
         self.waiting, self.running, self.plans, self.seconds = dict(wanted), {}, {}, []
         self.total, self.shown = len(wanted), time.monotonic()
         self.bar = tqdm(total=self.total, desc="planning", dynamic_ncols=True,
-                        bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}")
+                        bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}{postfix}")
 
     def __enter__(self):
         return self
@@ -135,4 +135,6 @@ class Making:
         self.shown, usual = now, sum(self.seconds) / len(self.seconds) if self.seconds else USUAL_S
         begun = sum(min((now - one.began) / usual, 0.95) for one in self.running.values())
         self.bar.n = max(self.bar.n, len(self.plans) + begun)
-        self.bar.set_postfix_str(f"{len(self.plans)} of {self.total}; {', '.join(self.running)}")
+        left = tqdm.format_interval(usual * (self.total - len(self.plans) - begun) / at_a_time())
+        self.bar.set_postfix_str("; ".join([f"{len(self.plans)} of {self.total}, about {left} left",
+                                            ", ".join(self.running)][: 1 + bool(self.running)]))
