@@ -86,7 +86,7 @@ class Making:
 
     def __init__(self, wanted: dict[str, Wanted]):
         self.waiting, self.running, self.plans, self.seconds = dict(wanted), {}, {}, []
-        self.total, self.shown = len(wanted), time.monotonic()
+        self.total, self.shown = len(wanted), 0.0
         self.bar = tqdm(total=self.total, desc="planning", dynamic_ncols=True,
                         bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}{postfix}")
 
