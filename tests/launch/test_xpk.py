@@ -67,7 +67,8 @@ def manifest(engines, tmp_path):
     engines.answer("xpk", f"""if [[ "$2" == create ]]; then
   exec {xpk} "$@" --project-number=1 --dry-run --skip-validation --output-manifest-file={made}
 fi""")
-    done = engines.run("xpk.sh", *RUN, TOPOLOGY="2xv5p-256", HOME=str(tmp_path), **HERE)
+    train = ["--config=experiments/transfusion.py:7b", "--config.mesh.data=2", "--workdir=gs://b/runs/my run"]
+    done = engines.run("xpk.sh", *train, TOPOLOGY="2xv5p-256", HOME=str(tmp_path), **HERE | {"VERB": "train"})
     assert done.returncode == 0, done.stdout + done.stderr
     return made, os.path.join(os.path.dirname(xpk), "python")
 
