@@ -27,8 +27,9 @@ def import_verb(name: str):
     """The module tfusion.<name>. Verbs define flags of the same names, which absl takes once a process: those
     of other verbs step aside meanwhile, and its own become plain values, SimpleNamespace(value=default)."""
     def ours():
-        return {flag: flags.FLAGS[flag] for flag in flags.FLAGS
-                if (flags.FLAGS.find_module_defining_flag(flag) or "tfusion.").startswith("tfusion.")}
+        """name -> (flag, the module that defines it)."""
+        found = {flag: (flags.FLAGS[flag], flags.FLAGS.find_module_defining_flag(flag)) for flag in flags.FLAGS}
+        return {flag: x for flag, x in found.items() if (x[1] or "").startswith("tfusion.")}
 
     others = ours()
     for flag in others:
@@ -36,12 +37,14 @@ def import_verb(name: str):
     module = importlib.import_module(f"tfusion.{name}")
     for key, holder in list(vars(module).items()):
         if isinstance(holder, flags.FlagHolder):
-            flag = others.get(holder.name)  # of a module that was imported before
-            setattr(module, key, SimpleNamespace(value=holder.default if flag is None else flag.default))
+            flag, owner = others.get(holder.name, (None, None))  # its own, where it was imported before
+            default = flag.default if owner == module.__name__ else holder.default
+            setattr(module, key, SimpleNamespace(value=default))
     for flag in ours():
         delattr(flags.FLAGS, flag)
-    for flag, value in others.items():
+    for flag, (value, owner) in others.items():
         flags.FLAGS[flag] = value
+        flags.FLAGS.register_flag_by_module(owner, value)
     return module
 
 

@@ -91,7 +91,7 @@ def test_is_evaluated_and_reported(folder, monkeypatch):
     assert "diffusion_loss" not in found and "scenes_vs_bigram" in found
     report = import_verb("report")
     monkeypatch.setattr(report.WORKDIR, "value", str(folder / "run"))
-    report.main()
+    report.main([])
     page = (folder / "run" / "report.html").read_text()
     assert "Code loss" in page and "Held-out losses" in page
     verb("prepare", monkeypatch, CONFIG=tree(folder), INSPECT=str(folder / "data.html"))
