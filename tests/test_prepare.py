@@ -139,6 +139,11 @@ def test_codes_are_stored_as_whole_numbers(tmp_path, capsys):
     assert base.load(root / "codec.npz").decode(codes).shape == (2, 4, 4, 3)
     assert json.loads((root / "card.json").read_text())["a/train"]["latents"] is None
     assert "warning" not in capsys.readouterr().err
+    form = SimpleNamespace(check_images=lambda *a: None)
+    again = verb.open_codec(str(root / "codec.npz"), form)  # for other data
+    assert (again.image_size, again.fingerprint, again.fit().fingerprint) == (4, *[codec.fingerprint] * 2)
+    with pytest.raises(UserError, match=r"--codec=.*none\.npz is not there"):
+        verb.open_codec(str(root / "none.npz"), form)
 
 
 def test_a_pretrained_codec_is_opened_for_the_configs_grid(tmp_path):

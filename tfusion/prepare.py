@@ -3,6 +3,7 @@
   python -m tfusion.prepare --config=experiments/quickstart.py --codec=runs/quickstart/autoencoder
   python -m tfusion.prepare --config=FILE --codec=vae/diffusion_pytorch_model.safetensors#SHA256     with a
       pretrained image tokenizer, as diffusers saves it, config.json beside the weights
+  python -m tfusion.prepare --config=FILE --codec=data/other/codec.npz     with that of other prepared data
   python -m tfusion.prepare --config=experiments/quickstart.py --inspect=data.html     a page to look at what
       is prepared before training on it: counts, how rows fill, the first rows in words and pictures
 
@@ -42,8 +43,8 @@ from tfusion.training.metrics import write_timing
 from tfusion.workdir import CODEC
 
 CONFIG = experiment.define()
-CODEC_RUN = paths.define("codec", None, "workdir of a trained image tokenizer, or FILE.safetensors#SHA256 of a "
-                         "pretrained one in diffusers' layout; not for text alone")
+CODEC_RUN = paths.define("codec", None, "workdir of a trained image tokenizer, codec.npz of prepared data, or "
+                         "FILE.safetensors#SHA256 of a pretrained one in diffusers' layout; not for text alone")
 WORKER = flags.DEFINE_string("worker", None, "K/N: this process, started alone, writes every N-th shard, from "
                              "the K-th on; default: each process of a job its part")
 INSPECT = paths.define("inspect", None, "HTML page to write about the prepared data; nothing is prepared")
@@ -59,12 +60,15 @@ class Unfitted(NamedTuple):
 
 
 def open_codec(named: str, format: RowFormat) -> Unfitted:
-    """Of the workdir of a run, or of a pretrained one's 'FILE.safetensors#SHA256'."""
+    """Of the workdir of a run, prepared data's codec.npz, or a pretrained one's 'FILE.safetensors#SHA256'."""
     def check(codec: Codec) -> None:
         format.check_images(f"{named} makes", codec.shape, num_codes(codec), "the image tokenizer")
 
-    if named.partition("#")[0].endswith(".safetensors"):
-        codec = diffusers.open_file(named, format.image_shape[0])
+    pretrained = named.partition("#")[0].endswith(".safetensors")
+    if pretrained or named.endswith(".npz"):
+        if not pretrained and not Path(named).is_file():
+            raise UserError(f"--codec={named} is not there")
+        codec = diffusers.open_file(named, format.image_shape[0]) if pretrained else codecs.load(Path(named))
         check(codec)
         return Unfitted(codec.image_size, codec.fingerprint, lambda: codec)
     run_ = trained.load(named, mesh=sharding.local_mesh(1))

@@ -117,7 +117,7 @@ def main() -> None:
     elif JOBS.value:
         show_jobs(out, results)
     elif POINT.value is not None:
-        sys.exit(jobs.run(out, points.read(out), POINT.value))
+        sys.exit(jobs.run(out, points.read(out), POINT.value, results))
     elif paths.in_bucket(out):
         raise UserError(f"--run works in a local folder, not in {out}: submit jobs (launch/README.md)")
     else:

@@ -77,7 +77,7 @@ def verbs(sweep, monkeypatch):
     """verbs(code): every verb is a script that notes its call in OUT/calls, runs the code and leaves what the
     real one leaves last. Returns what was called so far."""
     def begin(before: str = ""):
-        def command(point, verb, named):
+        def command(point, verb, named, results=None):
             prepared = points.place(point.resolved["data"]["prepared"], named)
             return [sys.executable, "-S", "-c", DONE.replace("BEFORE", before), verb, point.workdir, prepared,
                     str(point.resolved["train"]["num_steps"])]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,14 @@ import pytest
 
 from tfusion import workdir
 from tfusion.errors import Stopped, UserError
-from tfusion.scaling import points, progress, runner
+from tfusion.scaling import jobs, points, progress, runner, study
 
+WITH_CODEC = """[
+    dict(name="codec", config="FILE", verbs=["train"]),
+    dict(name="data", config="FILE", verbs=["prepare"], overrides={"data.prepared": "{data}/made"},
+         flags={"prepare": {"codec": "{codec}"}}),
+    dict(name="a", config="FILE", overrides={"data.prepared": "{data}/made"}),
+]"""
 ALL = ["data prepare", "a train", "a evaluate", "b train", "b evaluate"]
 
 
@@ -161,6 +168,34 @@ def test_what_is_kept_of_another_machine_is_not_run_again(sweep, verbs, calls, t
     verbs()
     runner.Runner(sweep.out, list(named.values()), 1, False, kept).run()
     assert calls() == ["data prepare", "b train", "b evaluate"]
+
+
+def test_another_machine_prepares_with_the_image_tokenizer_that_is_kept(sweep, tmp_path):
+    """Trained anew it would have other bits: its point is finished where it is kept, the data's is not."""
+    sweep.write(WITH_CODEC)
+    named, kept = sweep.freeze(), tmp_path / "results"
+    for path in ("data/half/codec.npz", "data/made/codec.npz", "codec/config.json"):
+        (sweep.out / path).parent.mkdir(parents=True, exist_ok=True)
+        (sweep.out / path).write_text("{}" if path.endswith("json") else path)
+    (sweep.out / "codec/config.json").write_text(json.dumps(named["codec"].resolved))
+    (sweep.out / "codec/summary.json").write_text(json.dumps({"steps": 59}))
+    assert study.keep(sweep.out, kept) == []  # neither is done
+    (sweep.out / "data/made/meta.json").write_text("{}")
+    assert [path.name for path in study.keep(sweep.out, kept)] == ["data"]
+    (sweep.out / "codec/summary.json").write_text(json.dumps({"steps": 60}))
+    assert [path.name for path in study.keep(sweep.out, kept)] == ["codec"]
+    assert study.keep(sweep.out, kept) == []
+    shutil.rmtree(sweep.out / "data")
+    shutil.rmtree(sweep.out / "codec")
+    state = {name: progress.state(point, named, kept).what for name, point in named.items()}
+    assert state == {"codec": "finished", "data": "waiting", "a": "waiting"}
+    file = kept / "data/codec.npz"
+    assert file.read_text() == "data/made/codec.npz"
+    assert runner.command(named["data"], "prepare", named, kept)[-1] == f"--codec={file}"
+    assert runner.command(named["data"], "prepare", named)[-1] == f"--codec={sweep.out}/codec"
+    changed = named["data"]._replace(config_hash="another")
+    assert runner.command(changed, "prepare", named, kept)[-1] == f"--codec={sweep.out}/codec"
+    assert [point.name for _, point in jobs.due(list(named.values()), False, kept).submit] == ["data"]
 
 
 def test_a_changed_experiment_is_refused_before_anything_runs(sweep, verbs, calls):

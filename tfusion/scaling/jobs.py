@@ -21,6 +21,7 @@ from tfusion import distributed, workdir
 from tfusion.errors import PREEMPTED, RESTARTED, UserError
 from tfusion.scaling import progress, runner
 from tfusion.scaling.points import Point
+from tfusion.scaling.results import kept
 
 READY, NEEDY = "ready", "wait for points that they need"
 
@@ -54,7 +55,7 @@ def find(out: Path, points: list[Point], which: str) -> Point:
                     + " ..." * (len(points) > 8))
 
 
-def run(out: Path, points: list[Point], which: str) -> int:
+def run(out: Path, points: list[Point], which: str, results: Path | None = None) -> int:
     """Runs the verbs of a point that are not done, one after the other, as this process of its job. Returns the
     exit status of the first that fails, PREEMPTED where SIGTERM came between two, 0 where all is done.
 
@@ -64,15 +65,16 @@ def run(out: Path, points: list[Point], which: str) -> int:
     point, named = find(out, points, which), {point.name: point for point in points}
     runner.check_frozen(point)
     for name in point.needs:
-        if progress.next_verb(named[name], named):
+        if progress.next_verb(named[name], named) and not (
+                results and kept(results, name, named[name].config_hash)):
             raise UserError(f"'{point.name}' needs '{name}', which is not finished: run that first")
     left, place = progress.verbs_left(point, named), distributed.find_place()
     if place is not None and place.process > 0:
-        return _run_all(point, left, named, first=False)
+        return _run_all(point, left, named, results, first=False)
     point.folder.mkdir(parents=True, exist_ok=True)
     lock = workdir.hold(point.folder / progress.LOCK)
     try:
-        status = _run_all(point, left, named, first=True)
+        status = _run_all(point, left, named, results, first=True)
     finally:
         lock.close()
     if not status:
@@ -80,12 +82,12 @@ def run(out: Path, points: list[Point], which: str) -> int:
     return status
 
 
-def _run_all(point: Point, left: list[str], named: dict[str, Point], first: bool) -> int:
+def _run_all(point: Point, left: list[str], named: dict[str, Point], results: Path | None, first: bool) -> int:
     stop, before = Stop(), progress.outcome(point)
     for verb in left:
         if first:
             print(f"{point.name}: {verb}", flush=True)
-        returncode, said = stop.run(runner.command(point, verb, named))
+        returncode, said = stop.run(runner.command(point, verb, named, results))
         status, why = runner.as_shell(returncode), runner.why_ended(returncode, said)
         if first and not status and not progress.DONE[verb](point, named):
             status, why = UserError.status, f"{verb} ended well and left nothing: {why}"

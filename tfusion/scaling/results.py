@@ -4,6 +4,8 @@ draw the comparison anew, and for another machine to know that the point is done
     <results>/<point>/result.json    the point and the identity of its data; written last
         config.json summary.json timing.json     metrics.jsonl, thinned
         evaluation/metrics.json, timing.json, scenes/drawn.jsonl, told.jsonl     samples.png
+    <results>/<point of data>/result.json, codec.npz     its image tokenizer: trained anew on another machine it
+        has other bits, and runs on the two cannot be compared
 """
 
 import io
@@ -17,6 +19,7 @@ from PIL import Image
 from tfusion.errors import UserError
 from tfusion.paths import replace_bytes, replace_text
 from tfusion.training.writers import logged
+from tfusion.workdir import CODEC
 
 POINTS = "points.jsonl"  # of a sweep: a line each
 RESULT, LOG = "result.json", "metrics.jsonl"
@@ -46,9 +49,28 @@ def is_whole(folder: Path, steps: int | None = None) -> bool:
 
 
 def kept(results: Path, name: str, config_hash: str) -> Path | None:
-    """The folder where a point's finished run is kept; None where none is, or of another configuration."""
-    found = read_json((folder := results / name) / RESULT)
-    return folder if found and found["point"]["config_hash"] == config_hash and is_whole(folder) else None
+    """The folder where a point's finished run is kept; None where none is, or of another configuration. Of one
+    that is not to be evaluated (an image tokenizer's) the summary says that it was finished."""
+    point = _kept_point(folder := results / name, config_hash)
+    if point and "evaluate" not in point.get("verbs", ["evaluate"]):
+        return folder if (folder / SUMMARY).is_file() else None
+    return folder if point and is_whole(folder) else None
+
+
+def kept_codec(results: Path, name: str, config_hash: str) -> Path | None:
+    """The image tokenizer that is kept of a point that prepares data."""
+    path = results / name / CODEC
+    return path if _kept_point(results / name, config_hash) and path.is_file() else None
+
+
+def prepared_codec(workdir: Path) -> Path | None:
+    """The image tokenizer of the data that a point has prepared in a folder of its workdir."""
+    return next((path for path in workdir.glob(f"*/{CODEC}") if (path.parent / "meta.json").is_file()), None)
+
+
+def _kept_point(folder: Path, config_hash: str) -> dict | None:
+    found = read_json(folder / RESULT)
+    return found["point"] if found and found["point"]["config_hash"] == config_hash else None
 
 
 def flat(tree, prefix: str = "") -> dict:
@@ -150,11 +172,15 @@ def keep(point: dict, workdir: Path, results: Path) -> Path:
     if found and found["point"]["config_hash"] != point["config_hash"]:
         raise UserError(f"{place} is of another configuration than {point['name']} has now: name another "
                         "--results, or delete it")
-    for name in COPIED:
-        if (workdir / name).is_file():
+    files = {name: workdir / name for name in COPIED}
+    if "prepare" in point.get("verbs", ()) and (codec := prepared_codec(workdir)):
+        files[CODEC] = codec
+    for name, path in files.items():
+        if path.is_file():
             (place / name).parent.mkdir(parents=True, exist_ok=True)
-            replace_bytes(place / name, (workdir / name).read_bytes())
-    replace_text(place / LOG, thinned(logged(workdir) or ""))
+            replace_bytes(place / name, path.read_bytes())
+    if log := logged(workdir):
+        replace_text(place / LOG, thinned(log))
     if sheet := samples(workdir):
         replace_bytes(place / "samples.png", sheet)
     replace_text(place / RESULT, json.dumps({"point": point, "identity": identity(workdir)}, indent=1) + "\n")

@@ -19,7 +19,7 @@ from tfusion import workdir
 from tfusion.errors import PREEMPTED, RESTARTED, Stopped, UserError
 from tfusion.scaling import progress
 from tfusion.scaling.points import Point, place, resolve
-from tfusion.scaling.results import other_config
+from tfusion.scaling.results import kept_codec, other_config
 
 RESTARTS = 3  # of one point
 POLL_S = 1.0
@@ -27,10 +27,12 @@ PACED_S = 10.0  # between two looks at how far the running ones are
 TAIL = 10_000  # bytes of what a verb said that are looked at
 
 
-def command(point: Point, verb: str, points: dict[str, Point]) -> list[str]:
-    """What is typed to run a verb of a point."""
+def command(point: Point, verb: str, points: dict[str, Point], results: Path | None = None) -> list[str]:
+    """What is typed to run a verb of a point. results: where an image tokenizer may be kept to prepare with."""
     named = {key: place(value, points) for key, value in point.overrides.items()}
     flags = {key: place(value, points) for key, value in point.flags.get(verb, {}).items()}
+    if verb == "prepare" and results and (codec := kept_codec(results, point.name, point.config_hash)):
+        flags["codec"] = codec
     if verb != "prepare":
         flags = {"workdir": point.folder} | flags
     config = [f"--config={point.config}", *(f"--config.{key}={value}" for key, value in named.items())]
@@ -137,8 +139,7 @@ class Runner:
             self.finished.add(point.name)
             return self._tell(point.name, "finished")
         self._tell(point.name, verb)
-        process = start(command(point, verb, self.points),
-                        point.folder / progress.LOG, lock)
+        process = start(command(point, verb, self.points, self.results), point.folder / progress.LOG, lock)
         self.running.append(Running(point, verb, process, lock))
 
     def _ended(self, one: Running) -> None:

@@ -115,8 +115,20 @@ class Study(NamedTuple):
 
 
 def read_points(sweep: Path) -> list[dict]:
-    """The frozen points of a sweep that are evaluated, lines of points.jsonl. Raises UserError where there are
-    none, or one lacks what is read here."""
+    """The frozen points of a sweep that are evaluated. Raises UserError where there are none."""
+    # Others make a codec, or data, or have no transformer to be compared.
+    points = [point for point in read_all(sweep) if "evaluate" in verbs_of(point) and point["params"]]
+    if not points:
+        raise UserError(f"{sweep / results.POINTS} holds no points that are evaluated")
+    return points
+
+
+def verbs_of(point: dict) -> list[str]:
+    return point.get("verbs", ["train", "evaluate"])
+
+
+def read_all(sweep: Path) -> list[dict]:
+    """The lines of points.jsonl. Raises UserError where it is absent, or one lacks what is read here."""
     path = sweep / results.POINTS
     try:
         lines = path.read_text().splitlines()
@@ -132,13 +144,9 @@ def read_points(sweep: Path) -> list[dict]:
             raise UserError(f"{path}, line {number} is not JSON: {e}") from e
         if missing:
             raise UserError(f"{path}, line {number} lacks {', '.join(missing)}")
-        # Others make a codec, or data, or have no transformer to be compared.
-        if "evaluate" in point.get("verbs", ["evaluate"]) and point["params"]:
-            points.append(point)
+        points.append(point)
     if twice := [name for name, n in Counter(point["name"] for point in points).items() if n > 1]:
         raise UserError(f"{path} has '{twice[0]}' twice: delete one of the lines")
-    if not points:
-        raise UserError(f"{path} holds no points that are evaluated")
     return points
 
 
@@ -162,9 +170,23 @@ def steps_of(point: dict) -> int | None:
 
 def keep(sweep: Path, kept: Path) -> list[Path]:
     """Copies what finished in its workdir and is not kept yet; returns the new folders."""
-    return [results.keep(point, workdir_of(sweep, point), kept) for point in read_points(sweep)
-            if finished(sweep, point, None)
-            and not results.kept(kept, point["name"], point["config_hash"])]
+    found = []
+    for point in read_all(sweep):
+        there = results.kept_codec if "prepare" in verbs_of(point) else results.kept
+        if is_done(sweep, point) and not there(kept, point["name"], point["config_hash"]):
+            found.append(results.keep(point, workdir_of(sweep, point), kept))
+    return found
+
+
+def is_done(sweep: Path, point: dict) -> bool:
+    """Whether a point has what is kept of it, be it evaluated, an image tokenizer, or data that have one."""
+    workdir = workdir_of(sweep, point)
+    if "prepare" in verbs_of(point):
+        return results.prepared_codec(workdir) is not None
+    if "evaluate" in verbs_of(point):
+        return bool(finished(sweep, point, None))
+    summary = results.read_json(workdir / results.SUMMARY)
+    return bool(summary and summary["steps"] == steps_of(point) and not results.other_config(workdir, point))
 
 
 def read_run(point: dict, folder: Path) -> Run:
