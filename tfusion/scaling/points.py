@@ -14,7 +14,9 @@ verb, `tags` what a report sorts the points by, `topology` the slice that a clus
 """
 
 import difflib
+import functools
 import hashlib
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -159,6 +161,10 @@ def _point(out: Path, name: str, config: str, overrides=None, verbs=("train", "e
             raise UserError(f"its flags of '{verb}' are {given!r:.60}, not a dictionary")
         if own := [flag for flag in OURS if flag in given]:
             raise UserError(f"--{own[0]} is not for its flags of {verb}: a sweep gives it, each point its own")
+        if bad := [flag for flag in given if flag not in flags_of(verb) and not flag.startswith("config.")]:
+            near = difflib.get_close_matches(bad[0], flags_of(verb), n=1)
+            raise UserError(f"{verb} has no flag --{bad[0]}; " + (
+                f"did you mean --{near[0]}?" if near else f"known: --{', --'.join(sorted(flags_of(verb)))}"))
     values = [*(overrides or {}).values(), *(x for given in (flags or {}).values() for x in given.values())]
     if torn := [x for x in map(str, values) if set("{}") & set(NAMED.sub("", x))]:
         raise UserError(f"'{torn[0]}' has a brace of its own: {{name}} stands for another point's workdir")
@@ -169,6 +175,14 @@ def _point(out: Path, name: str, config: str, overrides=None, verbs=("train", "e
     digest = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:16]
     return Point(name, config, overrides or {}, list(verbs), flags or {}, tags or {}, str(out / name), digest,
                  *cost, resolved, topology)
+
+
+@functools.cache
+def flags_of(verb: str) -> frozenset[str]:
+    """Names of the flags that it defines: read, for of several verbs that one process imports each defines its
+    --workdir. A wrong one would end the verb only when its turn comes, after hours of training."""
+    source = Path(importlib.util.find_spec(f"tfusion.{verb}").origin).read_text()
+    return frozenset(re.findall(r'(?:\bDEFINE_\w+|\bpaths\.define)\(\s*"(\w+)"', source))
 
 
 def _check_different(points: list[Point], where: str) -> None:
