@@ -21,6 +21,7 @@ from tests.test_errors import write_experiment
 from tests.test_prepare import tree
 from tests.test_resume import saved_steps
 from tfusion import config
+from tfusion.inference import trained
 from tfusion.workdir import LOCK, hold
 
 pytestmark = pytest.mark.slow
@@ -190,24 +191,50 @@ def test_two_processes_prepare_what_one_does(tmp_path):
     assert alone == shared
 
 
-def test_a_model_split_over_two_processes(prepared_root, tmp_path):
-    """tensor = 2: both hold the same rows, and half of each matrix. It trains, and samples, as in one."""
+def train_split(axis: str, prepared_root, folder: Path) -> None:
+    """A transformer split over two devices, of one process (folder/1) and of two (folder/2)."""
     tree_ = tiny_dict(prepared_root)
     tree_.model.update(num_layers=1, d_model=16, d_ff=32)
-    tree_.mesh.tensor = 2
+    tree_.mesh[axis] = 2
     tree_.train.update(num_steps=3, log_every=1, eval_every=3, eval_documents=8, diagnostics_every=0,
                        checkpoint_every=3)
     tree_.sampling.num_inference_steps = 2
-    write_experiment(tmp_path, config.from_dict(tree_))
-    flags = [f"--config={tmp_path / 'tiny.py'}"]
+    write_experiment(folder, config.from_dict(tree_))
     for n in (1, 2):
-        train(n, 2 // n, *flags, f"--workdir={tmp_path / str(n)}")
-    assert_same_numbers(tmp_path / "1", tmp_path / "2")
-    told = []
+        train(n, 2 // n, f"--config={folder / 'tiny.py'}", f"--workdir={folder / str(n)}")
+    assert_same_numbers(folder / "1", folder / "2")
+
+
+def test_rows_split_over_two_processes(prepared_root, tmp_path):
+    """sequence = 2: both hold the same rows, and half of their positions."""
+    train_split("sequence", prepared_root, tmp_path)
+
+
+def verb_of_both(verb: str, folder: Path, *flags: str) -> list:
+    """Runs it on folder/2 as one process, then as two, with --out=folder/VERB1 and 2; returns the last ones."""
     for n in (1, 2):
-        sample = (f"--workdir={tmp_path / '2'}", "--num_documents=2", "--max_images=0", "--mesh=fsdp=2",
-                  f"--out={tmp_path / f'out{n}'}")
-        with processes.running(n, "tfusion.sample", *sample, devices_per_process=2 // n, **FAST) as started:
+        out = () if verb == "evaluate" else (f"--out={folder / f'{verb}{n}'}",)
+        with processes.running(n, f"tfusion.{verb}", f"--workdir={folder / '2'}", "--mesh=fsdp=2", *flags, *out,
+                               devices_per_process=2 // n, **FAST) as started:
             processes.succeed(started)
-        told.append((tmp_path / f"out{n}" / "documents.jsonl").read_text())
-    assert told[0] == told[1] and not started[1].stdout()
+        if verb == "evaluate":
+            shutil.move(folder / "2/evaluation", folder / f"evaluate{n}")
+    return started
+
+
+def test_a_model_split_over_two_processes(prepared_root, tmp_path):
+    """tensor = 2: both hold the same rows, and half of each matrix. It trains, and is used, as in one."""
+    train_split("tensor", prepared_root, tmp_path)
+    sampled = verb_of_both("sample", tmp_path, "--num_documents=2", "--max_images=0")
+    told = [(tmp_path / f"sample{n}" / "documents.jsonl").read_text() for n in (1, 2)]
+    assert told[0] == told[1] and not sampled[1].stdout()
+    verb_of_both("evaluate", tmp_path, "--number=2")
+    found = [json.loads((tmp_path / f"evaluate{n}/metrics.json").read_text())["metrics"] for n in (1, 2)]
+    assert found[0].keys() == found[1].keys() and {"scenes_lm_loss", "diffusion_loss"} <= found[0].keys()
+    for name in ("scenes_lm_loss", "glosses_lm_loss", "diffusion_loss"):
+        assert found[0][name]["n"] == found[1][name]["n"]
+        np.testing.assert_allclose(found[0][name]["value"], found[1][name]["value"], rtol=1e-5)
+    verb_of_both("export", tmp_path)
+    exports = [trained.load(tmp_path / f"export{n}").params for n in (1, 2)]
+    for a, b in zip(*map(jax.tree.leaves, exports), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -52,11 +52,11 @@ def body(study, about: dict[str, str]) -> str:
 
 def header(study) -> str:
     ladder = study.ladder()
-    spans = [max(x) / min(x) for x in ([getattr(run, axis) for run in ladder] for axis in study.axes) if x]
+    compute = [run.six_nd for run in ladder]
     facts = page.facts([
         ("runs planned", str(study.planned)), ("finished", str(len(study.runs))),
         ("in the ladder", str(len(ladder))), ("seeds", str(len({run.seed for run in ladder}))),
-        ("span of compute", f"{max(spans):.0f}×" if spans else "–"),
+        ("span of 6ND", f"{max(compute) / min(compute):.0f}×" if compute else "–"),
         ("all training", f"{page.count(sum(run.flops for run in study.runs))} FLOP")])
     lead = ("Two ways to train one transformer on text and images, in the same trainer, at the same sizes and "
             "on the same documents. What is measured is held out.")
