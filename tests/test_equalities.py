@@ -458,11 +458,11 @@ COMPARED = {  # what two runs may differ in and still be compared
 
 @pytest.fixture(scope="module")
 def held_out_figures(runs):
-    def figures(cfg):
+    def figures(cfg, state=runs.start_state):
         mesh = make_mesh(ONE)
         with jax.set_mesh(mesh):
             held = loop.Held(cfg, make_objective(cfg), mesh, None)
-            return held.evaluate(runs.start_state, {}, lambda losses: False)
+            return held.evaluate(state, {}, lambda losses: False)
 
     return figures, figures(runs.cfg)
 
@@ -475,6 +475,12 @@ def test_held_out_losses_of_two_runs_can_be_compared(runs, held_out_figures, cha
     assert got.keys() == want.keys()
     for name, value in want.items():
         assert got[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_held_out_losses_are_of_the_moving_average(runs, held_out_figures):
+    figures, want = held_out_figures
+    assert figures(runs.cfg, runs.start_state._replace(params=runs.start_state.ema_params)) == want
+    assert figures(runs.cfg, runs.start_state._replace(ema_params=runs.start_state.params)) != want
 
 
 def test_held_out_losses_stand_apart_by_source_and_together(held_out_figures):

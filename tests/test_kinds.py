@@ -53,6 +53,11 @@ def test_trains(toy_run):
     assert last["eval/line/error"] < 0.01 < first["train/error"]
     assert last["total/points"] == 200 * 8 and last["data/row"] == 200 * 8 - 1
     assert last["total/flops"] == 4 * 8 * 8 * 200 and last["grad_norm/error"] > 0
+    rates = {line["step"]: line["train/learning_rate"] for line in lines if "train/learning_rate" in line}
+    warmup, steps, peak = 2, 200, 0.05
+    for step in list(rates)[:3]:
+        down = 0.5 * (1 + np.cos(np.pi * (step - warmup) / (steps - warmup)))
+        np.testing.assert_allclose(rates[step], peak * (0.05 + 0.95 * down), rtol=1e-5)
 
 
 def test_a_trained_one_is_opened_with_buffers_and_frozen_trees(toy_run):
@@ -62,14 +67,16 @@ def test_a_trained_one_is_opened_with_buffers_and_frozen_trees(toy_run):
 
 
 def test_resumes(toy_run, tmp_path, monkeypatch):
-    """On 100 steps more, from a copy: buffers go on, and the frozen tree is the one that was saved."""
+    """On 100 steps of twice the rows, from a copy: buffers go on, and the frozen tree is the saved one."""
     copy = shutil.copytree(toy_run, tmp_path / "copy")
     monkeypatch.setattr(toy, "OFFSET", 0.0)
     tree = ConfigDict(toy.get_config())
-    tree.train.num_steps = 300
+    tree.train.update(num_steps=300, batch_size=16)
     verb("train", monkeypatch, CONFIG=tree, WORKDIR=str(copy))
     run = trained.load(copy)
-    assert int(run.aux.buffers["seen"]) == 300 * 8 and float(run.aux.frozen["offset"]) == 3.0
+    rows = 200 * 8 + 100 * 16
+    assert int(run.aux.buffers["seen"]) == run.next_row == rows and float(run.aux.frozen["offset"]) == 3.0
+    assert json.loads((copy / "metrics.jsonl").read_text().splitlines()[-1])["data/row"] == rows - 1
 
 
 def test_dry_runs(tmp_path, monkeypatch, capsys):

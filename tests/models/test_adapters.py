@@ -11,6 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from tests.models.test_transfusion import MODEL
+from tfusion.models.adapters.linear import LinearConfig
 from tfusion.models.transfusion import Transfusion
 from tfusion.types import BOS, EOS, PAD, Batch
 
@@ -69,3 +70,18 @@ def test_an_adapter_with_skips():
     np.testing.assert_allclose(moved - prediction, t[..., None, None, None] * detail, atol=1e-5)
     np.testing.assert_allclose(h_moved, h, atol=1e-5)
     assert jnp.abs(prediction[0, 0] - prediction[0, 1]).max() > 0.1
+
+
+def test_near_times_differ_in_bfloat16_too():
+    """t itself is never rounded: bfloat16 knows one t for .995 and .997."""
+    cfg = LinearConfig("linear", 4, 2, 2, "none")
+    adapter, t = cfg.make(32), np.float32([[0.995, 0.997]])
+    x = np.zeros((1, 2, *cfg.latent_shape), np.float32)
+    params = jax.jit(lambda: nn.unbox(adapter.init(jax.random.key(0), x, t, method="encode")))()
+
+    def moved(dtype):
+        h_BIND, _ = jax.jit(lambda: adapter.apply(params, x.astype(dtype), t, method="encode"))()
+        return np.asarray(h_BIND[0, 1] - h_BIND[0, 0], np.float32)
+
+    want = moved(np.float32)
+    assert np.linalg.norm(moved(jnp.bfloat16) - want) < 0.2 * np.linalg.norm(want)

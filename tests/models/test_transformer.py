@@ -6,6 +6,7 @@ B rows, T positions, D d_model, H heads, K kv_heads, E head_dim.
 
 import dataclasses
 import functools
+import re
 from functools import partial
 
 import jax
@@ -18,7 +19,7 @@ from tfusion import sharding
 from tfusion.config import MeshConfig
 from tfusion.errors import UserError
 from tfusion.inference import cache
-from tfusion.models import llama
+from tfusion.models import llama, transformer
 from tfusion.models.language import LanguageConfig, LanguageModel
 from tfusion.models.masks import row_sight
 from tfusion.training.optimizer import decays
@@ -177,3 +178,13 @@ def test_what_is_no_llama_is_said(options, what):
     llama.check_model(CFG)
     with pytest.raises(UserError, match=f"Llama has no {what}: .* --format=orbax"):
         llama.check_model(config_of(*options))
+
+
+@pytest.mark.parametrize("norm", [transformer.rms_norm, transformer.layer_norm])
+def test_norms_are_computed_in_float32(norm):
+    """Of bfloat16 activations too: by value a CPU hardly shows it."""
+    x, scale = jnp.ones((2, 8), jnp.bfloat16), jnp.ones(8)
+    made = jax.make_jaxpr(norm)(x, *[scale] * (1 + (norm is transformer.layer_norm)))
+    lines = [line for line in str(made).splitlines() if re.search(r"= (rsqrt|reduce_sum)\b", line)]
+    assert lines and all("f32" in line and "bf16" not in line for line in lines)
+    assert made.out_avals[0].dtype == jnp.bfloat16

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from tests import toy
@@ -241,6 +242,10 @@ def train_faulty(cfg, workdir, bad_steps, monkeypatch):
     return train(cfg, workdir)
 
 
+def is_schedule(x) -> bool:
+    return isinstance(x, optax.ScaleByScheduleState)
+
+
 @pytest.mark.parametrize("gradient_alone", [False, True])
 def test_a_skipped_step_changes_nothing_but_the_count(one_device_mesh, gradient_alone):
     cfg = toy_config(nonfinite="skip")
@@ -255,6 +260,9 @@ def test_a_skipped_step_changes_nothing_but_the_count(one_device_mesh, gradient_
         state, losses = step(state, frozen, batch)
         seen.append(jax.device_get(losses))
         same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), before, state)
+        scheduled = [x for x in jax.tree.leaves(state, is_leaf=is_schedule) if is_schedule(x)]
+        assert [int(x.count) for x in scheduled] == [int(state.step)]  # the learning rate goes on
+        same = jax.tree.map(lambda x: True if is_schedule(x) else x, same, is_leaf=is_schedule)
         assert int(state.step) == int(before.step) + 1
         assert all(jax.tree.leaves(same._replace(step=True))) == (batch is batches[1])
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state))

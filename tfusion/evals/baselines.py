@@ -119,14 +119,13 @@ class Ngrams:
         return float(-np.log(unigram).mean()), float(min(mixed))
 
 
-def records_read(cfg: RunConfig, rows, step: int) -> dict:
-    """{source: (its training documents, how many of its records the run was given up to a step, each
-    counted once)}.
+def records_read(rows, number: int) -> dict:
+    """{source: (its training documents, how many of its records the run was given, each counted once)}.
 
-    rows: the training rows (data/rows.PackedRows).
+    rows: the training rows (data/rows.PackedRows), of which it was given the first so many.
     """
     return {source.name: (source, min(len(source), max(1, round(taken))))
-            for source, taken in zip(rows.sources, rows.taken(step * cfg.train.batch_size))}
+            for source, taken in zip(rows.sources, rows.taken(number))}
 
 
 def count_ngrams(cfg: RunConfig, source: Documents, number: int) -> Ngrams | None:
@@ -209,7 +208,8 @@ def run(run: Trained, folder: Path, options: Options) -> dict:
     total = sum(sums.values(), NOTHING)
     if total.mean("diffusion_loss") is not None:
         gaussian = fit_gaussian(cfg)
-    training = records_read(cfg, kind_of(cfg).open_rows(cfg), run.step)
+    number = run.step * cfg.train.batch_size if run.next_row is None else run.next_row
+    training = records_read(kind_of(cfg).open_rows(cfg), number)
     for source, held in open_heldout(cfg).items():
         more, pairs = measure(cfg, held, gaussian, source)
         linear += more

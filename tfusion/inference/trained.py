@@ -26,6 +26,7 @@ class Trained(NamedTuple):
     step: int  # of the checkpoint
     identity: dict  # {what: fingerprint} of the data it was trained on
     aux: Aux  # what the objective's loss reads beside the parameters
+    next_row: int | None = None  # how many rows of its data it was given; None of an export
 
 
 def load(path, step: int | None = None, mesh: Mesh | None = None, weights: str | None = None) -> Trained:
@@ -70,7 +71,7 @@ def load(path, step: int | None = None, mesh: Mesh | None = None, weights: str |
         frozen = load_frozen(workdir, meta, sharding.replicated(mesh))
     checkpoints.close()
     aux = Aux(np.int32(step), frozen, items.get("buffers", {}))
-    return Trained(cfg, items[item], codec, tokenizer, step, identity, aux)
+    return Trained(cfg, items[item], codec, tokenizer, step, identity, aux, meta.get("next_row"))
 
 
 def check_weights(cfg: config.RunConfig, export: dict, asked: str | None, where) -> str:

@@ -2,8 +2,8 @@
 appended and denoised together, EOI is appended, and LM mode goes on (writing.py), until EOS.
 
 A step of diffusion runs the whole sequence. Compiled functions take as static what makes another program
-(model, process, sampler, number of steps), and all else as arrays: another temperature, guidance scale or
-variance compiles nothing anew.
+(model, process, sampler, number of steps, whether there is guidance), and all else as arrays: another
+temperature, guidance scale or variance compiles nothing anew.
 
 B rows, T positions of the buffer, I image slots, N patches per image, h w c latent.
 """
@@ -42,10 +42,13 @@ def _unconditional(model: Transfusion, rows: Rows) -> Rows:
                 rows.latents_BIhwc[:, :1], jnp.full((B, 1), first), rows.mode_B, rows.key_B)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def draw_images(model: Transfusion, process: Process, sampler_name: str, num_inference_steps: int, params,
-                rows: Rows, large_variance, guidance_scale) -> Rows:
-    """Diffusion mode: every row that draws gets one image and its EOI, and is back in LM mode."""
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def draw_images(model: Transfusion, process: Process, sampler_name: str, num_inference_steps: int,
+                guided: bool, params, rows: Rows, large_variance, guidance_scale) -> Rows:
+    """Diffusion mode: every row that draws gets one image and its EOI, and is back in LM mode.
+
+    guided: False where guidance_scale is 1, which needs no unconditional model.
+    """
     drawing = rows.mode_B == DRAW
     rows, slot_B = with_new_image(rows, model.cfg.num_patches)
     alone, each = _unconditional(model, rows), jnp.arange(len(slot_B))
@@ -53,9 +56,11 @@ def draw_images(model: Transfusion, process: Process, sampler_name: str, num_inf
     def denoise(x_Bhwc, t_B):
         x_BI = rows.latents_BIhwc.at[each, slot_B].set(x_Bhwc)
         t_BI = jnp.zeros(rows.image_start_BI.shape).at[each, slot_B].set(t_B)
-        cond = predict(model, params, rows, x_BI, t_BI)[each, slot_B]
-        uncond = predict(model, params, alone, x_Bhwc[:, None], t_B[:, None])[:, 0]
-        return process.estimate(sampler.guide(cond, uncond, guidance_scale), x_Bhwc, t_B)
+        out = predict(model, params, rows, x_BI, t_BI)[each, slot_B]
+        if guided:
+            uncond = predict(model, params, alone, x_Bhwc[:, None], t_B[:, None])[:, 0]
+            out = sampler.guide(out, uncond, guidance_scale)
+        return process.estimate(out, x_Bhwc, t_B)
 
     keys = writing.keys(rows, IMAGE_STREAM, slot_B)
     x0 = sampler.sample(process, denoise, keys, model.cfg.latent_shape, sampler_name, num_inference_steps,
@@ -79,7 +84,7 @@ def generate(cfg: TransfusionConfig, params, prompts: list, **options) -> list:
 
     def draw(rows: Rows) -> Rows:
         warn_once(sampler.warning(s.sampler, s.variance, s.num_inference_steps))
-        return draw_images(model, cfg.process.make(), s.sampler, s.num_inference_steps, params, rows,
-                           jnp.bool_(s.variance == "fixed_large"), jnp.float32(s.guidance_scale))
+        return draw_images(model, cfg.process.make(), s.sampler, s.num_inference_steps, s.guidance_scale != 1,
+                           params, rows, jnp.bool_(s.variance == "fixed_large"), jnp.float32(s.guidance_scale))
 
     return writing.generate(cfg, params, prompts, model, draw, **options)

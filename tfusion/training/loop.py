@@ -99,6 +99,7 @@ class Log:
     def __init__(self, cfg: config.RunConfig, objective: Objective, rows, workdir: Path, begun: resume.Start,
                  goodput: Goodput, wandb: str | None):
         first = int(begun.state.step)
+        self.rows_before = begun.next_row - first * cfg.train.batch_size  # where steps had other sizes before
         written = first - (begun.unwritten is not None)  # an earlier attempt may have been here before
         self.cfg, self.objective, self.rows = cfg, objective, rows
         self.writer = writers.open_writers(workdir, written, cfg, wandb) if distributed.is_writer() else (
@@ -128,7 +129,8 @@ class Log:
     def values(self, step: int) -> dict:
         """Waits for the step's losses: all since the last line. Raises UserError on a NaN."""
         values = self.losses.means("train/")
-        values |= self.speed.report() | self.rows.stats(step * self.cfg.train.batch_size - 1)
+        values |= self.speed.report()
+        values |= self.rows.stats(self.rows_before + step * self.cfg.train.batch_size - 1)
         values["train/learning_rate"] = float(self.learning_rate(step - 1))
         return values | metrics.device_memory(jax.local_devices())
 

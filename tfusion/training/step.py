@@ -80,15 +80,20 @@ def make_train_step(objective: Objective, tx: optax.GradientTransformation, cfg)
 
 def skip_nonfinite(before: TrainState, after: TrainState, metrics):
     """(the state after a step, metrics): where one of its losses or its gradient is not finite, the state as it
-    was before, its step counted, and metrics that count nothing. `skipped_steps`: (0 or 1, 1)."""
+    was before, its step counted, by the learning rate's schedule too, and metrics that count nothing.
+    `skipped_steps`: (0 or 1, 1)."""
     seen = [total for name, (total, _) in metrics.items() if name != "param_norm"]  # else two copies of params
     finite = jnp.all(jnp.array([jnp.isfinite(total) for total in seen]))
 
     def kept(new, old):
         return jnp.where(finite, new, old)
 
+    def counts(x):
+        return isinstance(x, optax.ScaleByScheduleState)
+
     metrics = {name: (kept(total, 0), kept(count, 0)) for name, (total, count) in metrics.items()}
-    state = jax.tree.map(kept, after, before)._replace(step=after.step)
+    state = jax.tree.map(lambda new, old: new if counts(new) else kept(new, old), after, before, is_leaf=counts)
+    state = state._replace(step=after.step)
     return state, {**metrics, "skipped_steps": (1 - finite.astype(jnp.int32), 1)}
 
 
