@@ -178,6 +178,23 @@ await() {  # PID: sets its status; a wait that a signal ended begins again
   done
 }
 
+follow() {  # NAME COMMAND: sets its status. A lost connection costs nothing: the run goes on, and is looked for again
+  local again is lost=0
+  again="tfusion/launch/detached.sh $BASHPID.$EPOCHREALTIME ${2@Q}"
+  while :; do
+    on "$1" all "$again" &
+    await $!
+    ((status == 255)) || return 0  # 255 is ssh's own
+    sleep "$POLL_S"
+    if is=$(status_of "$1"); then
+      case $is in ACTIVE | RUNNING) ((lost++ < RESTARTS)) || return 0 ;; *) return 0 ;; esac
+    else  # this machine has no network: as long as it takes
+      ((stops == 0)) || return 0
+    fi
+    echo "$1: connection lost, looked for again"
+  done
+}
+
 work() {  # NAME VERB FLAGS...: until it is done, or not worth a restart. A process of its own
   local name=$1 command is status stops=0 restarts=0 lock
   exec {lock}>"$locks/$1"
@@ -191,10 +208,9 @@ work() {  # NAME VERB FLAGS...: until it is done, or not worth a restart. A proc
   while :; do
     ready "$name"
     ((stops == 0)) || exit 42
-    on "$name" all "$command" &
-    await $!
+    follow "$name" "$command"
     ((status && stops == 0)) || break
-    # 255 is ssh's own. A slice that is gone was taken away, whatever status its connection ended with.
+    # A slice that is gone was taken away, whatever status its connection ended with.
     if [[ ",$RESTARTED,255," != *",$status,"* ]]; then
       is=$(status_of "$name") || is=ACTIVE  # who cannot say does not make a user's error worth another try
       case $is in ACTIVE | RUNNING) break ;; esac

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -9,14 +10,14 @@ import time
 
 import pytest
 
-from tests.launch.stubs import flags_of, one_line_error, run_remotely
+from tests.launch.stubs import ROOT, flags_of, one_line_error, run_remotely
 from tfusion.accelerators import CHIPS
 
 # Any verb does: of train the config is checked first, which takes seconds.
 HERE = dict(TOPOLOGY="v5litepod-16", ZONE="us-west4-a", PROJECT="p", POLL_S="0", VERB="evaluate")
 RUN = ["--workdir=gs://b/runs/x"]
 # A queue of statuses that the runs end with, and what becomes of the slice with each: "42", "1 SUSPENDED", ...
-# Of a MUTE slice gcloud cannot say what it is, a STUCK one cannot be deleted either. Files tell it what to do:
+# Of a MUTE slice gcloud cannot say what it is, of an OFFLINE one not at first, a STUCK one cannot be deleted either. Files tell it what to do:
 # calls.hold: installing takes until it is gone; calls.wait: a run takes until it is stopped; calls.term: the
 # process that is told to stop when the second of two slices is asked for; calls.unreachable: no ssh.
 GCLOUD = """slice="$CALLS.slice${SLICES:+.$5}" ends="$CALLS.ends"
@@ -33,6 +34,7 @@ case "$*" in
     if [[ ! -f "$slice" ]]; then echo "ERROR: (gcloud) NOT_FOUND: no such slice" >&2; exit 1; fi
     is=$(cat "$slice")
     case $is in
+      OFFLINE) echo ACTIVE >"$slice"; echo "ERROR: (gcloud) no network" >&2; exit 1 ;;
       MUTE | STUCK) echo "ERROR: (gcloud) try again" >&2; exit 1 ;;
       DELETING) rm "$slice" ;;
       WAITING_FOR_RESOURCES) echo ${GIVEN-ACTIVE} >"$slice" ;;
@@ -83,6 +85,11 @@ def run(cloud, *args, ends="0", **given):
     return cloud.run("tpu_vm.sh", *args, **HERE | given)
 
 
+def put_on_host(home) -> None:
+    (home / "tfusion/launch").mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "launch/detached.sh", home / "tfusion/launch")
+
+
 def slices(cloud) -> list[str]:
     """What was done to slices, in its order."""
     return [call[4] for call in cloud.calls("gcloud", "compute", "tpus") if call[4] in ("create", "delete")]
@@ -104,6 +111,7 @@ def test_a_run(cloud):
     assert (ssh["--node"], ssh["--worker"], ssh["--batch-size"]) == ("all", "all", "all")  # else 64 at a time
     home = cloud.record.parent
     (home / "tfusion/.venv/bin").mkdir(parents=True)
+    put_on_host(home)
     words, environment, status = run_remotely(cloud, f"cd {home}; {ssh['--command']}", status=42)
     assert (words[1:], status) == (["-m", "tfusion.evaluate", *RUN], 42)
     assert "LIBTPU_INIT_ARGS" in environment
@@ -157,6 +165,44 @@ def test_what_is_restarted(cloud, ends, status, number, of_slices):
     done = run(cloud, *RUN, ends=ends, **({"RESTARTS": "2"} if ends.startswith("42, 42") else {}))
     assert (done.returncode, len(runs(cloud)), slices(cloud)) == (status, number, of_slices), done.stderr
     assert done.stdout.splitlines()[-1].endswith(f"ended with status {status}")
+
+
+@pytest.mark.parametrize("ends, status, number, installs, of_slices, given", [
+    ("255, 255, 0", 0, 3, 1, ["create", "delete"], {}),  # the same run, looked for again
+    ("255 OFFLINE, 255 OFFLINE, 0", 0, 3, 1, ["create", "delete"], dict(RESTARTS="0")),  # this machine's network
+    ("255 SUSPENDED, 0", 0, 2, 2, ["create", "delete", "create", "delete"], {}),
+    ("255, 255, 255, 255, 0", 255, 4, 2, ["create", "delete"], dict(RESTARTS="1"))])
+def test_a_lost_connection_is_no_restart(cloud, ends, status, number, installs, of_slices, given):
+    done = run(cloud, *RUN, ends=ends, **given)
+    assert (done.returncode, len(runs(cloud)), slices(cloud)) == (status, number, of_slices), done.stderr
+    assert len(cloud.calls("gcloud", "compute", "tpus", "queued-resources", "scp")) == installs
+    assert len({flags["--command"] for flags in runs(cloud)}) == installs  # a host knows it by that
+
+
+def test_a_run_goes_on_where_ssh_fails(cloud):
+    """Real processes on the host: its ssh is killed, and what it was given is given again."""
+    home = cloud.record.parent
+    host = home / "calls.host"
+    put_on_host(host)
+    (host / "tfusion/.venv/bin").mkdir(parents=True)
+    python = host / "tfusion/.venv/bin/python"
+    python.write_text("""#!/usr/bin/env bash
+if [[ "$1" == -c ]]; then exit 0; fi
+echo begun; echo $$ >>"$CALLS.begun"; until [[ -f "$CALLS.go" ]]; do sleep .05; done; echo ended; exit 1
+""")
+    python.chmod(0o755)
+    cloud.answer("gcloud", """if [[ "$*" == *"python -m"* ]]; then
+  for word; do [[ "$word" != --command=* ]] || command=${word#*=}; done
+  cd "$CALLS.host"
+  if [[ -f "$CALLS.begun" ]]; then touch "$CALLS.go"; exec bash -c "$command"; fi
+  bash -c "exec $command" & until [[ -f "$CALLS.begun" ]]; do sleep .05; done; kill -KILL $!; exit 255
+fi
+""" + GCLOUD)
+    done = run(cloud, *RUN, RESTARTS="1")
+    assert done.returncode == 1, done.stderr
+    assert len((home / "calls.begun").read_text().split()) == 1
+    assert "connection lost" in done.stdout and "ended" in done.stdout.splitlines()
+    assert slices(cloud) == ["create", "delete"]
 
 
 def test_several_slices_and_other_chips(cloud):
