@@ -1,6 +1,7 @@
 """The folder that is written, gone on with and put in its place; and nothing is deleted that is not ours."""
 
 import contextlib
+import errno
 import itertools
 import os
 import pathlib
@@ -68,6 +69,58 @@ def test_what_was_begun_of_something_else_is_begun_anew_with_a_line(tmp_path, ca
         assert not (folder / "deep").exists()
     assert "data.unfinished was made of other sources, another tokenizer or another codec: begun anew" in (
         capsys.readouterr().err)
+
+
+@pytest.fixture
+def no_folder_is_renamed(monkeypatch):
+    """As by gcsfuse on a bucket without a hierarchical namespace."""
+    real = os.replace
+
+    def replace(a, b):
+        if os.path.isdir(a):
+            raise OSError(errno.ENOSYS, "Function not implemented", str(a))
+        real(a, b)
+
+    monkeypatch.setattr(os, "replace", replace)
+
+
+@pytest.mark.parametrize("left", ["nothing", "an empty folder", "former data"])
+def test_where_no_folder_is_renamed_files_are_moved(tmp_path, no_folder_is_renamed, left):
+    """Killed at any change: who finds meta.json finds all that it tells of, and the next one goes on."""
+    for change in itertools.count():
+        root, then = tmp_path / f"{change}" / "data", ("new", "other")[change % 2]
+        root.parent.mkdir()
+        if left == "an empty folder":
+            root.mkdir()
+        if left == "former data":
+            fill(root, "old")
+        killed = killed_at(change, lambda root=root: fill(root, "new"))
+        found = tree(root) if root.exists() else {}
+        assert "meta.json" not in found or found["meta.json"] == found["pairs/shard"], change
+        check(root)
+        fill(root, then)
+        assert names(root.parent) == ["data"] and names(root / "pairs") == ["shard"], change
+        assert names(root) == [MARK, "meta.json", "pairs", PLAN], change
+        assert {tree(root)[name] for name in ("meta.json", "pairs/shard")} == {then}
+        if not killed:
+            break
+    assert change > 8
+
+
+def test_a_worker_that_comes_while_files_are_moved_moves_the_rest(tmp_path, no_folder_is_renamed):
+    with begun(tmp_path / "data", NEW) as folder:
+        for name in ("a", "b", "meta.json"):
+            (folder / name).write_text(name)
+    for change in itertools.count():
+        copy = tmp_path / f"{change}"
+        shutil.copytree(folder, copy / "data.unfinished")
+        killed = killed_at(change, lambda copy=copy: complete(copy / "data", NEW, lambda folder: True))
+        complete(copy / "data", NEW, lambda folder: True)
+        with begun(copy / "data", NEW) as left:  # and deletes what is left of the gate
+            assert left is None
+        assert {"a", "b", "meta.json", PLAN} <= tree(copy / "data").keys() and names(copy) == ["data"], change
+        if not killed:
+            break
 
 
 @pytest.mark.parametrize("left", ["nothing", "an empty folder", "former data", "an unfinished folder",

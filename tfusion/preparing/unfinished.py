@@ -4,10 +4,13 @@ the end, and only if `prepare` made that too.
     plan.json           what is being made of what; who finds his own plan here goes on, any other begins anew
     .lock               held for a moment by who begins or completes, or writes what all share
     .lock.<k>of<n>      held by worker k of n as long as it writes
+    .moving             its files are on their way to root, one by one
 
 Several workers write side by side, each its shards; who is last to let go of the folder completes it: it is not
 taken away from one who writes. What stood at root is `<root>.old` while the two change places: killed at any
-point, the same command goes on, and brings that back or deletes it.
+point, the same command goes on, and brings that back or deletes it. Where a file system renames no folders (a
+mounted bucket without a hierarchical namespace), what stood at root is deleted, its meta.json first, and the files
+come one by one, meta.json after all that it tells of; killed, the next one moves the rest.
 """
 
 import contextlib
@@ -25,6 +28,8 @@ from tfusion.workdir import LOCK, hold
 
 MARK = ".made_by_prepare"  # stands in every folder that was completed here: the names of all files left there
 PLAN = "plan.json"
+MOVING = ".moving"
+LAST = ("meta.json", PLAN)  # by which readers, and `begun`, know that all is there
 
 
 @contextlib.contextmanager
@@ -44,6 +49,8 @@ def begun(root, plan: dict, worker: int = 0, workers: int = 1) -> Iterator[Path 
         with _gate(beside, make=True):
             _bring_back(root, old)
             _delete(old)
+            if (beside / MOVING).exists():
+                _move_files(beside, root)
             if done := _holds(root, plan):
                 _leave(beside)
             else:
@@ -132,6 +139,11 @@ def complete(root, plan: dict, finish: Callable[[Path], bool]) -> None:
     root, beside, old = _folders(root)
     try:
         with _gate(beside):
+            if (beside / MOVING).exists():
+                _move_files(beside, root)
+            if _holds(root, plan):
+                _leave(beside)
+                return
             if not _holds(beside, plan) or _in_use(beside):
                 print(f"{root} is left to other workers, who are at it still")
                 return
@@ -143,14 +155,41 @@ def complete(root, plan: dict, finish: Callable[[Path], bool]) -> None:
             for folder in (root, old):
                 _check_ours(folder)  # again: writing may have taken hours
             _delete(old)
-            if root.exists():
-                os.replace(root, old)
-            os.replace(beside, root)
+            _put(beside, root, old)
             _delete(old)
     except FileNotFoundError as e:
         if not _holds(root, plan):  # else another worker has completed it
             raise UserError(f"{e.filename} is gone, and {root} is not what was prepared: somebody deleted "
                             "it, or prepares something else; run the same command again") from e
+
+
+def _put(beside: Path, root: Path, old: Path) -> None:
+    """In the place of root."""
+    try:
+        if root.exists():
+            os.replace(root, old)
+        os.replace(beside, root)
+    except FileNotFoundError:
+        raise
+    except OSError:  # no folder is renamed here; the errno is the file system's own choice
+        (beside / MOVING).touch()
+        _move_files(beside, root)
+        _leave(beside)
+
+
+def _move_files(beside: Path, root: Path) -> None:
+    """Also the rest of them, where one was killed at it."""
+    if (beside / MARK).exists():  # nothing has come yet
+        root.mkdir(exist_ok=True)
+        for name in LAST:
+            (root / name).unlink(missing_ok=True)
+        paths.empty(root, MARK)
+        os.replace(beside / MARK, root / MARK)  # it names what comes, which is therefore ours
+    for name in sorted(_files(beside) - {MOVING}, key=lambda name: (name in LAST, name)):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(beside / name, root / name)
+    paths.empty(beside, (LOCK, MOVING))
+    (beside / MOVING).unlink()
 
 
 def _in_use(folder: Path) -> bool:
