@@ -5,8 +5,10 @@ import os
 
 import pytest
 from absl.flags import FlagValues, IllegalFlagValueError
+from etils import epath
 
 from experiments import quickstart
+from tests.conftest import InMemory
 from tests.kills import killed_at
 from tfusion import config, paths
 from tfusion.errors import UserError
@@ -107,3 +109,23 @@ def test_a_folder_is_deleted_its_mark_last(tmp_path):
             break
     assert not folder.exists() and change > 30
     paths.delete(folder, "mark")  # absent
+
+
+class Listing(InMemory):
+    """Keeps listings as gcsfs does, and goes by its settings."""
+
+    protocol = ("gs", "gcs")
+
+    def ls(self, path, detail=True, **more):
+        path = self._strip_protocol(path)
+        if (found := self._ls_from_cache(path)) is None:
+            found = self.dircache[path] = super().ls(path, detail=True, **more)
+        return found if detail else [one["name"] for one in found]
+
+
+def test_what_others_write_into_a_bucket_is_seen(bucket, monkeypatch):
+    other, reader = InMemory(skip_instance_cache=True), Listing(skip_instance_cache=True)
+    monkeypatch.setattr(epath.backend.fsspec_backend, "_get_filesystem", lambda name: reader)
+    for number in range(3):
+        other.pipe(f"{bucket}/{number}", b"x")
+        assert len(list(paths.path(bucket).iterdir())) == number + 1

@@ -15,11 +15,15 @@ import secrets
 
 from absl import flags
 from etils import epath
+from fsspec.config import conf
 
 from tfusion.errors import UserError
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 BUCKETS = {"gs://": "gcsfs"}  # and the package that epath needs for it; on s3:// nothing is renamed in one move
+
+# What another process writes there is seen: gcsfs would keep a folder's listing for as long as it lives.
+conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 flags.disclaim_key_flags()  # `--help` of a verb lists its path flags among its own
 

@@ -1,5 +1,7 @@
 """Documents: whatever the records, laid out as their plan counted them; a text longer than a row goes on."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -225,3 +227,20 @@ def test_latents_of_another_shape_are_refused(cfg, tmp_path, channels):
         writer.add([layout.image(np.ones((4, 4, channels), np.float32))])
     with pytest.raises(UserError, match=rf"holds latents of shape \(4, 4, {channels}\), the model expects"):
         open_rows(there)
+
+
+def test_shards_are_read_side_by_side_in_the_order_asked_for(tmp_path, cfg, monkeypatch):
+    rng = np.random.default_rng(0)
+    cfg = write(tmp_path, cfg, 4, some=[[text(rng, 1, 20)] for _ in range(20)])
+    documents, together = Documents(cfg.rows, "some", "train"), threading.Barrier(4, timeout=30)
+    wanted = rng.permutation(20)
+    alone = [documents.parts([record])[0] for record in wanted]
+    real = store.Split.read
+
+    def read(self, shard, records):
+        together.wait()  # for the reads of the other three
+        return real(self, shard, records)
+
+    monkeypatch.setattr(store.Split, "read", read)
+    for one, found in zip(alone, documents.parts(wanted), strict=True):
+        np.testing.assert_array_equal(one[0].values, found[0].values)

@@ -1,10 +1,13 @@
 """The store on disk: what is written is read back; a shard is there whole or not at all; what is missing or
 foreign is refused."""
 
+import errno
 import json
 import os
 import pickle
+import socket
 import threading
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -347,6 +350,77 @@ def test_a_damaged_shard_is_named(tmp_path, name, damage, use):
     told = message(use, source)
     assert f"mixed/train/{name}" in told and "prepare` again" in told
     assert len(source.read(1, [0, 1])) == len(source.sizes(1)) == 2
+
+
+class Failing:
+    """A reader whose disk is away for some reads."""
+
+    def __init__(self, real, errors: list[Exception]):
+        self.real, self.errors = real, errors
+
+    def __getattr__(self, name: str):
+        return getattr(self.real, name)
+
+    def read(self, records):
+        if self.errors:
+            raise self.errors.pop()
+        return self.real.read(records)
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    slept = []
+    monkeypatch.setattr(readers.time, "sleep", slept.append)
+    return slept
+
+
+@pytest.mark.parametrize("error", [RuntimeError("read failed"), OSError(errno.ESTALE, "Stale file handle")])
+def test_a_failing_read_is_tried_again_with_a_reader_opened_anew(source, monkeypatch, no_pauses, capsys, error):
+    errors, opened, real = [error, error], [], store.reader_of
+    monkeypatch.setattr(store, "reader_of", lambda path: opened.append(path) or Failing(real(path), errors))
+    same(source.read(0, [2])[0], RECORDS[2])
+    assert len(opened) == 3 and no_pauses == [0.5, 2.0]
+    told = capsys.readouterr().err
+    assert told.count("warning: ") == 2 and f"{opened[0]} cannot be read ({error})" in told
+
+
+def test_one_that_goes_on_failing_is_named_with_its_host(source, monkeypatch, no_pauses):
+    real = store.reader_of
+    monkeypatch.setattr(store, "reader_of", lambda path: Failing(real(path), [OSError(errno.EIO, "x")] * 9))
+    told = message(source.read, 0, [2])
+    assert "mixed/train/00000.array_record" in told and socket.gethostname() in told and len(no_pauses) == 2
+
+
+def test_what_does_not_open_though_all_of_it_is_there_is_tried_again(source, monkeypatch, no_pauses):
+    times, real = [1, 1], store.reader_of
+
+    def reader_of(path):
+        reader = real(path)
+        return mock.Mock(wraps=reader, ok=lambda: False) if times and times.pop() else reader
+
+    monkeypatch.setattr(store, "reader_of", reader_of)
+    same(source.read(0, [2])[0], RECORDS[2])
+    assert len(no_pauses) == 2
+
+
+@pytest.mark.parametrize("error, tries", [(OSError(errno.EIO, "x"), 3), (PermissionError(errno.EACCES, "x"), 1),
+                                          (ValueError("x"), 1)])
+def test_only_what_may_pass_is_tried_again(no_pauses, error, tries):
+    calls = []
+
+    def read():
+        calls.append(1)
+        raise error
+
+    with pytest.raises(type(error)):
+        readers.tried("path", read)
+    assert len(calls) == tries
+
+
+def test_a_shard_of_the_wrong_size_is_an_error_at_once(source, no_pauses):
+    cut(source.folder / "00000.array_record", 1000)
+    message(source.read, 0, [0])
+    assert not no_pauses
 
 
 def test_a_broken_ledger_is_named(tmp_path):

@@ -1,9 +1,11 @@
 """A command that outlives who gave it, run by real processes."""
 
 import os
+import re
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 from tests.launch.stubs import ROOT
 
@@ -31,7 +33,7 @@ def test_it_is_begun_once_and_followed_from_then_on(tmp_path):
     lost = begin(tmp_path, "a")
     wait_for((tmp_path / "begun").exists)
     lost.kill()
-    lost.wait()
+    lost.communicate()
     again, and_again = begin(tmp_path, "a"), begin(tmp_path, "a")
     (tmp_path / "go").touch()
     for call in (again, and_again, begin(tmp_path, "a")):  # the last one when it has ended
@@ -57,7 +59,7 @@ def test_what_ended_without_a_status_was_killed(tmp_path):
     begun = begin(tmp_path, "a")
     wait_for(lambda: (tmp_path / "begun").exists())
     pid = int((tmp_path / "run.pid").read_text())
-    parent = int(next(line for line in open(f"/proc/{pid}/status") if line.startswith("PPid")).split()[1])
+    parent = int(re.search(r"PPid:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
     for process in (parent, pid):
         os.kill(process, signal.SIGKILL)
     assert end_of(begun)[0] == 137

@@ -17,7 +17,8 @@ from tfusion.accelerators import CHIPS
 HERE = dict(TOPOLOGY="v5litepod-16", ZONE="us-west4-a", PROJECT="p", POLL_S="0", VERB="evaluate")
 RUN = ["--workdir=gs://b/runs/x"]
 # A queue of statuses that the runs end with, and what becomes of the slice with each: "42", "1 SUSPENDED", ...
-# Of a MUTE slice gcloud cannot say what it is, of an OFFLINE one not at first, a STUCK one cannot be deleted either. Files tell it what to do:
+# Of a MUTE slice gcloud cannot say what it is, of an OFFLINE one not at first, a STUCK one cannot be deleted
+# either. Files tell it what to do:
 # calls.hold: installing takes until it is gone; calls.wait: a run takes until it is stopped; calls.term: the
 # process that is told to stop when the second of two slices is asked for; calls.unreachable: no ssh.
 GCLOUD = """slice="$CALLS.slice${SLICES:+.$5}" ends="$CALLS.ends"
@@ -169,7 +170,7 @@ def test_what_is_restarted(cloud, ends, status, number, of_slices):
 
 @pytest.mark.parametrize("ends, status, number, installs, of_slices, given", [
     ("255, 255, 0", 0, 3, 1, ["create", "delete"], {}),  # the same run, looked for again
-    ("255 OFFLINE, 255 OFFLINE, 0", 0, 3, 1, ["create", "delete"], dict(RESTARTS="0")),  # this machine's network
+    ("255 OFFLINE, 255 OFFLINE, 0", 0, 3, 1, ["create", "delete"], dict(RESTARTS="0")),  # no network
     ("255 SUSPENDED, 0", 0, 2, 2, ["create", "delete", "create", "delete"], {}),
     ("255, 255, 255, 255, 0", 255, 4, 2, ["create", "delete"], dict(RESTARTS="1"))])
 def test_a_lost_connection_is_no_restart(cloud, ends, status, number, installs, of_slices, given):

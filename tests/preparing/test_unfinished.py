@@ -94,9 +94,12 @@ def test_where_no_folder_is_renamed_files_are_moved(tmp_path, no_folder_is_renam
             root.mkdir()
         if left == "former data":
             fill(root, "old")
+            (root / "codec").write_text("old")  # the first one that would be deleted
+            (root / MARK).write_text((root / MARK).read_text() + "codec\n")
         killed = killed_at(change, lambda root=root: fill(root, "new"))
         found = tree(root) if root.exists() else {}
         assert "meta.json" not in found or found["meta.json"] == found["pairs/shard"], change
+        assert found.get("meta.json") != "old" or "codec" in found
         check(root)
         fill(root, then)
         assert names(root.parent) == ["data"] and names(root / "pairs") == ["shard"], change

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tfusion.errors import UserError
+from tfusion.scaling import progress
 from tfusion.training import loop, writers
 
 
@@ -209,3 +210,17 @@ def test_in_a_bucket_lines_come_in_parts_and_each_step_once(bucket, cfg):
         assert logged_steps(bucket) == list(range(1, 8)), "none lost, none twice"
     assert len(list((bucket / "tensorboard").iterdir())) >= 3, "a file per flush"
     assert not list(bucket.glob("metrics.jsonl"))
+
+
+def test_the_last_lines_are_read_of_the_last_parts_alone(bucket, monkeypatch):
+    for first in range(1, 40, 4):
+        (bucket / writers.PART.format(step=first)).write_text(
+            "".join(f'{{"step": {step}}}\n' for step in range(first, first + 4)))
+    (bucket / writers.PART.format(step=41)).write_text('{"step": 41}\n{"half')
+    read, real = [], type(bucket).read_bytes
+    monkeypatch.setattr(type(bucket), "read_bytes", lambda path: read.append(path.name) or real(path))
+    found = [json.loads(line)["step"] for line in writers.logged(bucket, 6).splitlines()]
+    assert found == list(range(33, 42)) and len(read) == 3
+    assert logged_steps(bucket) == list(range(1, 42))
+    assert [line["step"] for line in progress._logged(bucket)] == []  # none has a time
+    assert len(read) == 3 + 11 + 6

@@ -21,6 +21,7 @@ import io
 import json
 import math
 import os
+import socket
 import struct
 import sys
 from typing import NamedTuple
@@ -31,7 +32,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from tfusion.data import layout
-from tfusion.data.readers import Readers, reader_of
+from tfusion.data.readers import Readers, reader_of, tried
 from tfusion.data.tokenizers import SAVED, Tokenizer
 from tfusion.errors import UserError
 from tfusion.types import Part
@@ -100,6 +101,7 @@ class Shard(NamedTuple):
     text_tokens: int
     images: int
     max_token_id: int
+    bytes: int  # of its records' file
     digest: str  # of its sizes
     image_shape: tuple[int, ...] | None  # of one encoded image; None without images
 
@@ -337,34 +339,42 @@ class Split:
     def _load_sizes(self, shard: int) -> np.ndarray:
         path = self.folder / f"{self.shards[shard].name}.sizes.npy"
         try:
-            sizes = np.load(io.BytesIO(path.read_bytes()))
+            sizes = np.load(io.BytesIO(tried(path, path.read_bytes)))
         except (ValueError, EOFError, OSError) as e:
-            raise UserError(f"{path} is missing or broken ({e}): {AGAIN}") from e
+            raise _broken(path, e) from e
         if _digest(sizes) != self.shards[shard].digest:
             raise UserError(f"{path} is not the file that its ledger knows: {AGAIN}")
         sizes.flags.writeable = False
         return sizes
 
     def read(self, shard: int, records: list[int]) -> list[list[Part]]:
-        """Some records of a shard, in the order asked for, in one read. Raises UserError where the shard is
-        missing or broken."""
+        """Some records of a shard, in the order asked for, in one read; where that fails it is tried again
+        (readers.tried). Raises UserError where the shard is missing or broken, or cannot be read."""
+        path, records = self._path_of(shard), [int(record) for record in records]
         try:
-            return [decode(x) for x in self._readers.read(shard, [int(record) for record in records])]
+            return [decode(x) for x in tried(path, lambda: self._readers.read(shard, records),
+                                             lambda: self._readers.forget(shard))]
         except UserError:  # said by _open
             raise
-        except (RuntimeError, ValueError, struct.error) as e:  # as array_record says it; as decode does
-            raise self._broken(shard, e) from e
+        except (RuntimeError, OSError, ValueError, struct.error) as e:  # of array_record, the disk, decode
+            raise _broken(path, e) from e
 
-    def _broken(self, shard: int, why) -> UserError:
-        return UserError(f"{self.folder / self.shards[shard].name}.array_record is missing or broken ({why}): "
-                         + AGAIN)
+    def _path_of(self, shard: int) -> epath.Path:
+        return self.folder / f"{self.shards[shard].name}.array_record"
 
     def _open(self, shard: int):
-        about = self.shards[shard]
-        reader = reader_of(self.folder / f"{about.name}.array_record")
+        path, about = self._path_of(shard), self.shards[shard]
+        reader = reader_of(path)
+        if not reader.ok() and os.stat(path).st_size == about.bytes:
+            raise RuntimeError("all of it is there, but it does not open")
         if not reader.ok() or reader.num_records() != about.records:
-            raise self._broken(shard, f"{reader.num_records()} records of {about.records}")
+            raise _broken(path, f"{reader.num_records()} records of {about.records}")
         return reader
+
+
+def _broken(path, why) -> UserError:
+    """Of whatever it is: who reads it cannot tell a broken file from a broken way to it."""
+    return UserError(f"{path} is missing or broken, or {socket.gethostname()} cannot read it ({why}): {AGAIN}")
 
 
 def _shard(line: dict) -> Shard:

@@ -8,9 +8,11 @@ the end, and only if `prepare` made that too.
 
 Several workers write side by side, each its shards; who is last to let go of the folder completes it: it is not
 taken away from one who writes. What stood at root is `<root>.old` while the two change places: killed at any
-point, the same command goes on, and brings that back or deletes it. Where a file system renames no folders (a
-mounted bucket without a hierarchical namespace), what stood at root is deleted, its meta.json first, and the files
-come one by one, meta.json after all that it tells of; killed, the next one moves the rest.
+point, the same command goes on, and brings that back or deletes it.
+
+Where a file system renames no folders (a mounted bucket without a hierarchical namespace), what stood at root
+is deleted, its meta.json first, and the files come one by one, meta.json after all that it tells of; killed,
+the next one moves the rest.
 """
 
 import contextlib

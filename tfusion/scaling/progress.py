@@ -98,7 +98,7 @@ def state(point: Point, points: dict[str, Point], results: Path | None = None) -
 def _logged(folder: Path) -> list[dict]:
     """The last lines of its metrics.jsonl; of a line that is broken nothing."""
     found = []
-    for line in (logged(folder) or "").splitlines()[-RECENT:]:
+    for line in (logged(folder, RECENT) or "").splitlines()[-RECENT:]:
         try:
             found.append(json.loads(line))
         except ValueError:

@@ -80,11 +80,15 @@ class JsonParts:
         self.flush()
 
 
-def logged(folder) -> str | None:
-    """What was logged of a run, as text, whole lines alone; None where nothing was."""
-    whole = [path for path in (paths.path(folder) / LINES, *_parts(paths.path(folder))) if path.is_file()]
-    texts = [path.read_bytes().decode(errors="replace") for path in whole]
-    return "".join(text[: text.rfind("\n") + 1] for text in texts) if texts else None
+def logged(folder, last: float = math.inf) -> str | None:
+    """What was logged of a run, as text, whole lines alone; of a bucket's parts as few as hold `last` lines.
+    None where nothing was."""
+    texts, folder = [], paths.path(folder)
+    for path in reversed((folder / LINES, *_parts(folder))):
+        if sum(text.count("\n") for text in texts) < last and path.is_file():
+            text = path.read_bytes().decode(errors="replace")
+            texts.insert(0, text[: text.rfind("\n") + 1])
+    return "".join(texts) if texts else None
 
 
 def _parts(folder: Path) -> list[Path]:
