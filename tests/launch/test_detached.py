@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tests.launch.stubs import ROOT
 
-RUN = "echo $$ >run.pid; echo begun; echo x >>begun; until [[ -f go ]]; do sleep .05; done; echo ended; exit 42"
+WAIT = "for _ in {1..1200}; do if [[ -f go ]]; then break; fi; sleep .05; done"
+RUN = f"echo $$ >run.pid; echo begun; echo x >>begun; {WAIT}; echo ended; exit 42"
 
 
 def begin(folder, name: str, command: str = RUN) -> subprocess.Popen:
@@ -33,7 +34,8 @@ def test_it_is_begun_once_and_followed_from_then_on(tmp_path):
     lost = begin(tmp_path, "a")
     wait_for((tmp_path / "begun").exists)
     lost.kill()
-    lost.communicate()
+    lost.wait()
+    lost.stdout.close()
     again, and_again = begin(tmp_path, "a"), begin(tmp_path, "a")
     (tmp_path / "go").touch()
     for call in (again, and_again, begin(tmp_path, "a")):  # the last one when it has ended
