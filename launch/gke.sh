@@ -4,7 +4,8 @@
 #   VERB=evaluate ... launch/gke.sh --workdir=gs://...      prepare, sample, export likewise
 #   IMAGE=... CLUSTER=... launch/gke.sh --sweep=gs://... [--retry]     a job per point that is not done
 # TOPOLOGY may be of several slices (2xv5p-256). CLUSTER, LOCATION and PROJECT may stand in `gcluster job config`.
-# SHARED=/data: a folder that pods see under this path, as ENGINE_FLAGS='--mount=gs://B;/data;rw' makes it.
+# SHARED=/data: a folder that pods see under this path, as ENGINE_FLAGS='--mount=gs://B;/data;rw' makes it
+# of the whole bucket B (no folder of it), for root (build the image with UID=0).
 # RESTARTS, GRACE (seconds), ENGINE_FLAGS: launch/jobs.sh. Flags as in cluster-toolkit 1.95.0 and the migration
 # guide from xpk of 1.103.0.
 # shellcheck source=launch/jobs.sh

@@ -17,7 +17,7 @@ OF_XPK = {"--cluster", "--zone", "--project"}
 OF_GCLOUD = {"--zone", "--project", "--format", "--quiet"}
 SSH = {"--node", "--worker", "--batch-size", "--command"}
 SWITCHES = {"--gke-disable-parallel-containers", "--quiet", "--force", "--spot", "--detach-run", "--yes",
-            "--all", "-r", "--version"}
+            "--all", "-r", "--version", "--uniform-bucket-level-access", "--enable-hierarchical-namespace"}
 # {(tool, words): the flags that it has and we may use}. gcluster: cmd/job/*.go of cluster-toolkit 1.95.0, and
 # the mapping from xpk in docs/migration/xpk_to_clustertoolkit.md as of release 1.103.0; of the others
 # the --help: xpk 1.16.0, gcloud 528.0.0, sky 0.14.1.
@@ -52,7 +52,9 @@ FLAGS = {
     ("gcloud", "compute", "scp"): OF_GCLOUD,
     ("gcloud", "auth", "login"): set(),
     ("gcloud", "services", "enable"): OF_GCLOUD,
-    ("gcloud", "storage", "buckets", "create"): OF_GCLOUD | {"--location"},
+    ("gcloud", "storage", "buckets", "create"): OF_GCLOUD | {
+        "--location", "--soft-delete-duration", "--uniform-bucket-level-access",
+        "--enable-hierarchical-namespace"},
     ("gcloud", "storage", "cp"): OF_GCLOUD | {"-r"},
     ("gcloud", "storage", "rsync"): OF_GCLOUD | {"-r"},
     ("sky", "jobs", "launch"): {"--name", "--detach-run", "--yes", "--env", "--infra"},

@@ -15,7 +15,7 @@ RUN = f"echo $$ >run.pid; echo begun; echo x >>begun; {WAIT}; echo ended; exit 4
 
 def begin(folder, name: str, command: str = RUN) -> subprocess.Popen:
     return subprocess.Popen([ROOT / "launch/detached.sh", name, command], cwd=folder, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def wait_for(done) -> None:
@@ -33,9 +33,8 @@ def end_of(call: subprocess.Popen) -> tuple[int, list[str]]:
 def test_it_is_begun_once_and_followed_from_then_on(tmp_path):
     lost = begin(tmp_path, "a")
     wait_for((tmp_path / "begun").exists)
-    lost.kill()
-    lost.wait()
-    lost.stdout.close()
+    os.killpg(lost.pid, signal.SIGKILL)  # all that its connection began
+    lost.communicate()
     again, and_again = begin(tmp_path, "a"), begin(tmp_path, "a")
     (tmp_path / "go").touch()
     for call in (again, and_again, begin(tmp_path, "a")):  # the last one when it has ended

@@ -66,7 +66,7 @@ def test_a_first_slice(engines, newcomer):
             if call[4] in ("create", "delete")] == [["create", "first"], ["delete", "first"]]
     ssh = engines.calls("gcloud", "compute", "tpus", "queued-resources", "ssh")
     ran = [flags_of(call)["--command"] for call in ssh]
-    ran = [re.search(r"exec python -m (.*)", command)[1] for command in ran if "exec python" in command]
+    ran = [re.search(r"exec python -m (.*)'", command)[1] for command in ran if "exec python" in command]
     assert ran == ["tfusion.train --config=experiments/quickstart.py --config.data.prepared=data "
                    "--workdir=gs://my-bucket/runs/first", "tfusion.evaluate --workdir=gs://my-bucket/runs/first"]
     assert not (engines.record.parent / "calls.slice").exists()  # nothing is left that costs
@@ -77,6 +77,8 @@ def test_the_ladder(engines, newcomer):
     jobs = [flags_of(call) for call in engines.calls("gcluster", "job", "submit")]
     assert [job["--command"].split("exec python -m ")[1].split()[0] for job in jobs] == [
         "tfusion.prepare", "tfusion.prepare", "tfusion.sweep", "tfusion.sweep"]
+    for job in jobs:  # gcluster would take a folder for a part of the bucket's name
+        assert re.fullmatch(r"gs://[a-z-]+;/tfusion/data;rw", job["--mount"])
     assert [job["--topology"] for job in jobs] == ["2x2x1", "2x2x1", "2x2x2", "4x8x8"]
     assert jobs[-1]["--command"].endswith(
         "tfusion.sweep --out=gs://my-bucket/sweeps/paper --point=chameleon-7b-seed0")

@@ -189,7 +189,8 @@ def test_a_run_goes_on_where_ssh_fails(cloud):
     python = host / "tfusion/.venv/bin/python"
     python.write_text("""#!/usr/bin/env bash
 if [[ "$1" == -c ]]; then exit 0; fi
-echo begun; echo $$ >>"$CALLS.begun"; for _ in {1..1200}; do if [[ -f "$CALLS.go" ]]; then break; fi; sleep .05; done
+echo begun; echo $$ >>"$CALLS.begun"
+for _ in {1..1200}; do if [[ -f "$CALLS.go" ]]; then break; fi; sleep .05; done
 echo ended; exit 1
 """)
     python.chmod(0o755)

@@ -325,6 +325,17 @@ def test_a_plan_for_several_hosts_says_that_the_trainer_starts_one(name, hosts):
                     "--workdir"] * (hosts > 1)
 
 
+@pytest.mark.parametrize(("name", "micros", "noted"), [("2xv5p-64", 4, 1), ("2xv5p-64", 1, 0),
+                                                       ("v5p-64", 4, 0)])
+def test_micro_batches_over_the_slow_network_are_noted(name, micros, noted):
+    accelerator = parse_accelerator(name)
+    cfg = search.change(small_config(), train={"batch_size": 256, "num_microbatches": micros})
+    mesh = topology.abstract_mesh(config.MeshConfig(accelerator.num_slices, -1, 1, 1), accelerator)
+    candidate = search.Candidate(cfg, mesh, Work(0, 0, 0, 0, 0, 0), None, None, None)
+    said = [note for note in plan.notes(candidate, accelerator, "") if "slow network 4 times" in note]
+    assert len(said) == noted
+
+
 def test_smaller_tries_the_nearest_changes_first():
     cfg = search.change(small_config(batch_size=16), model={"remat": "none"})
     tried = [(c.model.remat, c.train.num_microbatches, c.mesh.data)

@@ -84,6 +84,10 @@ def notes(candidate: Candidate, accelerator: Accelerator, by_formula: str) -> li
                     "is of these")
     if candidate.work.kernels:
         said.append(f"{candidate.work.kernels} attention kernels state no cost: counted by visible pairs")
+    micros = candidate.cfg.train.num_microbatches
+    if accelerator.num_slices > 1 and micros > 1:
+        said.append(f"{micros} micro-batches on {accelerator.num_slices} slices: gradients are summed over the "
+                    f"slow network {micros} times a step")
     return said
 
 
