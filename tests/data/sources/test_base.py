@@ -212,7 +212,7 @@ def test_places_of_a_large_source_are_from_all_over_it(monkeypatch, number):
 def test_no_pictures_and_pictures_of_another_size_are_refused():
     with pytest.raises(UserError, match=r"notes, off: none of these has pictures in its heldout split"):
         pictures({"notes": Spec("x", 1.0, [["a"]]), "off": Spec("x", 0.0, [[picture(1)]])}, "heldout", 4)
-    for kept, says in ((Kept, "--config.data.sources.photos.heldout_fraction=0.1"), (Spec, "give a share to one")):
+    for kept, says in ((Kept, "--config.data.sources.photos.heldout_fraction=0.1"), (Spec, "give a share to")):
         some = {"notes": Spec("x", 1.0, [["a"]]), "photos": kept("x", 1.0, [])}
         with pytest.raises(UserError, match=rf"heldout split that can be read; .*{says}"):
             pictures(some, "heldout", 4)
