@@ -111,6 +111,13 @@ def test_what_earlier_commands_left_stays(verb):
     assert verb.documents()[1]["parts"][0] == {"image": "001_0.png"}
 
 
+def test_a_folder_that_cannot_be_written_is_seen_before_any_sampling(verb):
+    (verb.folder / "file").touch()
+    with pytest.raises(UserError, match=r"--out=.*/file/x is not writable \(Not a directory\); choose another"):
+        verb(PROMPTS=["a"], OUT=f"{verb.folder}/file/x")
+    assert not hasattr(verb, "prompts")
+
+
 def test_draw_starts_a_picture_after_every_prompt(verb, cfg, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     for draw, end in ((False, []), (True, [cfg.vocabulary.boi])):

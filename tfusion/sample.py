@@ -116,11 +116,14 @@ def main() -> None:
                         "made elsewhere; text alone can be sampled")
     run_ = run_._replace(cfg=with_flags(run_.cfg))
     documents, names = make_documents(run_.codec)
+    out = paths.path(OUT.value or f"{WORKDIR.value}/samples")
+    if distributed.is_writer():
+        paths.check_writable(out, "--out")
     with jax.set_mesh(mesh):
         rows = go_on(run_, documents, seed=SEED.value, temperature=TEMPERATURE.value,
                      max_images=MAX_IMAGES.value, draw_first=DRAW.value)
     if distributed.is_writer():
-        write(rows, names, run_.step, paths.path(OUT.value or f"{WORKDIR.value}/samples"))
+        write(rows, names, run_.step, out)
         note_undrawn(rows, drawing=bool(run_.codec) and MAX_IMAGES.value != 0)
 
 

@@ -253,6 +253,7 @@ def freeze(out: Path, points: list[Point]) -> bool:
             return False
         points = [point._replace(topology=new[point.name].topology, plan=new[point.name].plan)
                   if point.topology is None else point for point in old]
+    paths.check_writable(out, "--out")
     out.mkdir(parents=True, exist_ok=True)
     replace_text(out / POINTS, "".join(f"{point.line}\n" for point in points))
     return True

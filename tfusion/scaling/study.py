@@ -142,7 +142,7 @@ def read_all(sweep: Path) -> list[dict]:
             point = json.loads(line)
             missing = [key for key in NEEDED if key not in point]
         except (ValueError, TypeError) as e:
-            raise UserError(f"{path}, line {number} is not JSON: {e}") from e
+            raise UserError(f"{path}, line {number} is not JSON: {getattr(e, 'msg', e)}") from e
         if missing:
             raise UserError(f"{path}, line {number} lacks {', '.join(missing)}")
         points.append(point)
