@@ -132,7 +132,8 @@ def reached(m: dict) -> str:
         return ""
     sign, best = (1, m["high"]) if m["better"] == "higher" else (-1, m["low"])
     met, within = (x is not None and sign * x >= sign * m["want"] for x in (m["value"], best))
-    return f"{m['want']:g}, {'reached' if met else 'within the interval' if within else '**not reached**'}"
+    word = "reached" if met else "short of it, within the interval" if within else "**not reached**"
+    return f"{m['want']:g}, {word}"
 
 
 def tables(found: dict) -> str:

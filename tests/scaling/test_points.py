@@ -76,12 +76,6 @@ def test_n_is_the_shared_transformer_with_the_texts_embeddings():
      "point 'a': evaluate has no flag --numbr; did you mean --number?"),
     ('[dict(name="a", config="FILE", flags={"train": {"x": 8}})]',
      "train has no flag --x; known: --dry_run, --profile, --resume, --wandb, --workdir"),
-    *[(f'[dict(name="a", config="FILE", flags={{"evaluate": {{"{flag}": {value!r}}}}})]',
-       f"point 'a': evaluate --{flag}={value}: {why}") for flag, value, why in (
-           ("number", "x", "invalid literal for int"), ("number", 0, "0 is not a positive integer"),
-           ("poll_seconds", "soon", "could not convert"), ("follow", "perhaps", "Non-boolean argument"))],
-    ('[dict(name="a", config="FILE", flags={"train": {"resume": "last"}})]',
-     "train --resume=last: value should be one of <latest.latest_good>"),
     ('[dict(name="a", config="FILE", verbs=["prepare"])]',
      'point \'a\': data.image_share says .* {"prepare": {"codec": "{NAME}"}} is needed'),
     ("[dict(name='a')]", "point 'a' has no config: experiments/FILE.py.:words. is wanted"),

@@ -13,7 +13,6 @@ which is the sweep's folder and the name: who names another point waits for it. 
 verb, `tags` what a report sorts the points by, `topology` the slice that a cluster is asked for (`v5p-16`).
 """
 
-import ast
 import difflib
 import functools
 import hashlib
@@ -22,9 +21,6 @@ import json
 import re
 from pathlib import Path
 from typing import NamedTuple
-
-from absl import flags as absl_flags
-from absl.flags import FlagValues
 
 from tfusion import config, experiment, paths
 from tfusion.accelerators import Accelerator, parse_accelerator
@@ -193,29 +189,18 @@ def _check_flags(flags: dict, verbs: list[str]) -> None:
             raise UserError(f"its flags of '{verb}' are {given!r:.60}, not a dictionary")
         if own := [flag for flag in OURS if flag in given]:
             raise UserError(f"--{own[0]} is not for its flags of {verb}: a sweep gives it, each point its own")
-        known = flags_of(verb)
-        for flag, value in given.items():
-            if flag not in known and not flag.startswith("config."):
-                near = difflib.get_close_matches(flag, known, n=1)
-                raise UserError(f"{verb} has no flag --{flag}; " + (
-                    f"did you mean --{near[0]}?" if near else f"known: --{', --'.join(sorted(known))}"))
-            try:
-                if flag in known:
-                    known[flag].parser.parse(str(value))
-            except ValueError as e:
-                raise UserError(f"{verb} --{flag}={value}: {e.args[0]}") from e
+        if bad := [flag for flag in given if flag not in flags_of(verb) and not flag.startswith("config.")]:
+            near = difflib.get_close_matches(bad[0], flags_of(verb), n=1)
+            raise UserError(f"{verb} has no flag --{bad[0]}; " + (
+                f"did you mean --{near[0]}?" if near else f"known: --{', --'.join(sorted(flags_of(verb)))}"))
 
 
 @functools.cache
-def flags_of(verb: str) -> FlagValues:
-    """The flags that it defines. Its definitions alone are run: of several verbs that one process imports each
-    would define its --workdir."""
+def flags_of(verb: str) -> frozenset[str]:
+    """Names of the flags that it defines: read, for of several verbs that one process imports each would define
+    its --workdir."""
     source = Path(importlib.util.find_spec(f"tfusion.{verb}").origin).read_text()
-    found = FlagValues()
-    for line in map(ast.unparse, ast.parse(source).body):
-        if match := re.fullmatch(r"\w+ = ((?:flags\.DEFINE_\w+|paths\.define)\(.*)\)", line, re.DOTALL):
-            eval(f"{match[1]}, flag_values=found)", {"flags": absl_flags, "paths": paths, "found": found})
-    return found
+    return frozenset(re.findall(r'(?:\bDEFINE_\w+|\bpaths\.define)\(\s*"(\w+)"', source))
 
 
 def _check_different(points: list[Point], where: str) -> None:
