@@ -46,6 +46,12 @@ class Cut(NamedTuple):
     images: np.ndarray
 
 
+@functools.cache
+def _warn(told: str) -> None:
+    """Once a process, however often a source is opened: each evaluator opens it."""
+    print(f"warning: {told}", file=sys.stderr)
+
+
 class Documents:
     """The documents of one split of one source. Opening reads the ledger and the sizes of a few shards.
 
@@ -95,7 +101,7 @@ class Documents:
         told = f"{self.source.folder}: {left_out} of {of} records with images are left out{sampled}: {why}"
         if left_out > MOST_LEFT_OUT * of:
             raise UserError(told)
-        print(f"warning: {told}", file=sys.stderr)
+        _warn(told)
 
     def _pieces(self, text_tokens, images):
         """How many documents records become: a long text several, each but the first for one more BOS; one with
