@@ -198,7 +198,9 @@ echo ended; exit 1
   for word; do [[ "$word" != --command=* ]] || command=${word#*=}; done
   cd "$CALLS.host"
   if [[ -f "$CALLS.begun" ]]; then touch "$CALLS.go"; exec bash -c "$command"; fi
-  bash -c "exec $command" & until [[ -f "$CALLS.begun" ]]; do sleep .05; done; kill -KILL $!; exit 255
+  bash -c "exec $command" &
+  for _ in {1..600}; do if [[ -f "$CALLS.begun" ]]; then break; fi; sleep .05; done
+  kill -KILL $!; exit 255
 fi
 """ + GCLOUD)
     done = run(cloud, *RUN, RESTARTS="1")

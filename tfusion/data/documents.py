@@ -31,7 +31,7 @@ AT_ONCE = 16  # shards
 MOST_LEFT_OUT = 0.1  # of a source's records with images; more is a mistake in the config
 
 
-@functools.cache
+@functools.lru_cache(1)
 def _threads() -> ThreadPoolExecutor:
     """Of the process; they only wait."""
     return ThreadPoolExecutor(AT_ONCE, "shards")
