@@ -132,7 +132,8 @@ class Log:
         values |= self.speed.report()
         values |= self.rows.stats(self.rows_before + step * self.cfg.train.batch_size - 1)
         values["train/learning_rate"] = float(self.learning_rate(step - 1))
-        return values | metrics.device_memory(jax.local_devices())
+        values |= metrics.device_memory(jax.local_devices())
+        return values | metrics.most_of_all(values)
 
     def write(self, step: int, values: dict) -> None:
         self.writer.write(step, values | self.paused | self.goodput.values())
@@ -222,10 +223,14 @@ class Run(NamedTuple):
     trace: Trace
     watchdog: Watchdog
     preemption: distributed.Preemption
+    before: list  # the losses of the step or batch before
 
     def ended(self, losses) -> bool:
-        """Whether all processes are to save and end; losses: of the step or batch that is under way."""
+        """Whether all processes are to save and end; losses: of the step or batch that is under way. The one
+        before it is waited for: a notice comes to a queue of two, and the device still never waits."""
         self.watchdog.watch(losses)
+        jax.block_until_ready(self.before)
+        self.before[:] = [losses]
         return self.preemption.due()
 
 
@@ -234,6 +239,8 @@ def open_run(closing: contextlib.ExitStack, cfg: config.RunConfig, workdir: Path
     """As `train`; and where it begins."""
     goodput = closing.enter_context(contextlib.closing(Goodput(workdir, process_began)))
     t = cfg.train
+    watchdog, preemption = Watchdog(t.watchdog_minutes), distributed.Preemption()
+    closing.callback(watchdog.close)
     objective, tx = kind_of(cfg).make(cfg), make_optimizer(cfg.optimizer, t.num_steps)
     rows = kind_of(cfg).open_rows(cfg)
     distributed.check_alike(flatten_dict(cfg.to_dict(), sep=".") | rows.identity | {"--resume": resume_from})
@@ -241,14 +248,14 @@ def open_run(closing: contextlib.ExitStack, cfg: config.RunConfig, workdir: Path
     checkpoints = Checkpoints(workdir, writing=True, keep=Keep(t.keep_last, t.keep_every, t.keep_best))
     begun = resume.start(cfg, objective, tx, mesh, checkpoints, rows, workdir, resume_from)
     goodput.resume(begun.goodput, writing=distributed.is_writer())
-    watchdog, preemption = Watchdog(t.watchdog_minutes), distributed.Preemption()
+    watchdog.beat()
     log = Log(cfg, objective, rows, workdir, begun, goodput, wandb)
     saver = Saver(cfg, checkpoints, rows, begun.frozen, log)
-    for each in (watchdog, preemption, log):
+    for each in (preemption, log):
         closing.enter_context(contextlib.closing(each))
     closing.enter_context(saver)
     trace = Trace(profile, int(begun.state.step), workdir)
-    return Run(objective, tx, rows, held, log, saver, trace, watchdog, preemption), begun
+    return Run(objective, tx, rows, held, log, saver, trace, watchdog, preemption, []), begun
 
 
 def train(cfg: config.RunConfig, workdir: Path, mesh, profile=None, wandb: str | None = None,
@@ -298,7 +305,7 @@ def train(cfg: config.RunConfig, workdir: Path, mesh, profile=None, wandb: str |
                     run.saver.save(state, done, next_row, values if looked is None else None, looked or {})
                     run.watchdog.beat()
                 if run.preemption.came and (done < t.num_steps or looked is None):
-                    raise run.saver.stopped(done)
+                    raise run.saver.stopped(done, run.preemption.of_the_user())
             elif logging:
                 log.late = done
     finish(workdir, state, first, t.num_steps, log.speed.total, time.perf_counter() - began)
@@ -307,11 +314,13 @@ def train(cfg: config.RunConfig, workdir: Path, mesh, profile=None, wandb: str |
 
 def compile_step(run: Run, cfg: config.RunConfig, state, frozen, placed, count):
     """The training step, compiled for this state and batch; and all else that the loop will call. From here on
-    steps can be lost: a preemption saves first, and the watchdog watches."""
+    steps can be lost: a preemption saves first, and the watchdog waits for each."""
     with run.log.goodput.part("compile"):
         objective, tx = run[:2]
         step = steps.jit_train_step(objective, tx, cfg, state)
+        run.watchdog.beat()  # the first batch is there
         compiled = step.lower(state, frozen, placed).compile()
+        run.watchdog.beat()
         distributed.wait_for_all()  # the first exchange waits half a minute at most for who compiles longer
         run.held.compile(state, frozen, cfg.train.eval_every > 0, cfg.train.diagnostics_every > 0)
         run.saver.compile(state)
