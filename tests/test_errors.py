@@ -328,7 +328,7 @@ def test_a_run_that_was_stopped_is_one_that_launchers_restart(monkeypatch, capsy
 
 UNANSWERED = [OSError(errno.EIO, "x"), OSError(errno.ESTALE, "x"), ConnectionResetError(), TimeoutError(),
               ValueError("UNAVAILABLE: gs://x"), ValueError("opening /x: Input/output error [5]"),
-              type("HttpError", (Exception,), {"code": 503})(), type("ClientConnectionError", (Exception,), {})()]
+              type("HttpError", (Exception,), {"code": 503})(), type("ClientPayloadError", (Exception,), {})()]
 ANSWERED = [FileNotFoundError(2, "x"), PermissionError(13, "x"), ValueError("bad checksum"), KeyError("x"),
             type("HttpError", (Exception,), {"code": 403})(), None]
 

@@ -248,6 +248,20 @@ def told(name: str) -> dict[int, Any]:
     return {int(key.rpartition("/")[2]): json.loads(value) for key, value in found}
 
 
+def most(values: dict[str, float]) -> dict:
+    """The largest of several processes' values and whose it is, {name_max: value, name_max_process: number},
+    for process 0; each tells its own and waits for none, so one that is behind is known by what it told
+    before."""
+    if jax.process_count() == 1:
+        return {}
+    tell("values", values)
+    all_told, out = told("values") if is_writer() else {}, {}
+    for name in values:
+        found = {theirs[name]: process for process, theirs in all_told.items() if name in theirs}
+        out |= {f"{name}_max": max(found), f"{name}_max_process": found[max(found)]} if found else {}
+    return out
+
+
 def arrive(place: str) -> None:
     """Says that this process has come to a place of the program."""
     runtime.global_state.client.key_value_increment(f"tfusion/arrived/{place}", 1)

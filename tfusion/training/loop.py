@@ -133,7 +133,7 @@ class Log:
         values |= self.rows.stats(self.rows_before + step * self.cfg.train.batch_size - 1)
         values["train/learning_rate"] = float(self.learning_rate(step - 1))
         values |= metrics.device_memory(jax.local_devices())
-        return values | metrics.most_of_all(values)
+        return values | distributed.most({name: values[name] for name in metrics.COMPARED if name in values})
 
     def write(self, step: int, values: dict) -> None:
         self.writer.write(step, values | self.paused | self.goodput.values())
@@ -157,8 +157,7 @@ class Trace:
     None."""
 
     def __init__(self, profile, first: int, workdir: Path):
-        if not distributed.is_writer():
-            profile = None
+        profile = profile if distributed.is_writer() else None
         if profile and profile[0] < first:  # the same command again after a crash must go on
             tqdm.write(f"no trace: --profile={profile[0]}:{profile[1]} begins before step {first}")
             profile = None
@@ -227,7 +226,7 @@ class Run(NamedTuple):
 
     def ended(self, losses) -> bool:
         """Whether all processes are to save and end; losses: of the step or batch that is under way. The one
-        before it is waited for: a notice comes to a queue of two, and the device still never waits."""
+        before is waited for: a notice comes to a queue of two, and the device still has one to do."""
         self.watchdog.watch(losses)
         jax.block_until_ready(self.before)
         self.before[:] = [losses]
@@ -240,7 +239,8 @@ def open_run(closing: contextlib.ExitStack, cfg: config.RunConfig, workdir: Path
     goodput = closing.enter_context(contextlib.closing(Goodput(workdir, process_began)))
     t = cfg.train
     watchdog, preemption = Watchdog(t.watchdog_minutes), distributed.Preemption()
-    closing.callback(watchdog.close)
+    for each in (watchdog, preemption):
+        closing.callback(each.close)
     objective, tx = kind_of(cfg).make(cfg), make_optimizer(cfg.optimizer, t.num_steps)
     rows = kind_of(cfg).open_rows(cfg)
     distributed.check_alike(flatten_dict(cfg.to_dict(), sep=".") | rows.identity | {"--resume": resume_from})
@@ -249,11 +249,8 @@ def open_run(closing: contextlib.ExitStack, cfg: config.RunConfig, workdir: Path
     begun = resume.start(cfg, objective, tx, mesh, checkpoints, rows, workdir, resume_from)
     goodput.resume(begun.goodput, writing=distributed.is_writer())
     watchdog.beat()
-    log = Log(cfg, objective, rows, workdir, begun, goodput, wandb)
-    saver = Saver(cfg, checkpoints, rows, begun.frozen, log)
-    for each in (preemption, log):
-        closing.enter_context(contextlib.closing(each))
-    closing.enter_context(saver)
+    log = closing.enter_context(contextlib.closing(Log(cfg, objective, rows, workdir, begun, goodput, wandb)))
+    saver = closing.enter_context(Saver(cfg, checkpoints, rows, begun.frozen, log))
     trace = Trace(profile, int(begun.state.step), workdir)
     return Run(objective, tx, rows, held, log, saver, trace, watchdog, preemption, []), begun
 
@@ -316,8 +313,7 @@ def compile_step(run: Run, cfg: config.RunConfig, state, frozen, placed, count):
     """The training step, compiled for this state and batch; and all else that the loop will call. From here on
     steps can be lost: a preemption saves first, and the watchdog waits for each."""
     with run.log.goodput.part("compile"):
-        objective, tx = run[:2]
-        step = steps.jit_train_step(objective, tx, cfg, state)
+        step = steps.jit_train_step(run.objective, run.tx, cfg, state)
         run.watchdog.beat()  # the first batch is there
         compiled = step.lower(state, frozen, placed).compile()
         run.watchdog.beat()

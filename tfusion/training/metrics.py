@@ -9,12 +9,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tfusion import accelerators, distributed
+from tfusion import accelerators
 from tfusion.errors import UserError
 from tfusion.paths import replace_text
 from tfusion.training.optimizer import CLIP_NORM
 
-COMPARED = ("data/wait_fraction", "memory/peak_gib")  # over processes
+COMPARED = ("data/wait_fraction", "memory/peak_gib")  # over processes: who waits is waited for
 MOST_SKIPPED = 20  # steps in a row: then it is not one batch that is bad
 
 
@@ -116,20 +116,6 @@ def device_memory(devices) -> dict:
     names = {"memory/in_use_gib": "bytes_in_use", "memory/peak_gib": "peak_bytes_in_use"}
     return {name: max(s[key] for s in stats) / accelerators.GIB for name, key in names.items()
             if stats and all(key in s for s in stats)}
-
-
-def most_of_all(values: dict) -> dict:
-    """Of several processes, the one that waits longest for data, which all the others wait for, and the one
-    with the fullest device: {name_max: value, name_max_process: number}. Each tells the rest as it comes to a
-    line, and waits for none: one that is behind is known by its line before."""
-    if jax.process_count() == 1:
-        return {}
-    distributed.tell("load", {name: values[name] for name in COMPARED if name in values})
-    load, out = distributed.told("load") if distributed.is_writer() else {}, {}
-    for name in COMPARED:
-        if found := {told[name]: process for process, told in load.items() if name in told}:
-            out |= {f"{name}_max": max(found), f"{name}_max_process": found[max(found)]}
-    return out
 
 
 def write_timing(folder: Path, name: str, seconds: float) -> None:

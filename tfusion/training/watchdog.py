@@ -61,8 +61,7 @@ class Watchdog:
         return moved
 
     def _end(self) -> None:
-        what = "step has ended" if self._limit == self._minutes else "first step has begun"
-        print(f"error: no {what} for {self._limit:g} minutes (train.watchdog_minutes); every thread's stack:",
-              file=sys.stderr, flush=True)
+        print(f"error: no step has ended for {self._limit:g} minutes (train.watchdog_minutes); every thread's "
+              "stack:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         os._exit(HUNG)
