@@ -130,9 +130,10 @@ def reached(m: dict) -> str:
     """A wanted value, and whether it is met."""
     if m["want"] is None:
         return ""
-    sign = 1 if m["better"] == "higher" else -1
-    met = m["value"] is not None and sign * m["value"] >= sign * m["want"]
-    return f"{m['want']:g}, {'reached' if met else '**not reached**'}"
+    sign, best = (1, m["high"]) if m["better"] == "higher" else (-1, m["low"])
+    met, within = (x is not None and sign * x >= sign * m["want"] for x in (m["value"], best))
+    word = "reached" if met else "short of it, within the interval" if within else "**not reached**"
+    return f"{m['want']:g}, {word}"
 
 
 def tables(found: dict) -> str:

@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 
 from experiments.common import base, parse, shorten, small_autoencoder, small_transformer
 
-FILES = dict(share=1.0, heldout_fraction=0.02)
+FILES = dict(share=1.0, heldout_fraction=0.05)
 KINDS = {"folder": FILES, "jsonl": FILES, "array_record": FILES | dict(heldout_path="none"),
          "tfds": FILES | dict(train_split="train", heldout_split="none", image="image", text="text",
                               key="none"),

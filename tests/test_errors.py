@@ -98,7 +98,17 @@ CASES = {  # name: (verb, arguments, what the line says)
     "bad_mesh": ("train", [*TRAIN, "--config.mesh.data=3"], ["mesh data=3", "does not fit 1 devices"]),
     "no_config": ("train", ["--workdir=TMP/run"], ["--config", "--workdir"]),
     "no_workdir": ("train", TRAIN[:1], ["--config", "--workdir"]),
-    "no_such_file": ("train", ["--config=experiments/nope.py", "--workdir=TMP/run"], ["experiments/nope.py"]),
+    **{f"no_such_file_{verb}": (verb, ["--config=experiments/nope.py:a", *args], [
+        "error: experiments/nope.py not found: experiments/FILE.py[:variant] is wanted"])
+       for verb, args in (("train", ["--workdir=TMP/run"]), ("prepare", []), ("plan", ["--topology=h100-8"]))},
+    "report_below_a_file": ("report", ["--scaling=TMP/none", "--out=TMP/file/x"],
+                            ["error: --out=TMP/file/x is not writable (Not a directory); choose another"]),
+    "results_below_a_file": ("report", ["--scaling=TMP/none", "--results=TMP/file/x"],
+                             ["error: --results=TMP/file/x is not writable (Not a directory); choose another"]),
+    "sweep_below_a_file": ("sweep", ["--config=experiments/ablations.py", "--out=TMP/file/x"],
+                           ["error: --out=TMP/file/x is not writable (Not a directory); choose another"]),
+    "export_below_a_file": ("export", ["--workdir=TMP/none", "--out=TMP/file/x"],
+                            ["error: --out=TMP/file is not writable (Not a directory); choose another folder"]),
     "unknown_variant": ("train", ["--config=experiments/quickstart.py:huge", "--workdir=TMP/run"],
                         ["unknown variant 'huge'; at most one of each: objective: transfusion, autoencoder"]),
     "two_of_a_group": ("train", ["--config=experiments/transfusion.py:7b,0.16b", "--workdir=TMP/run"],

@@ -87,6 +87,37 @@ def test_white_space_around_a_prompt_is_no_part_of_it(verb):
     assert [d["prompt"] for d in verb.documents()] == ["a fox"] * 3
 
 
+def test_what_earlier_commands_left_stays(verb):
+    """Rows are numbered on, also where documents.jsonl or pictures were deleted; other files do not count."""
+    folder, row = verb.folder / "samples", [PICTURE, TEXT, PICTURE]
+    verb.rows = [[TEXT], row]
+    verb(PROMPTS=["a", "b"])
+    (folder / "001_0.png").write_bytes(b"mine")
+    verb.rows = [row]
+    verb(PROMPTS=["c"])
+    (folder / "900_0.png.txt").touch()
+    verb(NUM_DOCUMENTS=1)
+    assert [d["prompt"] for d in verb.documents()] == ["a", "b", "c", ""]
+    named = [part["image"] for d in verb.documents() for part in d["parts"] if "image" in part]
+    assert named == sorted(path.name for path in folder.glob("*.png")) == [
+        f"00{row}_{number}.png" for row in (1, 2, 3) for number in (0, 1)]
+    assert (folder / "001_0.png").read_bytes() == b"mine"
+    (folder / "documents.jsonl").unlink()
+    verb(PROMPTS=["d"])
+    assert verb.documents()[0]["parts"][0] == {"image": "004_0.png"}
+    for path in folder.glob("*.png"):
+        path.unlink()
+    verb(PROMPTS=["e"])
+    assert verb.documents()[1]["parts"][0] == {"image": "001_0.png"}
+
+
+def test_a_folder_that_cannot_be_written_is_seen_before_any_sampling(verb):
+    (verb.folder / "file").touch()
+    with pytest.raises(UserError, match=r"--out=.*/file/x is not writable \(Not a directory\); choose another"):
+        verb(PROMPTS=["a"], OUT=f"{verb.folder}/file/x")
+    assert not hasattr(verb, "prompts")
+
+
 def test_draw_starts_a_picture_after_every_prompt(verb, cfg, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     for draw, end in ((False, []), (True, [cfg.vocabulary.boi])):
@@ -121,6 +152,7 @@ def test_a_terminal_that_knows_ascii_only_loses_nothing(verb, monkeypatch):
     verb.rows = [[layout.text(verb.tokenizer.encode("für 猫")), PICTURE, layout.text([])]]
     verb(PROMPTS=["café"])
     (document,) = verb.documents()
-    assert document == {"prompt": "café", "parts": [{"text": "für 猫"}, {"image": "000_0.png"}, {"text": ""}]}
+    assert (document["prompt"], document["step"]) == ("café", 6)
+    assert document["parts"] == [{"text": "für 猫"}, {"image": "000_0.png"}, {"text": ""}]
     stdout.seek(0)
     assert stdout.read().startswith("caf? -> f?r ? [000_0.png]")

@@ -48,7 +48,9 @@ def _sums(x, seed):
 
 @functools.lru_cache
 def _compiled(out):
-    return jax.jit(_sums, out_shardings=out)
+    """One program for a tree, in which the sums of all shards travel together: with one for each leaf, many
+    exchanges at once, XLA:CPU can come to wait for itself."""
+    return jax.jit(lambda arrays, seeds: [_sums(x, seed) for x, seed in zip(arrays, seeds)], out_shardings=out)
 
 
 def forms(name: str, tree) -> dict[str, str]:
@@ -60,10 +62,9 @@ def forms(name: str, tree) -> dict[str, str]:
 
 def leaves(name: str, tree) -> dict[str, list]:
     """{'name/path/of/leaf': ['float32[2,3]', sum, sum]}: waits for the arrays, and on no mesh needs another."""
-    sums = []
-    for (leaf, form), x in zip(forms(name, tree).items(), jax.tree.leaves(tree)):
-        mesh = getattr(getattr(x, "sharding", None), "mesh", None)
-        compute = _compiled(sharding.replicated(mesh) if mesh is not None else None)
-        sums.append(compute(x, np.uint32(zlib.crc32(f"{leaf} {form}".encode()))))
-    return {leaf: [form, *map(int, pair)]
-            for (leaf, form), pair in zip(forms(name, tree).items(), jax.device_get(sums))}
+    named, arrays = forms(name, tree), jax.tree.leaves(tree)
+    meshes = [x.sharding.mesh for x in arrays if hasattr(getattr(x, "sharding", None), "mesh")]
+    compute = _compiled(sharding.replicated(meshes[0]) if meshes else None)
+    seeds = [np.uint32(zlib.crc32(f"{leaf} {form}".encode())) for leaf, form in named.items()]
+    sums = jax.device_get(compute(arrays, seeds))
+    return {leaf: [form, *map(int, pair)] for (leaf, form), pair in zip(named.items(), sums)}

@@ -8,12 +8,15 @@ from absl import flags
 from ml_collections import config_flags
 
 from tfusion import config
-from tfusion.errors import UserError
+from tfusion.errors import UserError, parsing
 
 flags.disclaim_key_flags()  # `--help` of a verb lists the flag among its own
 
 
 def define():
+    with parsing():  # here, in a line: the flag's own parser has three for a file that is not there
+        if (name := given()) != "config":
+            _check_file(name.partition(":")[0])
     return config_flags.DEFINE_config_file("config", None, "experiments/FILE.py[:variant]")
 
 
@@ -27,10 +30,14 @@ def read(holder) -> config.RunConfig:
     return config.from_dict(holder.value)
 
 
-def load(path: str):
-    """The module of an experiment file. Raises UserError where there is none."""
+def _check_file(path: str) -> None:
     if not Path(path).is_file():
         raise UserError(f"{path} not found: experiments/FILE.py[:variant] is wanted")
+
+
+def load(path: str):
+    """The module of an experiment file. Raises UserError where there is none."""
+    _check_file(path)
     spec = importlib.util.spec_from_file_location("experiment", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -39,6 +39,7 @@ def main() -> None:
         raise UserError("--workdir=DIR, the workdir of a run, and --out=DIR, the folder to make, are needed")
     source, out, form = paths.path(WORKDIR.value), Path(OUT.value).resolve(), exporting.FORMATS[FORMAT.value]
     place.check(out, OVERWRITE.value)
+    paths.check_writable(out.parent, "--out")
     distributed.start_process()
     mesh = sharding.parse_mesh(MESH.value)
     run_ = trained.load(source, STEP.value, mesh, WEIGHTS.value)

@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import secrets
+import tempfile
 
 from absl import flags
 from etils import epath
@@ -63,6 +64,18 @@ def path(text) -> epath.Path:
 def absolute(text) -> str:
     text = os.fspath(text)
     return text if in_bucket(text) else str(pathlib.Path(text).absolute())
+
+
+def check_writable(path, flag: str) -> None:
+    """Before long work, and without making anything: raises UserError where nothing can be written at or below
+    a path. flag: what names it."""
+    try:
+        if not in_bucket(path):
+            path = pathlib.Path(absolute(path))
+            there = next(folder for folder in (path, *path.parents) if folder.exists())
+            tempfile.TemporaryFile(dir=there).close()
+    except OSError as e:
+        raise UserError(f"{flag}={path} is not writable ({e.strerror or e}); choose another folder") from e
 
 
 def replace_bytes(path, content: bytes) -> None:

@@ -48,6 +48,8 @@ def commit() -> str:
 
 def write_scaling(sweep: Path, kept: Path | None, out: Path) -> None:
     """Keeps what finished since, then fits all that is finished."""
+    for flag, folder in {"--out": out, "--results": kept or out}.items():
+        paths.check_writable(folder, flag)
     for folder in study.keep(sweep, kept) if kept else ():
         print(f"kept {folder}")
     found = study.read(sweep, kept, OUTLIERS.value)
@@ -80,6 +82,7 @@ def main(words: list[str]) -> None:
         sweep = paths.path(SCALING.value)
         return write_scaling(sweep, kept, paths.path(OUT.value or sweep / "report"))
     out = paths.path(OUT.value or ("compare.html" if COMPARE.value else f"{WORKDIR.value}/report.html"))
+    paths.check_writable(out.parent, "--out")
     try:
         if COMPARE.value:
             roots = [paths.path(paths.anywhere(word)) for word in (*COMPARE.value, *words)]

@@ -7,10 +7,12 @@
   python -m tfusion.sample --workdir=... --num_documents=4 --temperature=1   whole documents from nothing
 
 A model invents where a prompt is not in the words it was trained on, capitals included. Each row starts in
-LM mode, draws whenever the model writes BOI and goes on until EOS. Pictures and documents.jsonl go to --out.
+LM mode, draws whenever the model writes BOI and goes on until EOS. Pictures and documents.jsonl, a line a row,
+go to --out, behind what earlier commands left there: row numbers go on, and nothing is overwritten.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -31,7 +33,7 @@ DRAW = flags.DEFINE_bool("draw", False, "start a picture right after each prompt
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; default: the latest")
 MESH = flags.DEFINE_string("mesh", None,
                            "devices to spread the model over, such as fsdp=4; default: one, or all processes'")
-OUT = paths.define("out", None, "where to write; default: WORKDIR/samples", buckets=True)
+OUT = paths.define("out", None, "where to write, behind what is there; default: WORKDIR/samples", buckets=True)
 SEED = flags.DEFINE_integer("seed", 0, "of the sampling", lower_bound=0, upper_bound=2**32 - 1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "of the text; 0 = greedy", lower_bound=0.0)
 MAX_IMAGES = flags.DEFINE_integer("max_images", None, "pictures per row; default: as many as fit",
@@ -69,11 +71,16 @@ def note_undrawn(rows: list, drawing: bool) -> None:
               "after the prompt", file=sys.stderr)
 
 
-def write(rows: list, names: list[str], out: Path) -> None:
-    """One line of documents.jsonl per row: its prompt and parts; pictures as <row>_<number>.png."""
+def write(rows: list, names: list[str], step: int, out: Path) -> None:
+    """One line of documents.jsonl per row: its prompt, the run's step, and its parts; pictures as
+    <row>_<number>.png. Rows are numbered on from what is there, which stays."""
     out.mkdir(parents=True, exist_ok=True)
+    told = out / "documents.jsonl"
+    before = told.read_text() if told.exists() else ""
+    pictures = (re.fullmatch(r"(\d+)_\d+\.png", path.name) for path in out.iterdir())
+    first = max([len(before.splitlines()), *(int(match[1]) + 1 for match in pictures if match)])
     documents = []
-    for number, (name, parts) in enumerate(zip(names, rows)):
+    for number, (name, parts) in enumerate(zip(names, rows), start=first):
         drawn, line = 0, []
         for part in parts:
             if isinstance(part, str):
@@ -83,8 +90,8 @@ def write(rows: list, names: list[str], out: Path) -> None:
             paths.replace_by(path, lambda file, part=part: Image.fromarray(part).save(file, "PNG"))
             line.append({"image": path.name})
             drawn += 1
-        documents.append({"prompt": name, "parts": line})
-    paths.replace_text(out / "documents.jsonl", "".join(json.dumps(d) + "\n" for d in documents))
+        documents.append({"prompt": name, "step": step, "parts": line})
+    paths.replace_text(told, before + "".join(json.dumps(d) + "\n" for d in documents))
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a letter loses that letter only
     for document in documents:
         shown = (part["text"] if "text" in part else f"[{part['image']}]" for part in document["parts"])
@@ -109,11 +116,14 @@ def main() -> None:
                         "made elsewhere; text alone can be sampled")
     run_ = run_._replace(cfg=with_flags(run_.cfg))
     documents, names = make_documents(run_.codec)
+    out = paths.path(OUT.value or f"{WORKDIR.value}/samples")
+    if distributed.is_writer():
+        paths.check_writable(out, "--out")
     with jax.set_mesh(mesh):
         rows = go_on(run_, documents, seed=SEED.value, temperature=TEMPERATURE.value,
                      max_images=MAX_IMAGES.value, draw_first=DRAW.value)
     if distributed.is_writer():
-        write(rows, names, paths.path(OUT.value or f"{WORKDIR.value}/samples"))
+        write(rows, names, run_.step, out)
         note_undrawn(rows, drawing=bool(run_.codec) and MAX_IMAGES.value != 0)
 
 

@@ -49,10 +49,10 @@ def freeze(name: str, out: Path, topology: str | None = None, dry_run: bool = Fa
     plans = several.make({point.name: wanted(point) for point in planned})
     made = verdicts.with_plans(made, plans)
     width = max(len(point.name) for point in made)
-    print(f"{'point':{width}}  {'N':>9}  {'tokens':>9}  {'6ND':>9}  {'FLOPs':>9}  verbs")
+    print(f"{'point':{width}}  {'N':>9}  {'tokens':>9}  {'6ND':>9}  {'expected FLOPs':>14}  verbs")
     for point in made:
         numbers = point.params, point.tokens, point.six_n_d, point.flops
-        shown = "  ".join(f"{x:9.3g}" if x else "        -" for x in numbers)
+        shown = "  ".join(f"{x or '-':>{wide}{'.3g' if x else ''}}" for x, wide in zip(numbers, (9, 9, 9, 14)))
         print(f"{point.name:{width}}  {shown}  {', '.join(point.verbs)}")
     if planned:
         print(verdicts.table(verdicts.to_plan(made)))

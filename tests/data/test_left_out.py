@@ -44,10 +44,13 @@ def make(cfg, tmp_path):
 
 def test_the_others_are_there_and_are_those_they_were(make, capsys):
     """By number, through the shards, and piece after piece."""
-    documents = Documents(make().rows, "mixed", "train")
+    format = make().rows
+    documents = Documents(format, "mixed", "train")
     err = capsys.readouterr().err
     assert "4 of 68 records with images are left out: one has 9 images and needs 56 positions" in err
     assert "raise data.image_share to" in err and len(err.splitlines()) == 1 and "sample" not in err
+    Documents(format, "mixed", "train")
+    assert capsys.readouterr().err == ""  # said once
     of, pieces, lengths, images = documents.cut(np.arange(100))
     expected = [(i, piece) for i in range(100) if i not in BAD for piece in range(1 if i % 3 else 2)]
     assert list(zip(of.tolist(), pieces.tolist())) == expected

@@ -93,7 +93,8 @@ def test_in_bfloat16_with_a_tokenizer_whose_ids_are_the_rows(tmp_path, capsys):
     assert "rounded to bfloat16 by at most" in " ".join(said)
     model = (tmp_path / "out" / "tokenizer.model").read_bytes()
     assert own.shift == 0 and model == (tmp_path / "run" / "tokenizer.model").read_bytes()
-    assert "Ids are those of `tokenizer.model`" in (tmp_path / "out" / "README.md").read_text()
+    told = (tmp_path / "out" / "README.md").read_text()
+    assert "Ids are those of `tokenizer.model`" in told and "\ntokenizer = AutoTokenizer.from" in told
 
 
 def test_is_no_run(llama_export):

@@ -188,7 +188,7 @@ def test_nothing_there_is_one_line(copied, tmp_path):
     with pytest.raises(UserError, match=r"config\.json not found"):
         trained.load(tmp_path)
     shutil.rmtree(copied / "checkpoints")
-    with pytest.raises(UserError, match=r"no checkpoint in .*: run `python -m tfusion.train"):
+    with pytest.raises(UserError, match=r"no checkpoint in .*: run `.* --config=experiments/FILE\.py --w"):
         trained.load(copied)
     assert not (copied / "checkpoints").exists()  # looking makes nothing
 

@@ -44,7 +44,8 @@ def test_two_slices_compile():
     assert made["fits"]
     assert made["step"]["dcn"] > 0
     assert made["notes"] == ["2 hosts: the same command runs on each, one process a host, and all must "
-                             "reach --workdir", "4 attention kernels state no cost: counted by visible pairs"]
+                             "reach --workdir", "FLOPs of 4 attention kernels, which the compiler cannot count"
+                             ", are by formula: of the pairs of positions that the mask shows"]
 
 
 def test_rows_split_over_chips_compile():

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.reporting.fake_run import write_autoencoder, write_fake_run, write_json, write_lines
+from tests.reporting.fake_run import metric, write_autoencoder, write_fake_run, write_json, write_lines
+from tfusion.reporting import figures, pictures
 from tfusion.reporting.records import ReportError
 from tfusion.reporting.run_page import TRAINING, write_report
 
@@ -71,6 +72,31 @@ def test_verdicts_are_shown(run):
     assert "0.945 to 0.996 · n = 128" in table and "exact, one" not in table
 
 
+def test_short_of_a_goal_that_the_interval_holds_is_no_failure(run):
+    """Of few prompts it says nothing; said as such, with a mark of its own, and neither ticked nor crossed."""
+    path = run / "evaluation/metrics.json"
+    change(path, relation={"want": 0.86}, exact__two={"value": 0.85})
+    text = report(run)
+    assert "✓ As good as wanted: 6 of 8 figures, and 2 within the interval (≈)" in text
+    row = text[text.index("<td>painted: objects in the right places") :].partition("</tr>")[0]
+    assert ">≈</span>" in row and "✓" not in row and "✗" not in row and "#b04a35" not in row
+    change(path, relation={"want": 0.87})
+    assert "Below what was wanted: 1 of 8, painted: objects in the right places; 1 within" in report(run)
+    for low, met in ((1.02, False), (0.98, figures.WITHIN)):
+        assert figures.verdict(metric("loss", 1.1, 9, low, 1.2, None, 1.0, "lower")) == met
+
+
+def test_a_scale_is_drawn_where_something_gives_one():
+    """By hand: the line's middle is 95, its ends 8 and 182."""
+    def x(*figure):
+        return re.findall(r'cx="([\d.]+)"', pictures.scale(*figure, good=True))
+
+    assert x(0.5, None, None, None, None) == x(None, 0.1, 0.9, 0.5, 0.5) == x(float("nan"), 0, 1, 0, 0) == []
+    assert x(0.5, 0.4, 0.6, None, None) == ["95.0"]  # a fraction
+    assert x(0.5, None, None, None, 1.0) == x(-0.5, None, None, None, -1.0) == ["95.0"]  # from 0, with a margin
+    assert float(x(2.0, None, None, 4.0, 1.0)[0]) == 95 and float(x(30.0, 29.0, 31.0, None, None)[0]) > 160
+
+
 def test_a_wanted_metric_without_a_value_is_not_reached(run):
     """Nothing could be scored (n = 0): the page says so, and is written all the same."""
     unscored = {"value": None, "n": 0, "low": None, "high": None}
@@ -84,7 +110,7 @@ def test_a_wanted_metric_without_a_value_is_not_reached(run):
 
 def test_a_part_that_fails_is_named(run):
     """Each class has its row; one that is asked for more than it gives counts in the verdict."""
-    change(run / "evaluation/metrics.json", exact__two={"value": 0.08})
+    change(run / "evaluation/metrics.json", exact__two={"value": 0.08, "low": 0.02, "high": 0.24})
     text = report(run)
     assert "2 of 8, painted: objects in the right places, exact, two" in text
     row = text[text.index('<td class="" data-label="class of scene">two') :]

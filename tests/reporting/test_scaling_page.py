@@ -149,6 +149,35 @@ def test_the_way_to_parity_is_in_the_picture(found):
         assert (ax.get_xlim()[1] > value * last) == inside
 
 
+def test_of_one_recipe_nothing_is_compared(tmp_path, found, charts):
+    """A sweep of learning rates, untagged or all of it tagged; half a ladder of two is one of two."""
+    for part, gone in (("ladder", set()), ("lr", {"figure", "fits"})):
+        root = tmp_path / part
+        write_lines(root / "points.jsonl", [write_point(root, f"a{rate:g}", "transfusion", "s1", 0, part, rate)
+                                            for rate in (5e-4, 1e-3)])
+        files = scaling_page.write(study.read(root), root / "out", ABOUT)
+        text = files[0].read_text()
+        sections = set(re.findall(r'<section id="([^"]*)">', text))
+        assert {"figure", "fits", "runs", "how"} - gone <= sections
+        assert not sections & (gone | {"parity", "data", "size-and-budget", "tables"})
+        assert "chameleon" not in text and "Two ways" not in text and scaling_page.ABSENT not in text.replace(
+            section(text, "runs"), "")
+        assert "CIDEr" in section(text, "runs") and ("learning-rate" in sections) == (part == "lr")
+    assert "None: a line needs two sizes, here is one." in (
+        tmp_path / "ladder/out/index.html").read_text()
+    one = [run for run in found.runs if run.recipe == "transfusion"]
+    assert found.compared and 'id="parity"' in scaling_page.body(found._replace(runs=one), ABOUT)
+
+
+def test_a_recipe_whose_runs_are_to_come_is_compared(tmp_path):
+    points = [write_point(tmp_path, recipe, recipe, "s1", 0) for recipe in ("transfusion", "chameleon")]
+    write_lines(tmp_path / "points.jsonl", points)
+    (tmp_path / "chameleon/summary.json").unlink()
+    assert study.read(tmp_path).compared
+    write_lines(tmp_path / "points.jsonl", points[:1])
+    assert not study.read(tmp_path).compared
+
+
 def test_one_run_alone_makes_a_page(tmp_path, charts):
     write_lines(tmp_path / "points.jsonl", [write_point(tmp_path, "a", "transfusion", "s1", 0)])
     path = tmp_path / "a/evaluation/metrics.json"

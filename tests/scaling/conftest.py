@@ -24,7 +24,8 @@ def get_sweep(arg=None):
     return SWEEP
 '''
 SWEEP = """[
-    dict(name="data", config="FILE", verbs=["prepare"], overrides={"data.prepared": "{data}/made"}),
+    dict(name="data", config="FILE", verbs=["prepare"], overrides={"data.prepared": "{data}/made"},
+         flags={"prepare": {"codec": "codec.npz"}}),
     dict(name="a", config="FILE", overrides={"data.prepared": "{data}/made", "seed": 1},
          tags={"part": "ladder"}),
     dict(name="b", config="FILE:wide", overrides={"data.prepared": "{data}/made"},

@@ -76,6 +76,12 @@ def test_n_is_the_shared_transformer_with_the_texts_embeddings():
      "point 'a': evaluate has no flag --numbr; did you mean --number?"),
     ('[dict(name="a", config="FILE", flags={"train": {"x": 8}})]',
      "train has no flag --x; known: --dry_run, --profile, --resume, --wandb, --workdir"),
+    ('[dict(name="a", config="FILE", verbs=["prepare"])]',
+     'point \'a\': data.image_share says .* {"prepare": {"codec": "{NAME}"}} is needed'),
+    ("[dict(name='a')]", "point 'a' has no config: experiments/FILE.py.:words. is wanted"),
+    *[(f'[dict(name="a", config="FILE", verbs={verbs!r})]', f"point 'a': verbs = {verbs!r} is no list")
+      for verbs in (5, "train")],
+    ('[dict(name="a", config="FILE", tags={"x": {1}})]', "point 'a': its tags and flags are texts, .* set "),
     ('[dict(name="a", config="FILE", flags={"trian": {"resume": "latest_good"}})]',
      "flags of 'trian', which is none of its verbs: train, evaluate"),
     ('[dict(name="a", config="FILE", topology="v5p-100")]',

@@ -54,7 +54,7 @@ def test_the_commands_are_those_that_one_would_type(sweep):
         ["-m", "tfusion.train", f"--config={sweep.path}:wide", prepared, f"--workdir={sweep.out}/b"],
         ["-m", "tfusion.evaluate", f"--workdir={sweep.out}/b", "--number=8"]]
     assert runner.command(named["data"], "prepare", named)[1:] == [
-        "-m", "tfusion.prepare", f"--config={sweep.path}", prepared]
+        "-m", "tfusion.prepare", f"--config={sweep.path}", prepared, "--codec=codec.npz"]
 
 
 def test_a_verb_that_is_done_is_not_run_again(sweep, verbs, calls):

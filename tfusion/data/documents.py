@@ -8,6 +8,7 @@ every token of the text, EOS too, is predicted once.
 A record with images that a row does not hold is never cut: it has no document, and is counted.
 """
 
+import functools
 import math
 import sys
 import zlib
@@ -34,6 +35,12 @@ class Cut(NamedTuple):
     pieces: np.ndarray
     lengths: np.ndarray  # positions, as `read` lays them out
     images: np.ndarray
+
+
+@functools.cache
+def _warn(told: str) -> None:
+    """Once a process, however often a source is opened: each evaluator opens it."""
+    print(f"warning: {told}", file=sys.stderr)
 
 
 class Documents:
@@ -85,7 +92,7 @@ class Documents:
         told = f"{self.source.folder}: {left_out} of {of} records with images are left out{sampled}: {why}"
         if left_out > MOST_LEFT_OUT * of:
             raise UserError(told)
-        print(f"warning: {told}", file=sys.stderr)
+        _warn(told)
 
     def _pieces(self, text_tokens, images):
         """How many documents records become: a long text several, each but the first for one more BOS; one with

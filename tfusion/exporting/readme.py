@@ -28,11 +28,13 @@ params = reader.restore(path, jax.tree.map(place, reader.metadata(path).item_met
 
 LLAMA = """# {title}
 
-The transformer of a model trained with tfusion: {weights} weights of step {step}, {dtype}. Text alone:
+The transformer of a model trained with tfusion: {weights} weights of step {step}, {dtype}. Text alone, after
+`pip install transformers torch sentencepiece protobuf`:
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(".")  # from this folder
+{tokenizer}
 ```
 
 The {vocab_size} rows of the vocabulary are {text_vocab_size} ids of text (0, 1, 2 = pad, bos, eos), then
@@ -51,11 +53,13 @@ def orbax(export: Export) -> str:
 def llama(export: Export, form: Form) -> str:
     tokenizer, symbols = export.run.tokenizer, ", ".join(
         f"{number} = {name.removesuffix('_token_id').upper()}" for name, number in form.symbols.items())
+    opened = ("# no AutoTokenizer: other ids, see below" if not tokenizer or tokenizer.shift else
+              'tokenizer = AutoTokenizer.from_pretrained(".")  # bos is to be put before its ids')
     ids = "" if not tokenizer else (
         f"Ids are those of the tokenizer's own model, each + {tokenizer.shift}." if tokenizer.shift else
         "Ids are those of `tokenizer.model`.")
     return LLAMA.format(**_facts(export), vocab_size=form.vocab_size, text_vocab_size=form.text_vocab_size,
-                        symbols=symbols, ids=ids)
+                        symbols=symbols, ids=ids, tokenizer=opened)
 
 
 def _facts(export: Export) -> dict:

@@ -52,7 +52,7 @@ def load(path, step: int | None = None, mesh: Mesh | None = None, weights: str |
     if not there:
         what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         have = f"there are {', '.join(map(str, found))}" if found else (
-            f"run `python -m tfusion.train --workdir={workdir}` first")
+            f"run `python -m tfusion.train --config=experiments/FILE.py --workdir={workdir}` first")
         raise UserError(f"{what} in {workdir / 'checkpoints'}: {have}")
     tokenizer = load_saved(workdir) if identity.get("tokenizer") else None
     codec = codecs.load(workdir / CODEC) if identity.get("codec") and (workdir / CODEC).exists() else None

@@ -11,7 +11,8 @@ vector takes the place of the token embedding. What a position sees is its sight
 plus full attention among the patches of one image, never across documents. The model is given noisy latents
 and their t; it knows neither the noise nor the losses (objectives/transfusion.py).
 
-B batch, T tokens, D d_model, I image slots, N patches per image, M = I * N, h w c latent.
+B batch, T tokens, D d_model, I image slots, N patches per image, M = I * N, h w c latent; in `pick` R of S.
+skips: what an adapter's encoder hands its decoder past the transformer: a U-Net's way down, of the linear ().
 """
 
 import dataclasses
@@ -61,20 +62,20 @@ def patch_places(image_start_BI, num_patches: int, num_positions: int) -> Places
 
 
 @jax.custom_vjp
-def pick(x_BND, index_BM, inverse_BN):
+def pick(x_BSD, index_BR, inverse_BS):
     """x[index], row by row, zeros where the index is past the end; so picked by its inverse is the gradient.
 
     No scatter on the way there or back: on a TPU each would sort its indices (docs/architecture.md).
     """
-    B, N, D = x_BND.shape
-    if not N:  # text alone: nothing to pick from
-        return jnp.zeros((B, index_BM.shape[1], D), x_BND.dtype)
-    return jax.vmap(lambda x_ND, index_M: x_ND.at[index_M].get(mode="fill", fill_value=0))(x_BND, index_BM)
+    B, S, D = x_BSD.shape
+    if not S:  # text alone: nothing to pick from
+        return jnp.zeros((B, index_BR.shape[1], D), x_BSD.dtype)
+    return jax.vmap(lambda x_SD, index_R: x_SD.at[index_R].get(mode="fill", fill_value=0))(x_BSD, index_BR)
 
 
-def _pick_bwd(inverses, cotangent):
-    index_BM, inverse_BN = inverses
-    return pick(cotangent, inverse_BN, index_BM), None, None
+def _pick_bwd(inverses, cotangent_BRD):
+    index_BR, inverse_BS = inverses
+    return pick(cotangent_BRD, inverse_BS, index_BR), None, None
 
 
 pick.defvjp(lambda x, index, inverse: (pick(x, index, inverse), (index, inverse)), _pick_bwd)

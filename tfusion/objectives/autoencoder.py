@@ -92,8 +92,8 @@ def open_heldout(cfg: AutoencoderRunConfig, documents: int | None = None) -> dic
 
     try:
         return {"pictures": HeldOutPictures(cfg.data.sources, cfg.autoencoder.image_size, documents)}
-    except NoPictures:
-        print("data.sources holds out no pictures: nothing is evaluated in training")
+    except NoPictures as e:
+        print(f"nothing is evaluated in training: {e}")
         return {}
 
 

@@ -10,7 +10,6 @@ B batch, T tokens, N codes per image.
 
 import dataclasses
 import math
-from functools import partial
 
 import jax.numpy as jnp
 
@@ -23,7 +22,7 @@ from tfusion.models.language import LanguageConfig, LanguageModel
 from tfusion.models.lm_head import Scoring, token_losses
 from tfusion.models.masks import row_sight
 from tfusion.objectives import packed
-from tfusion.objectives.base import Aux, Kind, Objective, register
+from tfusion.objectives.base import Aux, Objective, register
 from tfusion.types import Batch
 
 
@@ -99,14 +98,4 @@ def model_flops(cfg: ChameleonConfig, n: flops.Counts) -> dict:
     return flops.transformer_flops(cfg.model, cfg.model.vocab_size, n)
 
 
-def totals(cfg: ChameleonConfig, batch: Batch) -> dict:
-    """tokens: positions that hold one, of text or of an image; patches: the latter."""
-    n = packed.count(cfg.model, batch)
-    return {"tokens": n.text + n.patches, "patches": n.patches, "images": n.images,
-            "flops": sum(model_flops(cfg, n).values())}
-
-
-register("chameleon", Kind(
-    config=ChameleonConfig, make=make, open_rows=packed.open_rows, open_heldout=packed.open_heldout,
-    abstract_batch=packed.abstract_batch, totals=totals, expected=partial(packed.expected, model_flops),
-    row_format=lambda cfg: cfg.rows, trunk=packed.trunk, llama=packed.llama_form))
+register("chameleon", packed.kind(ChameleonConfig, make, model_flops))

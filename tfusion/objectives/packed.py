@@ -14,8 +14,21 @@ import jax.numpy as jnp
 from tfusion.models import flops, llama
 from tfusion.models.language import LanguageConfig, LanguageModel
 from tfusion.models.masks import key_intervals, row_sight
-from tfusion.objectives.base import Expected, Trunk
+from tfusion.objectives.base import Expected, Kind, Trunk
 from tfusion.types import Batch
+
+
+def kind(config: type, make: Callable, model_flops: Callable) -> Kind:
+    """A kind of training on packed rows. model_flops: (cfg, flops.Counts) -> {part: FLOPs of both passes}."""
+    def totals(cfg, batch: Batch) -> dict:
+        """tokens: positions that hold one, a patch or a code; patches: the latter two."""
+        n = count(cfg.model, batch)
+        return {"tokens": n.text + n.patches, "patches": n.patches, "images": n.images,
+                "flops": sum(model_flops(cfg, n).values())}
+
+    return Kind(config=config, make=make, open_rows=open_rows, open_heldout=open_heldout,
+                abstract_batch=abstract_batch, totals=totals, expected=partial(expected, model_flops),
+                row_format=lambda cfg: cfg.rows, trunk=trunk, llama=llama_form)
 
 
 def open_rows(cfg):
@@ -54,8 +67,7 @@ def count(m: LanguageConfig, batch: Batch) -> flops.Counts:
 
 
 def expected(model_flops: Callable, cfg) -> Expected:
-    """Full rows, data.image_share of them in images: documents of one image and an equal share of text.
-    model_flops: (cfg, flops.Counts) -> {part: FLOPs}."""
+    """Full rows, data.image_share of them in images: documents of one image and an equal share of text."""
     rows, T, N = cfg.train.batch_size, cfg.data.seq_len, cfg.rows.vocabulary.num_patches
     per_row = min(cfg.rows.image_slots, round(cfg.data.image_share * T / (N + 2)))
     documents = max(per_row, 1)

@@ -7,7 +7,6 @@ B batch, T tokens, V vocabulary, I image slots, h w c latent, L positions of a d
 """
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from tfusion.models import flops
 from tfusion.models.lm_head import next_token_loss
 from tfusion.models.transfusion import ModelConfig, Transfusion
 from tfusion.objectives import packed
-from tfusion.objectives.base import Aux, Kind, Objective, register
+from tfusion.objectives.base import Aux, Objective, register
 from tfusion.types import Batch
 
 
@@ -91,14 +90,4 @@ def model_flops(cfg: TransfusionConfig, n: flops.Counts) -> dict:
     return parts | {"image adapter": m.adapter.flops(m.d_model, n.patches, n.images)}
 
 
-def totals(cfg: TransfusionConfig, batch: Batch) -> dict:
-    """tokens: positions that hold a token or a patch; images: those with a loss."""
-    n = packed.count(cfg.model, batch)
-    return {"tokens": n.text + n.patches, "patches": n.patches, "images": jnp.sum(batch.max_t_BI > 0),
-            "flops": sum(model_flops(cfg, n).values())}
-
-
-register("transfusion", Kind(
-    config=TransfusionConfig, make=make, open_rows=packed.open_rows, open_heldout=packed.open_heldout,
-    abstract_batch=packed.abstract_batch, totals=totals, expected=partial(packed.expected, model_flops),
-    row_format=lambda cfg: cfg.rows, trunk=packed.trunk, llama=packed.llama_form))
+register("transfusion", packed.kind(TransfusionConfig, make, model_flops))

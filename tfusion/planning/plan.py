@@ -83,7 +83,8 @@ def notes(candidate: Candidate, accelerator: Accelerator, by_formula: str) -> li
         said.append(f"{accelerator.num_devices} devices, {accelerator.chip.devices_per_chip} a chip: the mesh "
                     "is of these")
     if candidate.work.kernels:
-        said.append(f"{candidate.work.kernels} attention kernels state no cost: counted by visible pairs")
+        said.append(f"FLOPs of {candidate.work.kernels} attention kernels, which the compiler cannot count, "
+                    "are by formula: of the pairs of positions that the mask shows")
     return said
 
 

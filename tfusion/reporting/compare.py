@@ -136,7 +136,7 @@ def losses(runs: list[Compared]) -> str:
     for name, some in shared.items():
         title, reading, _ = charts.words(name)
         drawn = "".join(loss_on(name, some, *axis) for axis in AXES)
-        words = escape(f"{reading} Faint line: running mean in training; dotted line: held out.".strip())
+        words = escape(f"{reading} Faint line: running mean in training; line with dots: held out.".strip())
         made.append(f'<h3>{escape(title)}</h3><p class="lead">{words}</p><div class="cards">{drawn}</div>')
     return "".join(made)
 
@@ -169,8 +169,8 @@ def figures_table(runs: list[Compared]) -> str:
     missing = [run.name for run in runs if not found[run.name]]
     note = (f"Not evaluated: {', '.join(missing)}; `python -m tfusion.evaluate --workdir=RUN` does that. "
             if missing else "")
-    return table + (f'<p class="key">{escape(note)}Below a value its 95 % interval: Wilson\'s over the prompts '
-                    "of one run; what another seed of training would change is not in it.</p>")
+    return table + (f'<p class="key">{escape(note)}Below a value its 95 % interval. ≈: short of what was '
+                    f"wanted, and within the interval. {figures.INTERVALS}</p>")
 
 
 def pictures(runs: list[Compared]) -> str:

@@ -7,30 +7,42 @@ from tfusion.reporting import page, pictures, plots
 from tfusion.reporting.records import FIGURES, Missing, RunFiles, series_of
 
 NAMED = 3  # figures below what was wanted that are named; of more, the number
+INTERVALS = ("Intervals are over the prompts of one run, Wilson's where the figure is a fraction: what another "
+             "seed of training would change is not in them.")
 Figure = dict[str, Any]  # evals/figure.py
-MARKS = {None: "", True: '<span class="good">✓</span>', False: '<span class="bad">✗</span>'}
+WITHIN = "within"  # short of what was wanted, which its interval holds: more prompts would tell
+MARKS = {None: "", True: '<span class="good">✓</span>', False: '<span class="bad">✗</span>',
+         WITHIN: '<span class="faint" title="short of it, and within the interval">≈</span>'}
 
 
-def verdict(figure: Figure) -> bool | None:
-    """Whether a figure is as good as wanted; None when nothing is asked of it."""
+def verdict(figure: Figure) -> bool | str | None:
+    """Whether a figure is as good as wanted, or WITHIN; None when nothing is asked of it."""
     if figure["want"] is None:
         return None
     if figure["value"] is None:  # nothing to measure it on
         return False
-    if figure["better"] == "higher":
-        return figure["value"] >= figure["want"]
-    return figure["value"] <= figure["want"]
+    sign = 1 if figure["better"] == "higher" else -1
+    best = figure["high" if sign > 0 else "low"]
+    if sign * figure["value"] >= sign * figure["want"]:
+        return True
+    return WITHIN if best is not None and sign * best >= sign * figure["want"] else False
 
 
 def verdict_html(found: dict[str, Figure]) -> str:
     """One line on all that was wanted; nothing where nothing was."""
     verdicts = [verdict(figure) for figure in found.values() if verdict(figure) is not None]
+    if not verdicts:
+        return ""
     short = [figure["title"] for figure in found.values() if verdict(figure) is False]
+    within = verdicts.count(WITHIN)
     if short:
         more = f" and {len(short) - NAMED} more" if len(short) > NAMED else ""
-        words = f"Below what was wanted: {len(short)} of {len(verdicts)}, {', '.join(short[:NAMED])}{more}"
-        return f'<span class="verdict short">{escape(words)}</span>'
-    return f'<span class="verdict">✓ As good as wanted: all {len(verdicts)} figures</span>' if verdicts else ""
+        close = f"; {within} within the interval (≈)" if within else ""
+        words = f"{len(short)} of {len(verdicts)}, {', '.join(short[:NAMED])}{more}{close}"
+        return f'<span class="verdict short">Below what was wanted: {escape(words)}</span>'
+    words = (f"{len(verdicts) - within} of {len(verdicts)} figures, and {within} within the interval (≈)"
+             if within else f"all {len(verdicts)} figures")
+    return f'<span class="verdict">✓ As good as wanted: {words}</span>'
 
 
 def interval(figure: Figure) -> list[str]:
@@ -79,9 +91,9 @@ def table(run: RunFiles) -> str:
            if at and at < last else "")
     return (f'{old}<div class="scroll"><table class="figures"><thead>{head}</thead><tbody>'
             f'{"".join(map(row, found.values()))}</tbody></table></div><p class="key">Dot: value, on its 95 % '
-            "interval. Dashed mark: chance. Solid mark: wanted. Fractions are drawn from 0 to 1. Intervals are "
-            "Wilson's over the prompts of this one run: what another seed of training would change is "
-            "not in them.</p>")
+            "interval. Dashed mark: chance. Solid mark: wanted. Fractions are drawn from 0 to 1, others from 0 "
+            "where there is such a mark. ✗: short of what was wanted; ≈: short of it, and within the interval. "
+            f"{INTERVALS}</p>")
 
 
 def over_steps(run: RunFiles) -> str:

@@ -42,15 +42,16 @@ def scale(
     want: float | None,
     good: bool,
 ) -> str:
-    """Where a value stands: a dot with its interval on a line that also marks chance and goal."""
-    if value is None or not math.isfinite(value):
+    """Where a value stands: a dot with its interval on a line that also marks chance and goal: from 0 to 1 for
+    a fraction, else from 0. Nothing where none of these gives the line a scale."""
+    marks = [x for x in (low, high, chance, want) if x is not None]
+    if value is None or not math.isfinite(value) or not marks:
         return ""
-    known = [x for x in (value, low, high, chance, want) if x is not None]
-    start, end = min(known), max(known)
-    if start >= 0 and end <= 1:
-        start, end = 0.0, 1.0
+    start, end = min(0.0, value, *marks), max(0.0, value, *marks)
+    if start == 0 and end <= 1 and low is not None:
+        end = 1.0
     else:
-        pad = 0.08 * (end - start) or abs(end) or 1.0
+        pad = 0.08 * (end - start) or 1.0
         start, end = start - pad, end + pad
 
     def x(v: float) -> float:

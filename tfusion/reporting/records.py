@@ -20,7 +20,7 @@ STEPS = f"{EVALUATION}/steps"
 Made = TypeVar("Made")
 
 # Which command writes the files below a run's folder; the longest prefix that fits counts.
-MADE_BY = {"": "python -m tfusion.train --workdir={root}",
+MADE_BY = {"": "python -m tfusion.train --config=experiments/FILE.py --workdir={root}",
            f"{EVALUATION}/": "python -m tfusion.evaluate --workdir={root}"}
 
 

@@ -17,7 +17,8 @@ def write_report(root: Path, out: Path) -> None:
     """Writes the page for the run in `root` to `out`; raises ReportError if that cannot be done."""
     run = RunFiles(root)
     if not root.is_dir():
-        raise Missing(f"there is no run at {root}; `python -m tfusion.train --workdir={root}` makes one")
+        raise Missing(f"there is no run at {root}; `python -m tfusion.train --config=experiments/FILE.py "
+                      f"--workdir={root}` makes one")
     for required in (CONFIG, LOG):
         run.path(required)
     try:

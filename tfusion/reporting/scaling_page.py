@@ -14,6 +14,7 @@ from tfusion.reporting import page, scaling_plots
 
 ABSENT = '<span class="faint">–</span>'
 PAGE = "index.html"
+BOTH = ("parity", "data")  # sections on two recipes
 SAME = 0.005  # drops of two recipes may differ by so much
 
 
@@ -37,6 +38,7 @@ def write(study, out: Path, about: dict[str, str]) -> list[Path]:
 
 
 def body(study, about: dict[str, str]) -> str:
+    """Without what sets two recipes side by side where there is one, as in a sweep of learning rates."""
     made = [("parity", "How much compute for the same quality", parity(study)),
             ("figure", "Every metric over compute", figure(study)), ("fits", "The lines", fits(study)),
             ("learning-rate", "Learning rates", varied(study, "lr", "learning_rate")),
@@ -45,7 +47,7 @@ def body(study, about: dict[str, str]) -> str:
             ("tables", "The paper's tables, with ours", tables(study)),
             ("runs", "The runs", runs(study)), ("data", "The same data for both", drops(study)),
             ("missing", "What is missing", missing(study)), ("how", "How this was made", how(about))]
-    made = [section for section in made if section[2]]
+    made = [section for section in made if section[2] and (study.compared or section[0] not in BOTH)]
     return header(study) + page.navigation([name for name, *_ in made]) + "".join(
         page.section(*section) for section in made)
 
@@ -59,9 +61,9 @@ def header(study) -> str:
         ("span of 6ND", f"{max(compute) / min(compute):.0f}×" if compute else "–"),
         ("all training", f"{page.count(sum(run.flops for run in study.runs))} FLOP")])
     lead = ("Two ways to train one transformer on text and images, in the same trainer, at the same sizes and "
-            "on the same documents. What is measured is held out.")
+            "on the same documents." if study.compared else "Runs of one sweep.")
     return (f'<header class="compared"><p class="kicker">tfusion scaling study</p><h1>{escape(study.name)}</h1>'
-            f'<p class="lead">{lead}</p></header>{facts}')
+            f'<p class="lead">{lead} What is measured is held out.</p></header>{facts}')
 
 
 def value(number: float | None) -> str:
@@ -115,6 +117,8 @@ def parity(study) -> str:
 
 def figure(study) -> str:
     """A card per metric, with a plot on each axis."""
+    if not study.ladder():
+        return ""
     cards = []
     for found in study.panels:
         better = "lower is better" if found.metric.better == "lower" else "higher is better"
@@ -130,6 +134,9 @@ def figure(study) -> str:
 
 
 def fits(study) -> str:
+    made = [fit for found in study.panels for some in found.fits.values() for fit in some.values()]
+    if all(isinstance(fit, str) for fit in made):
+        return f'<p class="lead">None: {escape("; ".join(dict.fromkeys(made)))}.</p>' if made else ""
     rows = []
     for row in fits_rows(study)[1:]:
         title, axis, recipe, runs_, slope, low, high = row[:7]
@@ -180,6 +187,8 @@ def best_of(metric, values: list) -> float | None:
 
 
 def surfaces(study) -> str:
+    if not study.compared and all(isinstance(found, str) for found in study.surfaces.values()):
+        return ""
     rows = []
     for recipe, found in study.surfaces.items():
         cells = [ABSENT] * 3 if isinstance(found, str) else [

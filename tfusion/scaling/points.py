@@ -25,6 +25,7 @@ from typing import NamedTuple
 from tfusion import config, experiment, paths
 from tfusion.accelerators import Accelerator, parse_accelerator
 from tfusion.errors import UserError
+from tfusion.objectives import kind_of
 from tfusion.paths import replace_text
 from tfusion.scaling import ladder
 from tfusion.scaling.results import POINTS, flat
@@ -32,7 +33,8 @@ from tfusion.scaling.results import POINTS, flat
 VERBS = ("prepare", "train", "evaluate")
 GIVEN = {"name", "config", "overrides", "verbs", "flags", "tags", "topology"}
 OURS = ("config", "workdir")  # flags that a sweep gives itself
-TYPES = {"config": str, "overrides": dict, "flags": dict, "tags": dict}
+LISTS = (list, tuple)
+TYPES = {"config": str, "overrides": dict, "verbs": LISTS, "flags": dict, "tags": dict}
 DERIVED = ("flops", "tokens", "params", "six_n_d")  # of the config: told last of what differs
 TAKEN = (POINTS, "report", "compilation_cache")  # names in its folder that are none of a point's
 NAME, NAMED = re.compile(r"(?!\d+$)[A-Za-z0-9_][\w.-]*"), re.compile(r"\{([\w.-]+)\}")
@@ -51,7 +53,7 @@ class Point(NamedTuple):
     tags: dict
     workdir: str  # the name, in the sweep's folder wherever that lies
     config_hash: str  # of `resolved`, the same wherever the sweep lies
-    flops: float  # expected of the whole run: exact model FLOPs
+    flops: float  # of the model, expected of the whole run: full rows, data.image_share of them in images
     tokens: int | None  # D, codes and patches among them; None without a transformer
     params: int | None  # N: ladder.shared_params
     six_n_d: float | None
@@ -123,9 +125,12 @@ def make(given: list[dict], where: str, out: Path, topology: str | None = None) 
     points: dict[str, Point] = {}
     for one in given:
         name = one.get("name")
+        if "config" not in one:
+            raise UserError(f"{where}: point '{name}' has no config: experiments/FILE.py[:words] is wanted")
         if wrong := [key for key, kind in TYPES.items() if key in one and not isinstance(one[key], kind)]:
+            kind = TYPES[wrong[0]]
             raise UserError(f"{where}: point '{name}': {wrong[0]} = {one[wrong[0]]!r:.60} is no "
-                            f"{TYPES[wrong[0]].__name__}")
+                            f"{'list' if kind is LISTS else kind.__name__}")
         if unknown := one.keys() - GIVEN:
             raise UserError(f"{where}: point '{name}' has '{min(unknown)}'; known: {', '.join(sorted(GIVEN))}")
         if not (isinstance(name, str) and NAME.fullmatch(name)):
@@ -150,11 +155,34 @@ def make(given: list[dict], where: str, out: Path, topology: str | None = None) 
 
 def _point(out: Path, name: str, config: str, overrides=None, verbs=("train", "evaluate"), flags=None,
            tags=None, topology=None) -> Point:
-    cfg = resolve(config, overrides or {})
+    cfg, flags = resolve(config, overrides or {}), flags or {}
     if not verbs or (bad := [verb for verb in verbs if verb not in VERBS]):
         raise UserError(f"verbs = {list(verbs)}; choices: {', '.join(VERBS)}" if not verbs else
                         f"there is no verb '{bad[0]}' for points; choices: {', '.join(VERBS)}")
-    for verb, given in (flags or {}).items():
+    _check_flags(flags, verbs)
+    if "prepare" in verbs and (format := kind_of(cfg).row_format(cfg)) and format.data.image_share > 0 and (
+            "codec" not in flags.get("prepare", {})):
+        raise UserError("data.image_share says that there are pictures, which prepare encodes: flags = "
+                        '{"prepare": {"codec": "{NAME}"}} is needed, of a point that trains an image tokenizer')
+    values = [*(overrides or {}).values(), *(x for given in flags.values() for x in given.values())]
+    if torn := [x for x in map(str, values) if set("{}") & set(NAMED.sub("", x))]:
+        raise UserError(f"'{torn[0]}' has a brace of its own: {{name}} stands for another point's workdir")
+    try:
+        json.dumps([tags, flags])
+    except (TypeError, ValueError) as e:
+        raise UserError(f"its tags and flags are texts, numbers, True and False: {e}") from e
+    if topology is not None:
+        topology = parse_accelerator(str(topology)).name
+    cost = ladder.cost(cfg) if "train" in verbs else ladder.Cost(0.0)
+    resolved = cfg.to_dict()
+    digest = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:16]
+    return Point(name, config, overrides or {}, list(verbs), flags, tags or {}, str(out / name), digest,
+                 *cost, resolved, topology)
+
+
+def _check_flags(flags: dict, verbs: list[str]) -> None:
+    """A wrong one would end its verb only when its turn comes, after hours of training."""
+    for verb, given in flags.items():
         if verb not in verbs:
             raise UserError(f"it has flags of '{verb}', which is none of its verbs: {', '.join(verbs)}")
         if not isinstance(given, dict):
@@ -165,22 +193,12 @@ def _point(out: Path, name: str, config: str, overrides=None, verbs=("train", "e
             near = difflib.get_close_matches(bad[0], flags_of(verb), n=1)
             raise UserError(f"{verb} has no flag --{bad[0]}; " + (
                 f"did you mean --{near[0]}?" if near else f"known: --{', --'.join(sorted(flags_of(verb)))}"))
-    values = [*(overrides or {}).values(), *(x for given in (flags or {}).values() for x in given.values())]
-    if torn := [x for x in map(str, values) if set("{}") & set(NAMED.sub("", x))]:
-        raise UserError(f"'{torn[0]}' has a brace of its own: {{name}} stands for another point's workdir")
-    if topology is not None:
-        topology = parse_accelerator(str(topology)).name
-    cost = ladder.cost(cfg) if "train" in verbs else ladder.Cost(0.0)
-    resolved = cfg.to_dict()
-    digest = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:16]
-    return Point(name, config, overrides or {}, list(verbs), flags or {}, tags or {}, str(out / name), digest,
-                 *cost, resolved, topology)
 
 
 @functools.cache
 def flags_of(verb: str) -> frozenset[str]:
-    """Names of the flags that it defines: read, for of several verbs that one process imports each defines its
-    --workdir. A wrong one would end the verb only when its turn comes, after hours of training."""
+    """Names of the flags that it defines: read, for of several verbs that one process imports each would define
+    its --workdir."""
     source = Path(importlib.util.find_spec(f"tfusion.{verb}").origin).read_text()
     return frozenset(re.findall(r'(?:\bDEFINE_\w+|\bpaths\.define)\(\s*"(\w+)"', source))
 
@@ -220,6 +238,7 @@ def freeze(out: Path, points: list[Point]) -> bool:
             return False
         points = [point._replace(topology=new[point.name].topology, plan=new[point.name].plan)
                   if point.topology is None else point for point in old]
+    paths.check_writable(out, "--out")
     out.mkdir(parents=True, exist_ok=True)
     replace_text(out / POINTS, "".join(f"{point.line}\n" for point in points))
     return True

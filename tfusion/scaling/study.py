@@ -98,6 +98,7 @@ class Study(NamedTuple):
     outliers: str
     axes: dict[str, str]  # {attribute of a run: what it is called}
     recipes: tuple[str, str]  # the candidate, and the baseline
+    compared: bool  # whether the ladder has points of both, finished or not
     paper: dict[str, tuple]  # its table 3: {metric: (title, candidate, baseline, ratio)}
     tables: list[Table]
 
@@ -141,7 +142,7 @@ def read_all(sweep: Path) -> list[dict]:
             point = json.loads(line)
             missing = [key for key in NEEDED if key not in point]
         except (ValueError, TypeError) as e:
-            raise UserError(f"{path}, line {number} is not JSON: {e}") from e
+            raise UserError(f"{path}, line {number} is not JSON: {getattr(e, 'msg', e)}") from e
         if missing:
             raise UserError(f"{path}, line {number} lacks {', '.join(missing)}")
         points.append(point)
@@ -352,10 +353,12 @@ def read(sweep: Path, kept: Path | None = None, outliers: str = "none") -> Study
     check_alike(runs)
     ladder = [run for run in runs if run.part == LADDER]
     wanted = largest_planned(points, BASELINE)
-    panels = [panel(metric, ladder, outliers, wanted) for metric in metrics_of(ladder)]
+    panels = [panel(metric, ladder, outliers, wanted) for metric in metrics_of(ladder or runs)]
+    compared = all(largest_planned(points, recipe) or any(run.recipe == recipe for run in ladder)
+                   for recipe in (CANDIDATE, BASELINE))
     recipes = dict.fromkeys(run.recipe for run in ladder)
     surfaces = {recipe: surface([run for run in ladder if run.recipe == recipe]) for recipe in recipes}
     table = {name: (title, *(getattr(scores, name) for scores in (
         paper.TRANSFUSION_7B, paper.CHAMELEON_7B, paper.PARITY))) for name, title in paper.TITLES.items()}
     return Study(sweep.resolve().name, len(points), runs, missing, panels, surfaces, outliers, AXES,
-                 (CANDIDATE, BASELINE), table, tables(runs))
+                 (CANDIDATE, BASELINE), compared, table, tables(runs))

@@ -34,6 +34,11 @@ class Spec(Source):
         return self.opened
 
 
+@dataclasses.dataclass(frozen=True)
+class Kept(Spec):
+    heldout_fraction: float = 0.02
+
+
 def test_the_fraction_is_held_out():
     assert held_out(KEYS, 0.02).mean() == pytest.approx(0.02, abs=0.01)
     assert held_out(KEYS, 0.5).mean() == pytest.approx(0.5, abs=0.05)
@@ -207,6 +212,12 @@ def test_places_of_a_large_source_are_from_all_over_it(monkeypatch, number):
 def test_no_pictures_and_pictures_of_another_size_are_refused():
     with pytest.raises(UserError, match=r"notes, off: none of these has pictures in its heldout split"):
         pictures({"notes": Spec("x", 1.0, [["a"]]), "off": Spec("x", 0.0, [[picture(1)]])}, "heldout", 4)
+    for kept, says in ((Kept, "--config.data.sources.photos.heldout_fraction=0.1"), (Spec, "give a share to")):
+        some = {"notes": Spec("x", 1.0, [["a"]]), "photos": kept("x", 1.0, [])}
+        with pytest.raises(UserError, match=rf"heldout split that can be read; .*{says}"):
+            pictures(some, "heldout", 4)
+    with pytest.raises(UserError, match="train split that can be read; give a share to one that does"):
+        pictures({"photos": Kept("x", 1.0, [])}, "train", 4)
     several = {"photos": Spec("x", 1.0, [[picture(1)], [picture(1, 8)]])}
     with pytest.raises(UserError, match=r"the pictures of photos are 4 to 8 pixels high, 4 are wanted"):
         pictures(several, "train", 4)

@@ -22,6 +22,7 @@ AT_ONCE, AHEAD = 8, 8  # records that a thread reads at once, and how often that
 NAMED = 3  # unreadable records that are named; of more, the number
 PATIENCE = 3  # seconds before a progress bar shows
 DRAWN = 2**18  # records of a source, at most, that a number of pictures is drawn from
+KEPT = "heldout_fraction"  # of kinds that split by keys
 WITHOUT = 4096  # records in a row without a picture, after which the others are taken to have none
 
 
@@ -215,8 +216,11 @@ def pictures(sources: dict[str, Source], split: str, image_size: int,
             tally.tell(f"{name}/{split}", needed=split == "train")
     found = {name: some for name, some in found.items() if some}
     if not found:
+        then, own = "give a share to one that does", [name for name in sources if hasattr(sources[name], KEPT)]
+        if split == "heldout" and own:
+            then = f"hold out more: --config.data.sources.{own[0]}.{KEPT}=0.1"
         raise NoPictures(f"data.sources = {', '.join(sources)}: none of these has pictures in its {split} "
-                        "split; give a share to one that does")
+                         f"split that can be read; {then}")
     each = None if limit is None else max(1, limit // len(found))
     chosen = [picture for some in found.values() for picture in some[:each]]
     sizes = sorted({picture.shape for picture in chosen})

@@ -78,7 +78,8 @@ def _record(line: bytes, where: str) -> tuple[object, list[tuple[str, str]]]:
     try:
         return parts_of(line)
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{where}: {e}") from e
+        why = f"{e.msg} at column {e.pos + 1}" if isinstance(e, json.JSONDecodeError) else e
+        raise UserError(f"{where}: {why}") from e
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
