@@ -37,6 +37,7 @@ MARKER = "_CHECKPOINT_METADATA"  # Orbax's, of a step: the time at which it was 
 READ_BY = {1: "feb2e22", 2: "4cbf5a4", 3: "722f903", 4: "fa48100"}  # version -> the last that reads it
 PAUSES_S = (5, 30)  # before storage that does not answer is asked for the second and the third time
 ABANDONED_S = 20  # how long a save is waited for that other processes may not be writing
+LATE = "measured.json"  # beside the checkpoints: figures that are not in their meta, {step: {figure: value}}
 FROZEN = "frozen"  # folder of the trees that training reads and never changes
 NAMED = 4  # leaves that a message names before it counts
 
@@ -118,7 +119,7 @@ class Checkpoints:
         if writing and keep.best != "none":
             for step in self.steps():
                 with contextlib.suppress(UserError):
-                    self.note(step, self.meta(step)["measured"])
+                    self.note(step, self.meta(step)["measured"] | self._late().get(str(step), {}))
 
     def _open(self) -> _Manager:
         keep = [policies.LatestN(self._keep.last), _Best(self._best)]
@@ -151,6 +152,18 @@ class Checkpoints:
         """Figures of a step's state, which `keep.best` compares."""
         if np.isfinite(value := measured.get(self._keep.best) or np.nan):
             self._best[step] = value
+
+    def note_late(self, step: int, measured: dict) -> None:
+        """As `note`, of a step that was saved before it was evaluated: kept beside the checkpoints."""
+        self.note(step, measured)
+        if distributed.is_writer() and step in self._best:
+            late = self._late() | {str(step): {self._keep.best: self._best[step]}}
+            paths.replace_text(self.folder.parent / LATE, json.dumps(late))
+
+    def _late(self) -> dict:
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads((self.folder.parent / LATE).read_text())
+        return {}
 
     def steps(self) -> list[int]:
         """Those that are whole, in order, as process 0 sees them."""
@@ -356,12 +369,11 @@ def _sum(meta: dict) -> int:
 def _why(doing: str, step: int | None, error: Exception | None) -> str | None:
     """What was wrong with a step, here or in another process; None where it went well in all."""
     mine = _first_line(error) if error and not isinstance(error, Left) else None
-    if mine and jax.process_count() > 1:
-        distributed.tell(doing, [step, mine])
+    distributed.tell(doing, [step, mine])
     if not _anywhere(error is not None):
         return None
-    said = distributed.told(doing) if jax.process_count() > 1 else {}
-    others = [f"process {process}: {why}" for process, (of, why) in said.items() if of == step]
+    others = [f"process {process}: {why}" for process, (of, why) in distributed.told(doing).items()
+              if why and of == step]
     return mine or some(others) or "another process failed"
 
 

@@ -238,12 +238,15 @@ def _check_software(client, process: int) -> None:
 
 def tell(name: str, value) -> None:
     """Leaves a value (JSON) for who asks what was `told`, in place of what this process told before."""
-    key = f"tfusion/told/{name}/{jax.process_index()}"
-    runtime.global_state.client.key_value_set(key, json.dumps(value), allow_overwrite=True)
+    if jax.process_count() > 1:
+        key = f"tfusion/told/{name}/{jax.process_index()}"
+        runtime.global_state.client.key_value_set(key, json.dumps(value), allow_overwrite=True)
 
 
 def told(name: str) -> dict[int, Any]:
     """{process: what it told last}, of those that did. Waits for none."""
+    if jax.process_count() == 1:
+        return {}
     found = runtime.global_state.client.key_value_dir_get(f"tfusion/told/{name}/")
     return {int(key.rpartition("/")[2]): json.loads(value) for key, value in found}
 
@@ -251,9 +254,7 @@ def told(name: str) -> dict[int, Any]:
 def most(values: dict[str, float]) -> dict:
     """The largest of several processes' values and whose it is, {name_max: value, name_max_process: number},
     for process 0; each tells its own and waits for none, so one that is behind is known by what it told
-    before."""
-    if jax.process_count() == 1:
-        return {}
+    before. {} where there is one process."""
     tell("values", values)
     all_told, out = told("values") if is_writer() else {}, {}
     for name in values:

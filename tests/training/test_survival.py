@@ -178,12 +178,28 @@ def test_an_evaluation_that_was_made_up_for_twice_stands_there_once(whole, tmp_p
     assert [line["step"] for line in lines(tmp_path)] == [3, EVERY]
 
 
+def test_a_step_that_was_evaluated_late_may_be_the_best(tmp_path, notice, monkeypatch):
+    """The attempt that made up for the evaluation remembers its figure; so do those after it."""
+    cfg = toy_config(keep_best="eval/error", keep_last=1)
+    notice(EVERY + 1)
+    with pytest.raises(Stopped):
+        train(cfg, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(loop, "compile_step", lambda *_: 1 / 0)
+        train(cfg, tmp_path)
+    real = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda self, *args, measured, **more: real(
+        self, *args, measured=measured and {"eval/error": 1e9}, **more))  # no later one is as good
+    train(cfg, tmp_path)
+    assert saved_steps(tmp_path) == [EVERY, STEPS]
+
+
 def test_all_that_a_save_runs_is_compiled_before_a_notice_is_waited_for(tmp_path, monkeypatch):
-    functions, sizes, real = [], [], distributed.Preemption.listen
+    functions, sizes, real, compile_ = [], [], distributed.Preemption.listen, checksum._compiled.__wrapped__
 
     @functools.cache
     def compiled(out):
-        functions.append(jax.jit(lambda *args: checksum._sums(*args), out_shardings=out))
+        functions.append(compile_(out))
         return functions[-1]
 
     def size():

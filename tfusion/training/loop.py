@@ -273,7 +273,7 @@ def train(cfg: config.RunConfig, workdir: Path, mesh, profile=None, wandb: str |
         if begun.unwritten is not None:
             looked = look(run, state, frozen, *looks(first, t), lambda losses: False)
             log.write(first, begun.unwritten | looked)
-            run.saver.checkpoints.note(first, looked)
+            run.saver.checkpoints.note_late(first, looked)
         train_step, count = None, jax.jit(lambda batch: kind.totals(cfg, batch))
         batches = pipeline.batches(run.rows, next_row, t.num_steps - first, t.batch_size,
                                    sharding.local_rows(mesh, t.batch_size))
