@@ -168,9 +168,11 @@ def pipe(monkeypatch):
 
     monkeypatch.setattr(distributed.os, "_exit", ended.append)
     monkeypatch.setattr(distributed, "ONE_NOTICE_S", 0.2)
-    threading.Thread(target=distributed._end_on_sigterm, args=(reading,), daemon=True).start()
+    thread = threading.Thread(target=distributed._end_on_sigterm, args=(reading,), daemon=True)
+    thread.start()
     yield lambda: os.write(writing, b"Stack (most recent call first):\n"), ended
     os.close(writing)
+    thread.join(5)  # else it would end this process
 
 
 def test_sigterm_before_steps_are_under_way_ends_a_process_at_once(pipe, capfd):
