@@ -77,7 +77,9 @@ def base(size: str | None = None, preset: str | None = None) -> ConfigDict:
 
 
 def of_weeks(config: ConfigDict, preset: str | None) -> ConfigDict:
-    config.train.update(checkpoint_minutes=30.0, nonfinite="skip")
+    """On many chips, some of which fail: ten minutes are lost at most, or waited for in vain, and states to go
+    back to are kept."""
+    config.train.update(checkpoint_minutes=10.0, watchdog_minutes=10.0, keep_every=10_000, nonfinite="skip")
     if preset == "strict":
         config.optimizer.ema_decay = 0.0
         config.data.caption_dropout = 0.0
@@ -117,7 +119,7 @@ def small(config: ConfigDict) -> None:
     config.data.update(tokenizer="default", image_first_fraction=0.45, image_first_max_t=0.25)
     config.optimizer.update(learning_rate=3e-3, warmup_steps=60, b2=0.98, weight_decay=0.02, ema_decay=0.995)
     config.train.update(batch_size=4, log_every=50, eval_every=1000, eval_documents=128, diagnostics_every=1000,
-                        checkpoint_minutes=0.0, nonfinite="stop")
+                        checkpoint_minutes=0.0, watchdog_minutes=30.0, keep_every=0, nonfinite="stop")
 
 
 def small_chameleon() -> ConfigDict:

@@ -1,6 +1,8 @@
 """What is compared at resume, key by key; what a checkpoint holds, and what is done with one that is broken."""
 
+import collections
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -20,7 +22,7 @@ from tests.conftest import replace, tiny_autoencoder_config, tiny_config, with_s
 from tfusion import checkpoint, config
 from tfusion.checkpoint import Checkpoints, Damaged, Keep, changes, check_identity, check_same
 from tfusion.diffusion.sampler import SamplingConfig
-from tfusion.errors import UserError
+from tfusion.errors import Unreachable, UserError
 
 FREE = {  # what a resumed run may change; everything else it may not
     "model.remat", "model.compute_dtype", "loss_weight", "autoencoder.kl_weight",
@@ -135,6 +137,47 @@ def test_an_item_alone_is_read_without_the_others(saved):
     assert checkpoints.steps() == [2, 4] and checkpoints.meta(4)["next_row"] == 4
     got = checkpoints.restore(4, {"params": shapes(ITEMS["params"])})
     np.testing.assert_array_equal(got["params"]["w"], ITEMS["params"]["w"])
+
+
+@pytest.mark.parametrize("silent", [2, 3])
+def test_storage_that_does_not_answer_is_asked_three_times(saved, monkeypatch, capsys, silent):
+    """And says nothing against the checkpoint: no older one is taken, and launchers start the run again."""
+    checkpoints, answers = Checkpoints(saved), itertools.count()
+    real = checkpoints._manager.restore
+
+    def restore(*args, **more):
+        if next(answers) < silent:
+            raise ValueError("read failed") from OSError(errno.EIO, "Input/output error")
+        return real(*args, **more)
+
+    monkeypatch.setattr(checkpoint, "PAUSES_S", (0, 0))
+    monkeypatch.setattr(checkpoints._manager, "restore", restore)
+    if silent == 2:
+        assert checkpoints.meta(4)["next_row"] == 4
+    else:
+        with pytest.raises(Unreachable, match=r"/4 cannot be read now \(ValueError: read failed\)") as e:
+            checkpoints.meta(4)
+        assert e.value.status == 134 and not isinstance(e.value, Damaged)
+    assert capsys.readouterr().err.count("cannot be read now") == 2 and next(answers) == 3
+
+
+def test_where_one_process_waits_for_one_that_gave_up(monkeypatch):
+    """A save begins and ends together. Process 1 passes what process 0 passes, but for the last place: it has
+    gone to the end."""
+    places = collections.Counter()
+    monkeypatch.setattr(checkpoint.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(checkpoint.distributed, "arrive", lambda place: places.update([place]))
+    monkeypatch.setattr(checkpoint.distributed, "arrived", lambda place: places[place])
+    meet = checkpoint._Meeting()
+    for key in (meet.ENDS, "write.7"):
+        places.update([f"{meet._name}/1/{key}"])
+        meet(key=key, timeout_ms=100)
+    with pytest.raises(TimeoutError):
+        meet(key="commit.7", timeout_ms=10)
+    places.update([f"{meet._name}/2/{meet.ENDS}"])
+    with pytest.raises(checkpoint.Left):
+        meet(key="commit.8", timeout_ms=10_000)
+    meet(key=meet.ENDS, timeout_ms=100)  # there they meet again
 
 
 @pytest.mark.parametrize("version, by", [(1, "revision feb2e22 of tfusion reads it"),

@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -167,9 +168,11 @@ def pipe(monkeypatch):
 
     monkeypatch.setattr(distributed.os, "_exit", ended.append)
     monkeypatch.setattr(distributed, "ONE_NOTICE_S", 0.2)
-    threading.Thread(target=distributed._end_on_sigterm, args=(reading,), daemon=True).start()
+    thread = threading.Thread(target=distributed._end_on_sigterm, args=(reading,), daemon=True)
+    thread.start()
     yield lambda: os.write(writing, b"Stack (most recent call first):\n"), ended
     os.close(writing)
+    thread.join(5)  # else it would end this process
 
 
 def test_sigterm_before_steps_are_under_way_ends_a_process_at_once(pipe, capfd):
@@ -195,6 +198,36 @@ def test_a_second_sigterm_ends_a_process_that_saves(pipe):
     finally:
         preemption.close()
     assert ended[0] == 143
+
+
+def test_ctrl_c_is_sigterm_that_no_launcher_answers(pipe, monkeypatch):
+    """Its own way ends in SIGTERM's, at once or, as here, as the second signal to a process that saves."""
+    preemption, (sigterm, ended), (reading, writing) = distributed.Preemption(), pipe, os.pipe()
+    monkeypatch.setattr(distributed, "_interrupted", threading.Event())
+    monkeypatch.setattr(distributed.os, "kill", lambda process, number: (process, number) == (
+        os.getpid(), signal.SIGTERM) and sigterm())
+    threading.Thread(target=distributed._pass_on, args=(reading,), daemon=True).start()
+    preemption.listen()
+    try:
+        os.write(writing, b"x")
+        time.sleep(0.6)
+        assert not ended and preemption.of_the_user()
+        os.write(writing, b"x")
+        wait_until(lambda: ended)
+    finally:
+        preemption.close()
+        os.close(writing)
+    assert ended[0] == 130
+
+
+def test_ctrl_c_before_steps_are_under_way_ends_a_process_at_once(pipe, monkeypatch, capfd):
+    sigterm, ended = pipe
+    monkeypatch.setattr(distributed, "_interrupted", threading.Event())
+    distributed._interrupted.set()
+    sigterm()
+    wait_until(lambda: ended)
+    assert ended[0] == 1
+    assert capfd.readouterr().err == "stopped by Ctrl-C; the same command goes on\n"
 
 
 def wait_until(condition) -> None:
@@ -256,11 +289,12 @@ def test_sigterm_to_one_of_several_before_steps_ends_all_as_preempted(pipe, monk
     (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), False),
     (ValueError("UNAVAILABLE"), False), (None, False)], ids=str)
 def test_what_is_taken_for_the_end_of_another_process(error, lost):
-    """A fault that comes again is no reason to be restarted."""
+    """A fault that comes again is no reason to be restarted, nor one that the user can mend, whatever its cause
+    says: a save that met a full disk."""
     assert distributed._lost_another(error) == lost
-    later = UserError("a save failed")
-    later.__cause__ = error
-    assert distributed._lost_another(later) == lost
+    for later, of_it in ((RuntimeError("x"), lost), (UserError("a save failed"), False)):
+        later.__cause__ = error
+        assert distributed._lost_another(later) == of_it
 
 
 def test_who_was_started_unlike_process_0_is_told_in_what(monkeypatch):

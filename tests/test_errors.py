@@ -4,6 +4,7 @@ The verbs are run as a user runs them, but forked from one process that has impo
 already: the first import takes seconds, a mistake milliseconds.
 """
 
+import errno
 import json
 import os
 import subprocess
@@ -333,6 +334,61 @@ def test_errors_of_the_user(error, line, monkeypatch, capsys):
 
 def test_a_run_that_was_stopped_is_one_that_launchers_restart(monkeypatch, capsys):
     assert failing_with(errors.Stopped("stopped"), monkeypatch, capsys) == (42, "stopped\n")
+
+
+UNANSWERED = [OSError(errno.EIO, "x"), OSError(errno.ESTALE, "x"), ConnectionResetError(), TimeoutError(),
+              ValueError("UNAVAILABLE: gs://x"), ValueError("opening /x: Input/output error [5]"),
+              type("HttpError", (Exception,), {"code": 503})(), type("ClientPayloadError", (Exception,), {})()]
+ANSWERED = [FileNotFoundError(2, "x"), PermissionError(13, "x"), ValueError("bad checksum"), KeyError("x"),
+            type("HttpError", (Exception,), {"code": 403})(), None]
+
+
+@pytest.mark.parametrize(("error", "so"), [*((e, True) for e in UNANSWERED), *((e, False) for e in ANSWERED)],
+                         ids=repr)
+def test_storage_that_did_not_answer_is_told_from_what_it_says(error, so):
+    assert errors.unanswered(error) == so
+    later = ValueError("cannot be read")
+    later.__cause__ = error
+    assert errors.unanswered(later) == so
+
+
+def test_what_did_not_answer_may_answer_the_next_attempt(monkeypatch, capsys):
+    assert failing_with(OSError(errno.EIO, "Input/output error", "/data/x"), monkeypatch, capsys) == (
+        errors.HUNG, "error: [Errno 5] Input/output error: '/data/x'\n")
+
+
+INTERRUPTED = """
+import os, signal, time
+from tfusion.errors import run
+class Dies:
+    def __del__(self):
+        raise KeyboardInterrupt
+def main():
+    Dies()  # what a signal in a callback becomes
+    time.sleep(20)
+    os._exit(7)
+run(main)
+"""
+
+
+def test_ctrl_c_in_a_callback_is_not_lost():
+    """Orbax's other unraisable exceptions are: they say nothing."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        1, "error: interrupted; run the same command again to go on from the last checkpoint\n")
+
+
+def test_an_interrupted_process_tells_the_others(monkeypatch):
+    left = []
+
+    def main():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app, "run", lambda guarded, flags_parser: guarded(["verb"]))
+    monkeypatch.setattr(errors, "leave", lambda *told: left.append(told))
+    errors.run(main)
+    (error, status, text), = left
+    assert isinstance(error, errors.UserError) and status == 1 and text.startswith("interrupted; run the same")
 
 
 def test_of_several_processes_one_whose_output_is_closed_tells_the_others(monkeypatch):

@@ -174,7 +174,40 @@ def test_ctrl_c_in_one_of_two_ends_both(tmp_path):
         processes.wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and losses(tmp_path), started)
         started[1].kill(signal.SIGINT)
         assert [process.wait(60) for process in started] == [1, 1]
-    assert "process 1 of 2 ended: interrupted" in started[0].errors()[0]
+    saved = f"stopped at step {saved_steps(tmp_path)[-1]}: it is saved; the same command goes on from there"
+    assert started[0].errors() == started[1].errors() == [saved]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_one_that_cannot_write_its_part_of_a_checkpoint(tmp_path, failing):
+    """Its error ends every save in seconds, not in Orbax's 20 minutes, and the line says where and why. What
+    was saved before stays."""
+    flags = (*TOY, f"--workdir={tmp_path}", "--config.width=200000", "--config.train.log_every=20")
+    with processes.running(2, "tfusion.train", *flags, "--config.train.num_steps=20", **FAST) as started:
+        processes.succeed(started)
+    full = {"FULL": str(failing), **FAST}
+    with processes.running(2, "tests.ailing", *flags, "--config.train.num_steps=60", **full) as started:
+        assert [process.wait(120) for process in started] == [1, 1]
+    warned = [line for line in re.split(r"[\r\n]+", started[0].stderr()) if line.startswith("warning:")]
+    who = "process 1: " if failing else ""
+    for step, line in zip((40, 60), warned, strict=True):
+        assert line.startswith(f"warning: the checkpoint of step {step} cannot be written to {tmp_path}")
+        assert f" ({who}ValueError: " in line and "File too large" in line
+        assert "training goes on, the last one is of step 20" in line
+    for process in started:
+        (error,) = process.errors()
+        assert error.startswith("error: a checkpoint, of step 60, cannot be written") and "File too" in error
+    assert saved_steps(tmp_path) == [20] and 60 in losses(tmp_path)
+
+
+def test_who_waits_for_data_is_named(tmp_path):
+    """Though process 0 writes, and does not wait: the others of one that waits wait in their steps."""
+    flags = (*TOY, "--config.train.num_steps=30", f"--workdir={tmp_path}")
+    with processes.running(2, "tests.ailing", *flags, SLOW="1", **FAST) as started:
+        processes.succeed(started)
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["data/wait_fraction_max_process"] == 1
+    assert last["data/wait_fraction_max"] > 0.3 > 2 * last["data/wait_fraction"]
 
 
 def test_two_processes_prepare_what_one_does(tmp_path):

@@ -12,7 +12,9 @@ import contextlib
 import json
 import sys
 import threading
+import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +26,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 from tqdm import tqdm
 
 from tfusion import checksum, config, distributed, paths
-from tfusion.errors import UserError
+from tfusion.errors import Unreachable, UserError, unanswered
+from tfusion.meeting import Left, Meeting
 from tfusion.types import FORMAT_VERSION
 
 UNFINISHED = "[0-9]*.orbax-checkpoint-tmp*"  # Orbax's name for a folder until it is whole
@@ -32,7 +35,9 @@ DELETING = "deleting"  # folder that old checkpoints are moved into, then delete
 COMMITTED = "commit_success.txt"  # Orbax's, of a step in a bucket: written last
 MARKER = "_CHECKPOINT_METADATA"  # Orbax's, of a step: the time at which it was whole is written into it last
 READ_BY = {1: "feb2e22", 2: "4cbf5a4", 3: "722f903", 4: "fa48100"}  # version -> the last that reads it
+PAUSES_S = (5, 30)  # before storage that does not answer is asked for the second and the third time
 ABANDONED_S = 20  # how long a save is waited for that other processes may not be writing
+LATE = "measured.json"  # beside the checkpoints: figures that are not in their meta, {step: {figure: value}}
 FROZEN = "frozen"  # folder of the trees that training reads and never changes
 NAMED = 4  # leaves that a message names before it counts
 
@@ -83,7 +88,7 @@ class Checkpoints:
         if writing and keep.best != "none":
             for step in self.steps():
                 with contextlib.suppress(UserError):
-                    self.note(step, self.meta(step)["measured"])
+                    self.note(step, self.meta(step)["measured"] | self._late().get(str(step), {}))
 
     def _open(self) -> _Manager:
         keep = [policies.LatestN(self._keep.last), _Best(self._best)]
@@ -92,6 +97,7 @@ class Checkpoints:
         return _Manager(self.folder, options=ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep), create=self._writing,
             todelete_subdir=None if paths.in_bucket(self.folder) else DELETING,  # there renaming is copying
+            async_options=ocp.AsyncOptions(barrier_sync_fn=Meeting() if jax.process_count() > 1 else None),
             lightweight_initialize=True))
 
     def _reopen(self) -> None:
@@ -115,6 +121,18 @@ class Checkpoints:
         """Figures of a step's state, which `keep.best` compares."""
         if np.isfinite(value := measured.get(self._keep.best) or np.nan):
             self._best[step] = value
+
+    def note_late(self, step: int, measured: dict) -> None:
+        """As `note`, of a step that was saved before it was evaluated: kept beside the checkpoints."""
+        self.note(step, measured)
+        if distributed.is_writer() and step in self._best:
+            late = self._late() | {str(step): {self._keep.best: self._best[step]}}
+            paths.replace_text(self.folder.parent / LATE, json.dumps(late))
+
+    def _late(self) -> dict:
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads((self.folder.parent / LATE).read_text())
+        return {}
 
     def steps(self) -> list[int]:
         """Those that are whole, in order, as process 0 sees them."""
@@ -161,12 +179,11 @@ class Checkpoints:
             yield
         except Exception as e:  # a bucket's client has kinds of its own
             error = e
-        if not _anywhere(error is not None):
+        if (why := _why("save", self._saving, error)) is None:
             self._failed = None
             return
         step, self._saving = self._saving, None
         self._best.pop(step, None)
-        why = _first_line(error) if error else "another process could not write its part"
         self._failed = UserError(f"a checkpoint, of step {step}, cannot be written to {self.folder} ({why}); "
                                  "those listed there are whole: make room, and the same command goes on")
         self._failed.__cause__ = error
@@ -221,7 +238,7 @@ class Checkpoints:
         """What was saved beside the arrays. Raises UserError where it is of another format, Damaged where it is
         not as it was saved, or the checkpoint was never whole."""
         folder = self.folder / str(step)
-        if _anywhere(not _is_committed(folder)):
+        if _anywhere(not self._tried(step, lambda: _is_committed(folder))):
             raise Damaged(f"checkpoint {folder} has no commit marker ({MARKER}): it was never whole, or lost "
                           f"it; {self._instead(step)}")
         meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
@@ -259,18 +276,30 @@ class Checkpoints:
         return {name: trees[name] for name in targets}
 
     def _read(self, step: int, **items):
-        error = out = None
-        try:
-            out = self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as e:  # orbax and tensorstore raise many kinds, all meaning: cannot be read
-            error = e
-        if not _anywhere(error is not None):
-            return out
+        return self._tried(step, lambda: self._manager.restore(step, args=ocp.args.Composite(**items)))
+
+    def _tried(self, step: int, read: Callable):
+        """What `read` gives, in all processes. Storage that does not answer, in any, is asked anew."""
+        folder = self.folder / str(step)
+        for pause in (*PAUSES_S, None):
+            error = out = None
+            try:
+                out = read()
+            except Exception as e:  # orbax and tensorstore raise many kinds, all meaning: cannot be read
+                error = e
+            if (why := _why("read", step, error)) is None:
+                return out
+            if _anywhere(error is not None and not unanswered(error)):
+                break
+            if pause is None:
+                raise Unreachable(f"checkpoint {folder} cannot be read now ({why}): its storage does not "
+                                  "answer; the same command tries again") from error
+            warn(f"checkpoint {folder} cannot be read now ({why}); tried again in {pause} s")
+            time.sleep(pause)
         if "RESOURCE_EXHAUSTED" in str(error):
-            raise UserError(f"checkpoint {self.folder / str(step)} does not fit the memory of these devices; "
+            raise UserError(f"checkpoint {folder} does not fit the memory of these devices; "
                             "to sample or evaluate, --mesh=fsdp=N spreads it over N") from error
-        why = _first_line(error) if error else "another process cannot read its part"
-        raise Damaged(f"checkpoint {self.folder / str(step)} cannot be read ({why}); if it is damaged, "
+        raise Damaged(f"checkpoint {folder} cannot be read ({why}); if it is damaged, "
                       f"{self._instead(step)}") from error
 
     def _instead(self, step: int) -> str:
@@ -304,6 +333,17 @@ def _sum(meta: dict) -> int:
     """Of the values, however they are spaced and ordered."""
     rest = {key: value for key, value in meta.items() if key != "sum"}
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
+def _why(doing: str, step: int | None, error: Exception | None) -> str | None:
+    """What was wrong with a step, here or in another process; None where it went well in all."""
+    mine = _first_line(error) if error and not isinstance(error, Left) else None
+    distributed.tell(doing, [step, mine])
+    if not _anywhere(error is not None):
+        return None
+    others = [f"process {process}: {why}" for process, (of, why) in distributed.told(doing).items()
+              if why and of == step]
+    return mine or some(others) or "another process failed"
 
 
 def _anywhere(wrong: bool) -> bool:
@@ -391,9 +431,10 @@ def load_frozen(workdir, meta: dict, place):
         read = checksum.leaves(FROZEN, tree)
         if wrong := _differing(sums, read) + _differing(read, sums):
             raise ValueError(f"not as it was saved: {some(sorted(set(wrong)))}")
-    except Exception as e:  # as in Checkpoints._read
-        raise UserError(f"{folder} cannot be read ({_first_line(e)}): bring it back from where the run was "
-                        "copied, or start again") from e
+    except Exception as e:  # as in Checkpoints._tried
+        raise (Unreachable if unanswered(e) else UserError)(
+            f"{folder} cannot be read ({_first_line(e)}): bring it back from where the run was copied, or "
+            "start again") from e
     return tree
 
 

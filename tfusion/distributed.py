@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jaxlib
@@ -37,7 +37,6 @@ HEARTBEAT_S = 30  # a process that is silent for so long is taken for dead, and 
 RESOLVE_S = 60  # how long the coordinator's name may take to appear: a pod's does
 STOP_S = 60  # how long those that were stopped may take to save
 ONE_NOTICE_S = 2  # launchers send SIGTERM to a process and to its group: that is one
-KILLED = 128 + signal.SIGTERM  # the status where it saved nothing
 LISTEN_S = 1  # how often it is asked whether another process ends
 LEAVE_S = 5  # how long a process that failed waits for the others to have heard it
 FOREVER_MS = 30 * 24 * 3600 * 1000
@@ -54,11 +53,11 @@ class Place(NamedTuple):
     devices: list[int] | None = None  # those of its host that it takes; None: all
 
 
-def start_process(alone: bool = False) -> None:
+def start_process(alone: bool = False, saves: bool = False) -> None:
     """Joins the processes that the environment names: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
     JAX_PROCESS_ID, or what JAX knows of (Cloud TPU, GKE, SLURM, Open MPI); one process where it names none, or
     if it is to be `alone`. Compiled programs are kept between runs, in $JAX_COMPILATION_CACHE_DIR or
-    ~/.cache/tfusion.
+    ~/.cache/tfusion. saves: Ctrl-C is not an exception, but ends it as SIGTERM does.
 
     Raises UserError, before anything is written, where the environment is at odds with itself, the coordinator
     cannot be found, processes are of different software, or the devices that JAX is told to use are not there.
@@ -69,6 +68,8 @@ def start_process(alone: bool = False) -> None:
         place = None if alone else find_place()
         _join(place) if place and place.number > 1 else _be_alone()
         watch_sigterm()
+        if saves:
+            take_sigint()
     if several := (runtime.global_state.num_processes or 1) > 1:
         errors.leave = _leave
         listener = threading.Thread(target=_listen, name="others", daemon=True)
@@ -235,6 +236,48 @@ def _check_software(client, process: int) -> None:
                         "install the same everywhere, and start all with the same command")
 
 
+def tell(name: str, value) -> None:
+    """Leaves a value (JSON) for who asks what was `told`, in place of what this process told before."""
+    if jax.process_count() > 1:
+        key = f"tfusion/told/{name}/{jax.process_index()}"
+        runtime.global_state.client.key_value_set(key, json.dumps(value), allow_overwrite=True)
+
+
+def told(name: str) -> dict[int, Any]:
+    """{process: what it told last}, of those that did. Waits for none."""
+    if jax.process_count() == 1:
+        return {}
+    found = runtime.global_state.client.key_value_dir_get(f"tfusion/told/{name}/")
+    return {int(key.rpartition("/")[2]): json.loads(value) for key, value in found}
+
+
+def most(values: dict[str, float]) -> dict:
+    """The largest of several processes' values and whose it is, {name_max: value, name_max_process: number},
+    for process 0; each tells its own and waits for none, so one that is behind is known by what it told
+    before. {} where there is one process."""
+    tell("values", values)
+    all_told, out = told("values") if is_writer() else {}, {}
+    for name in values:
+        found = {theirs[name]: process for process, theirs in all_told.items() if name in theirs}
+        out |= {f"{name}_max": max(found), f"{name}_max_process": found[max(found)]} if found else {}
+    return out
+
+
+def arrive(place: str) -> None:
+    """Says that this process has come to a place of the program."""
+    runtime.global_state.client.key_value_increment(f"tfusion/arrived/{place}", 1)
+
+
+def arrived(place: str) -> int:
+    """How many have."""
+    try:
+        return int(runtime.global_state.client.key_value_try_get(f"tfusion/arrived/{place}"))
+    except jax.errors.JaxRuntimeError as e:
+        if "NOT_FOUND" not in str(e):
+            raise
+        return 0
+
+
 def wait_for_all() -> None:
     """Returns when every process has come here, however long that takes."""
     if jax.process_count() > 1:
@@ -291,8 +334,9 @@ def _end_well(listener: threading.Thread) -> None:
 
 
 def _lost_another(error: BaseException | None) -> bool:
-    """Whether an error began in JAX's runtime, where it did not reach another process."""
-    while error is not None:
+    """Whether an error began in JAX's runtime, where it did not reach another process. A user's error is told
+    by who knew why."""
+    while error is not None and not isinstance(error, UserError):
         if isinstance(error, jax.errors.JaxRuntimeError):
             return any(word in str(error) for word in LOST)
         error = error.__cause__ or error.__context__
@@ -312,10 +356,11 @@ def cache_folder(name: str = "compilations") -> Path | None:
 
 
 class Preemption:
-    """Whether SIGTERM, or a notice of the platform's, came to any of a run's processes.
+    """Whether SIGTERM, or a notice of the platform's, came to any of a run's processes; or SIGINT, where that
+    does the same.
 
     Until `listen` and after `close` it ends its process at once: nothing is lost. Between them `due` says so,
-    to all processes at the same call, and they save and end; a second SIGTERM ends one at once.
+    to all processes at the same call, and they save and end; a second signal ends one at once.
     """
 
     _listening = threading.Event()
@@ -335,37 +380,68 @@ class Preemption:
         self.came = self.came or multihost_utils.reached_preemption_sync_point(next(self._calls))
         return self.came
 
+    def of_the_user(self) -> bool:
+        """Whether it is SIGINT that came, to any; every process asks, at the same point of the program."""
+        return bool(largest(_interrupted.is_set()))
+
+
+_interrupted = threading.Event()
+
 
 def watch_sigterm() -> None:
     """Call after jax.distributed.initialize, whose handler of SIGTERM tells all processes: it stays in place.
 
-    A thread learns of the signal too, even while the main thread is in a compiler: faulthandler's handler, the
-    one that runs no Python and calls the handler before it, writes to a pipe.
+    A thread learns of the signal too, even while the main thread is in a compiler.
     """
+    threading.Thread(target=_end_on_sigterm, args=(_pipe(signal.SIGTERM, chain=True),), name="SIGTERM",
+                     daemon=True).start()
+
+
+def take_sigint() -> None:
+    """From here on SIGINT is SIGTERM, but that a launcher shall not start again what a user stopped. In Python
+    it would be an exception, anywhere: in a callback that swallows it, or in the middle of a compiler."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return  # a shell's background job, which ignores it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # else asyncio takes it, and gives it back to Python
+    threading.Thread(target=_pass_on, args=(_pipe(signal.SIGINT, chain=False),), name="SIGINT",
+                     daemon=True).start()
+
+
+def _pipe(number: int, chain: bool) -> int:
+    """A pipe in which something stands once the signal has come: faulthandler's handler, the one that runs no
+    Python, writes to it. chain: and calls the handler before it."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    faulthandler.register(signal.SIGTERM, writing, all_threads=False, chain=True)
-    threading.Thread(target=_end_on_sigterm, args=(reading,), name="SIGTERM", daemon=True).start()
+    faulthandler.register(number, writing, all_threads=False, chain=chain)
+    return reading
+
+
+def _pass_on(reading: int) -> None:
+    while os.read(reading, 2**16):
+        _interrupted.set()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _end_on_sigterm(reading: int) -> None:
     os.read(reading, 2**16)
-    status = errors.PREEMPTED
-    if Preemption._listening.is_set():
+    listened = Preemption._listening.is_set()
+    if listened:
         time.sleep(ONE_NOTICE_S)
         os.set_blocking(reading, False)
         with contextlib.suppress(BlockingIOError):
             os.read(reading, 2**16)  # what is left of the first, and what came with it
         os.set_blocking(reading, True)
         os.read(reading, 2**16)
-        status = KILLED
-    os.write(2, b"stopped by SIGTERM; the same command goes on\n")
+    name, number, status = ("Ctrl-C", signal.SIGINT, 1) if _interrupted.is_set() else (
+        "SIGTERM", signal.SIGTERM, errors.PREEMPTED)
+    status = 128 + number if listened else status  # it saved nothing, though there was something to save
+    os.write(2, f"stopped by {name}; the same command goes on\n".encode())
     state = runtime.global_state
     if state.num_processes > 1:
         _leaving.set()  # else this process hears itself
         threading.Timer(ONE_NOTICE_S, os._exit, (status,)).start()  # whatever becomes of the others
         with contextlib.suppress(Exception):  # they cannot go on, and there is no save to wait for
-            state.client.key_value_set(ENDS, json.dumps([state.process_id, status, "stopped by SIGTERM", 0]))
+            state.client.key_value_set(ENDS, json.dumps([state.process_id, status, f"stopped by {name}", 0]))
             time.sleep(ONE_NOTICE_S)  # process 0 is whom they hear it from
     os._exit(status)
 

@@ -1,5 +1,6 @@
 """How a user's mistake reaches the user: one line, exit status 1, no traceback."""
 
+import _thread
 import contextlib
 import errno
 import logging as stdlib_logging
@@ -25,6 +26,36 @@ class Stopped(UserError):
     """SIGTERM or a preemption notice ended what the same command goes on with."""
 
     status = PREEMPTED
+
+
+class Interrupted(Stopped):
+    """The user did, by Ctrl-C."""
+
+    status = 1
+
+
+class Unreachable(UserError):
+    """Storage that did not answer, which may answer the next attempt."""
+
+    status = HUNG
+
+
+# Of storage that did not answer: numbers of the system; words in tensorstore's texts; aiohttp's kinds.
+NO_ANSWER = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
+NO_ANSWER_WORDS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", *map(os.strerror, NO_ANSWER))
+NO_ANSWER_KINDS = ("ConnectionError", "TimeoutError", "ClientConnectionError", "ClientPayloadError")
+
+
+def unanswered(error: BaseException | None) -> bool:
+    """Whether a file system or a bucket did not answer, which says nothing of what is stored there."""
+    while error is not None:
+        kinds, code = {kind.__name__ for kind in type(error).__mro__}, getattr(error, "code", None)  # gcsfs's
+        busy = isinstance(code, int) and (code in (408, 429) or 500 <= code < 600)
+        if (busy or getattr(error, "errno", None) in NO_ANSWER or kinds & {*NO_ANSWER_KINDS}
+                or any(word in str(error) for word in NO_ANSWER_WORDS)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def run(main, words: bool = False) -> None:
@@ -103,8 +134,14 @@ def _hush_orbax() -> None:
     """
     logging.get_absl_logger().addFilter(lambda record: not record.exc_info)
     stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
-    sys.unraisablehook = lambda _: None
+    sys.unraisablehook = _pass_on_interrupt
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+
+def _pass_on_interrupt(unraisable) -> None:
+    """Ctrl-C that came in a garbage collector's callback, where no exception can be raised, comes again."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        threading.Timer(0.1, _thread.interrupt_main).start()  # not in here, where it would be lost too
 
 
 def _first(error):
@@ -128,7 +165,8 @@ def _fail(error) -> None:
     print(_text(error) if isinstance(error, Stopped) else f"error: {_text(error)}", file=sys.stderr)
     threading.excepthook = lambda _: None  # a writer's thread that is cut off has nothing to add
     _flush()
-    leave(error, getattr(error, "status", 1), _text(error))
+    status = HUNG if isinstance(error, OSError) and unanswered(error) else getattr(error, "status", 1)
+    leave(error, status, _text(error))
 
 
 def _exit(error, status: int, text: str) -> None:

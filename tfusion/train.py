@@ -20,7 +20,7 @@ from absl import flags
 
 from tfusion import config, distributed, experiment, exported, objectives, paths, sharding
 from tfusion import workdir as workdirs
-from tfusion.errors import UserError, run
+from tfusion.errors import Unreachable, UserError, run, unanswered
 
 CONFIG = experiment.define()
 WORKDIR = paths.define("workdir", None, "where checkpoints, metrics and the config go; gs:// too", buckets=True)
@@ -63,8 +63,8 @@ def writable_folder(path: str) -> Path:
             proof.unlink()
     except OSError as e:
         who = f" by process {jax.process_index()}, on {platform.node()}," if jax.process_count() > 1 else ""
-        raise UserError(f"--workdir={path} is not writable{who} ({e.strerror or e}); choose another folder"
-                        ) from e
+        kind = Unreachable if unanswered(e) else UserError
+        raise kind(f"--workdir={path} is not writable{who} ({e.strerror or e}); choose another folder") from e
     if not same:
         raise UserError(f"--workdir={path} is not the folder that process 0 writes to: name one that all hosts "
                         "share")
@@ -74,7 +74,7 @@ def writable_folder(path: str) -> Path:
 def main() -> None:
     if CONFIG.value is None or WORKDIR.value is None:
         raise UserError("--config=experiments/FILE.py and --workdir=DIR are both needed; see --help")
-    distributed.start_process()
+    distributed.start_process(saves=True)
     cfg = config.absolute(experiment.read(CONFIG))
     workdir = writable_folder(WORKDIR.value)
     if exported.about(workdir):

@@ -109,6 +109,24 @@ def test_preempted_saves_once_and_goes_on(whole, tmp_path, notice, saves, call, 
     assert len({line["step"] for line in again}) == len(again)
 
 
+def test_a_notice_comes_to_a_queue_of_two(tmp_path, monkeypatch):
+    """Without a wait the loop asks as far ahead of the devices as a line of metrics is away. The step that is
+    under way is not waited for: the device would have nothing to do."""
+    asked, waited, real_ended, real_ready = [], [], loop.Run.ended, loop.jax.block_until_ready
+    monkeypatch.setattr(loop.jax, "block_until_ready", lambda x: waited.append([*x]) or real_ready(x))
+
+    def ended(self, losses):
+        waited.clear()
+        asked.append(losses)
+        answer = real_ended(self, losses)
+        assert [id(x) for (x,) in filter(None, waited)] == [id(x) for x in asked[-2:-1]]
+        return answer
+
+    monkeypatch.setattr(loop.Run, "ended", ended)
+    train(toy_config(log_every=STEPS), tmp_path)
+    assert len(asked) == STEPS + 2 * BATCHES
+
+
 def test_an_abandoned_evaluation_ends_at_its_batch(tmp_path, notice, monkeypatch):
     looked = []
     monkeypatch.setattr(loop.Held, "diagnose", lambda *args: looked.append("gradients") or {})
@@ -118,6 +136,15 @@ def test_an_abandoned_evaluation_ends_at_its_batch(tmp_path, notice, monkeypatch
     with pytest.raises(Stopped):
         train(toy_config(), tmp_path)
     assert looked == ["gradients"] + ["batch"] * (EVERY + 1)  # the first ones: compiled before the steps
+
+
+def test_what_a_user_stops_is_saved_and_not_started_again(whole, tmp_path, notice, monkeypatch):
+    notice(4)
+    monkeypatch.setattr(distributed, "_interrupted", threading.Event())
+    distributed._interrupted.set()
+    with pytest.raises(Stopped, match=r"^stopped at step 4: it is saved; the same command") as e:
+        train(whole[0], tmp_path)
+    assert e.value.status == 1 and saved_steps(tmp_path) == [4]
 
 
 def test_a_notice_in_the_last_step_of_all_finishes_the_run(whole, tmp_path, notice):
@@ -151,12 +178,26 @@ def test_an_evaluation_that_was_made_up_for_twice_stands_there_once(whole, tmp_p
     assert [line["step"] for line in lines(tmp_path)] == [3, EVERY]
 
 
+def test_a_step_that_was_evaluated_late_may_be_the_best(tmp_path, notice, monkeypatch):
+    """The attempt that makes up for the evaluation remembers its figure; so does the one after it."""
+    cfg, real = toy_config(keep_best="eval/error", keep_last=1), Checkpoints.save
+    for call in (EVERY + 1, 3):  # in the evaluation; three steps on
+        notice(call)
+        with pytest.raises(Stopped):
+            train(cfg, tmp_path)
+    notice(1000)
+    monkeypatch.setattr(Checkpoints, "save", lambda self, *args, measured, **more: real(
+        self, *args, measured=measured and {"eval/error": 1e9}, **more))  # no later one is as good
+    train(cfg, tmp_path)
+    assert saved_steps(tmp_path) == [EVERY, STEPS]
+
+
 def test_all_that_a_save_runs_is_compiled_before_a_notice_is_waited_for(tmp_path, monkeypatch):
-    functions, sizes, real = [], [], distributed.Preemption.listen
+    functions, sizes, real, compile_ = [], [], distributed.Preemption.listen, checksum._compiled.__wrapped__
 
     @functools.cache
     def compiled(out):
-        functions.append(jax.jit(lambda *args: checksum._sums(*args), out_shardings=out))
+        functions.append(compile_(out))
         return functions[-1]
 
     def size():
@@ -341,14 +382,24 @@ def test_steps_and_saves_keep_it_quiet(hung):
     dog.close()
 
 
-@pytest.mark.parametrize("started", [False, True])
-def test_before_its_start_and_at_zero_minutes_it_is_off(hung, started):
-    dog = watchdog.Watchdog(0.0 if started else 0.1 / 60)
-    if started:
-        dog.start()
+def test_at_zero_minutes_it_is_off(hung):
+    dog = watchdog.Watchdog(0.0)
+    dog.start()
     dog.watch([np.zeros(()).view(Result)])
     time.sleep(0.4)
     assert not hung.is_set() and not dog._under_way
+
+
+def test_until_steps_are_under_way_it_has_more_patience(hung, monkeypatch):
+    """A first batch that never comes ends the process too; what comes, as a restored state, starts the hour
+    anew."""
+    monkeypatch.setattr(watchdog, "START_MINUTES", 1.0 / 60)
+    dog = watchdog.Watchdog(0.1 / 60)
+    for _ in range(4):
+        time.sleep(0.5)
+        assert not hung.is_set()
+        dog.beat()
+    assert hung.wait(5)
 
 
 HANG = """
@@ -370,13 +421,14 @@ def test_a_hung_process_shows_its_stacks_and_is_restarted():
 
 
 def test_the_loop_watches_from_its_first_step_to_its_last_save(tmp_path, monkeypatch):
-    """Each step and each batch of an evaluation; saves beat."""
+    """Each step and each batch of an evaluation; saves beat, and so do a state, a first batch and the compiled
+    step."""
     seen = []
     for name in ("start", "watch", "beat", "close"):
         monkeypatch.setattr(watchdog.Watchdog, name, lambda self, *_, name=name: seen.append(name))
     train(toy_config(watchdog_minutes=1.0), tmp_path)
     half = ["watch"] * (EVERY + BATCHES) + ["beat"]
-    assert seen == ["start", *half, *half, "close"]
+    assert seen == ["beat", "beat", "beat", "start", *half, *half, "close"]
 
 
 def test_goodput_of_a_run_that_was_killed(whole, tmp_path, monkeypatch):

@@ -132,7 +132,8 @@ class Log:
         values |= self.speed.report()
         values |= self.rows.stats(self.rows_before + step * self.cfg.train.batch_size - 1)
         values["train/learning_rate"] = float(self.learning_rate(step - 1))
-        return values | metrics.device_memory(jax.local_devices())
+        values |= metrics.device_memory(jax.local_devices())
+        return values | distributed.most({name: values[name] for name in metrics.COMPARED if name in values})
 
     def write(self, step: int, values: dict) -> None:
         self.writer.write(step, values | self.paused | self.goodput.values())
@@ -156,8 +157,7 @@ class Trace:
     None."""
 
     def __init__(self, profile, first: int, workdir: Path):
-        if not distributed.is_writer():
-            profile = None
+        profile = profile if distributed.is_writer() else None
         if profile and profile[0] < first:  # the same command again after a crash must go on
             tqdm.write(f"no trace: --profile={profile[0]}:{profile[1]} begins before step {first}")
             profile = None
@@ -222,10 +222,14 @@ class Run(NamedTuple):
     trace: Trace
     watchdog: Watchdog
     preemption: distributed.Preemption
+    before: list  # the losses of the step or batch before
 
     def ended(self, losses) -> bool:
-        """Whether all processes are to save and end; losses: of the step or batch that is under way."""
+        """Whether all processes are to save and end; losses: of the step or batch that is under way. The one
+        before is waited for: a notice comes to a queue of two, and the device still has one to do."""
         self.watchdog.watch(losses)
+        jax.block_until_ready(self.before)
+        self.before[:] = [losses]
         return self.preemption.due()
 
 
@@ -234,6 +238,9 @@ def open_run(closing: contextlib.ExitStack, cfg: config.RunConfig, workdir: Path
     """As `train`; and where it begins."""
     goodput = closing.enter_context(contextlib.closing(Goodput(workdir, process_began)))
     t = cfg.train
+    watchdog, preemption = Watchdog(t.watchdog_minutes), distributed.Preemption()
+    for each in (watchdog, preemption):
+        closing.callback(each.close)
     objective, tx = kind_of(cfg).make(cfg), make_optimizer(cfg.optimizer, t.num_steps)
     rows = kind_of(cfg).open_rows(cfg)
     distributed.check_alike(flatten_dict(cfg.to_dict(), sep=".") | rows.identity | {"--resume": resume_from})
@@ -241,14 +248,11 @@ def open_run(closing: contextlib.ExitStack, cfg: config.RunConfig, workdir: Path
     checkpoints = Checkpoints(workdir, writing=True, keep=Keep(t.keep_last, t.keep_every, t.keep_best))
     begun = resume.start(cfg, objective, tx, mesh, checkpoints, rows, workdir, resume_from)
     goodput.resume(begun.goodput, writing=distributed.is_writer())
-    watchdog, preemption = Watchdog(t.watchdog_minutes), distributed.Preemption()
-    log = Log(cfg, objective, rows, workdir, begun, goodput, wandb)
-    saver = Saver(cfg, checkpoints, rows, begun.frozen, log)
-    for each in (watchdog, preemption, log):
-        closing.enter_context(contextlib.closing(each))
-    closing.enter_context(saver)
+    watchdog.beat()
+    log = closing.enter_context(contextlib.closing(Log(cfg, objective, rows, workdir, begun, goodput, wandb)))
+    saver = closing.enter_context(Saver(cfg, checkpoints, rows, begun.frozen, log))
     trace = Trace(profile, int(begun.state.step), workdir)
-    return Run(objective, tx, rows, held, log, saver, trace, watchdog, preemption), begun
+    return Run(objective, tx, rows, held, log, saver, trace, watchdog, preemption, []), begun
 
 
 def train(cfg: config.RunConfig, workdir: Path, mesh, profile=None, wandb: str | None = None,
@@ -269,7 +273,7 @@ def train(cfg: config.RunConfig, workdir: Path, mesh, profile=None, wandb: str |
         if begun.unwritten is not None:
             looked = look(run, state, frozen, *looks(first, t), lambda losses: False)
             log.write(first, begun.unwritten | looked)
-            run.saver.checkpoints.note(first, looked)
+            run.saver.checkpoints.note_late(first, looked)
         train_step, count = None, jax.jit(lambda batch: kind.totals(cfg, batch))
         batches = pipeline.batches(run.rows, next_row, t.num_steps - first, t.batch_size,
                                    sharding.local_rows(mesh, t.batch_size))
@@ -298,7 +302,7 @@ def train(cfg: config.RunConfig, workdir: Path, mesh, profile=None, wandb: str |
                     run.saver.save(state, done, next_row, values if looked is None else None, looked or {})
                     run.watchdog.beat()
                 if run.preemption.came and (done < t.num_steps or looked is None):
-                    raise run.saver.stopped(done)
+                    raise run.saver.stopped(done, run.preemption.of_the_user())
             elif logging:
                 log.late = done
     finish(workdir, state, first, t.num_steps, log.speed.total, time.perf_counter() - began)
@@ -307,11 +311,12 @@ def train(cfg: config.RunConfig, workdir: Path, mesh, profile=None, wandb: str |
 
 def compile_step(run: Run, cfg: config.RunConfig, state, frozen, placed, count):
     """The training step, compiled for this state and batch; and all else that the loop will call. From here on
-    steps can be lost: a preemption saves first, and the watchdog watches."""
+    steps can be lost: a preemption saves first, and the watchdog waits for each."""
     with run.log.goodput.part("compile"):
-        objective, tx = run[:2]
-        step = steps.jit_train_step(objective, tx, cfg, state)
+        step = steps.jit_train_step(run.objective, run.tx, cfg, state)
+        run.watchdog.beat()  # the first batch is there
         compiled = step.lower(state, frozen, placed).compile()
+        run.watchdog.beat()
         distributed.wait_for_all()  # the first exchange waits half a minute at most for who compiles longer
         run.held.compile(state, frozen, cfg.train.eval_every > 0, cfg.train.diagnostics_every > 0)
         run.saver.compile(state)

@@ -14,6 +14,7 @@ from tfusion.errors import UserError
 from tfusion.paths import replace_text
 from tfusion.training.optimizer import CLIP_NORM
 
+COMPARED = ("data/wait_fraction", "memory/peak_gib")  # over processes: who waits is waited for
 MOST_SKIPPED = 20  # steps in a row: then it is not one batch that is bad
 
 

@@ -7,7 +7,7 @@ import jax
 
 from tfusion import checksum, config, distributed
 from tfusion.checkpoint import Checkpoints
-from tfusion.errors import Stopped, UserError
+from tfusion.errors import Interrupted, Stopped, UserError
 from tfusion.training import state as states
 
 
@@ -43,7 +43,7 @@ class Saver:
                 "goodput": self.log.goodput.seconds()}, frozen=self.frozen, measured=measured)
         self.timer.restart()
 
-    def stopped(self, done: int) -> Stopped:
+    def stopped(self, done: int, by_user: bool) -> Stopped:
         """Waits until the last save is whole, or has failed."""
         with contextlib.suppress(UserError), self.log.goodput.part("save"):
             self.checkpoints.wait()
@@ -51,7 +51,8 @@ class Saver:
         state = "it is saved" if saved == done else (
             f"it could not be saved, the last checkpoint is of step {saved}" if saved else
             "it could not be saved, there is no checkpoint")
-        return Stopped(f"preempted at step {done}: {state}; the same command goes on from there")
+        how, kind = ("stopped", Interrupted) if by_user else ("preempted", Stopped)
+        return kind(f"{how} at step {done}: {state}; the same command goes on from there")
 
     def compile(self, state) -> None:
         """All that a save will run on the devices."""
