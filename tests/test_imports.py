@@ -12,7 +12,7 @@ MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
 SOURCES = MODULES + sorted(path.relative_to(ROOT) for path in (ROOT / "experiments").rglob("*.py"))
 
 BASE = ("types", "config", "experiment", "errors", "sharding", "distributed", "accelerators", "workdir",
-        "paths", "checksum")
+        "paths", "checksum", "meeting")
 LAYERS = [  # DESIGN: each may import only from those before it or its own folder; siblings never each other
     {"base"}, {"diffusion", "models", "kernels", "data"}, {"objectives", "checkpoint"},
     {"training", "inference", "preparing"},

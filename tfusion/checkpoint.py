@@ -9,7 +9,6 @@ than those of the arrays that were saved.
 """
 
 import contextlib
-import itertools
 import json
 import sys
 import threading
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from tfusion import checksum, config, distributed, paths
 from tfusion.errors import Unreachable, UserError, unanswered
+from tfusion.meeting import Left, Meeting
 from tfusion.types import FORMAT_VERSION
 
 UNFINISHED = "[0-9]*.orbax-checkpoint-tmp*"  # Orbax's name for a folder until it is whole
@@ -73,37 +73,6 @@ class _Manager(ocp.CheckpointManager):
         return False  # a save is asked for by the loop, which knows; asked of JAX here too, its count would mix
 
 
-class Left(Exception):
-    """Another process has given a save up."""
-
-
-class _Meeting:
-    """Where the threads of a save wait for those of the other processes, in place of Orbax's barriers, in which
-    a process that cannot write its part leaves the others until a timeout. A save begins and ends with all at
-    ENDS, and who fails goes straight to its end."""
-
-    ENDS = "ThreadSaveMultiHostValueHolder:set_value_start"
-    _made = itertools.count()  # of one that a failed save left nobody knows where all are
-
-    def __init__(self):
-        self._name, self._ends = next(self._made), 0
-
-    def __call__(self, *, key: str, timeout_ms: int) -> None:
-        self._ends += key == self.ENDS
-        here, end = f"{self._name}/{self._ends}/{key}", f"{self._name}/{self._ends + 1}/{self.ENDS}"
-        deadline, pause = time.monotonic() + timeout_ms / 1000, 0.001
-        distributed.arrive(here)
-        while True:
-            gone = distributed.arrived(end)  # asked first: who has passed this place may be there too
-            if distributed.arrived(here) == jax.process_count():
-                return
-            if gone:
-                raise Left
-            if time.monotonic() > deadline:
-                raise TimeoutError("another process has not written its part")
-            time.sleep(pause := min(2 * pause, 0.5))
-
-
 class Checkpoints:
     def __init__(self, workdir, *, writing: bool = False, keep: Keep = KEEP):
         """Opens those of a run. Only a writer, who holds the workdir, clears away what killed saves and
@@ -128,7 +97,7 @@ class Checkpoints:
         return _Manager(self.folder, options=ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep), create=self._writing,
             todelete_subdir=None if paths.in_bucket(self.folder) else DELETING,  # there renaming is copying
-            async_options=ocp.AsyncOptions(barrier_sync_fn=_Meeting() if jax.process_count() > 1 else None),
+            async_options=ocp.AsyncOptions(barrier_sync_fn=Meeting() if jax.process_count() > 1 else None),
             lightweight_initialize=True))
 
     def _reopen(self) -> None:
