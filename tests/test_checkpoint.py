@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from experiments import quickstart
 from tests import toy
 from tests.conftest import replace, tiny_autoencoder_config, tiny_config, with_shares
-from tfusion import checkpoint, config
+from tfusion import checkpoint, config, meeting
 from tfusion.checkpoint import Checkpoints, Damaged, Keep, changes, check_identity, check_same
 from tfusion.diffusion.sampler import SamplingConfig
 from tfusion.errors import Unreachable, UserError
@@ -165,17 +165,17 @@ def test_where_one_process_waits_for_one_that_gave_up(monkeypatch):
     """A save begins and ends together. Process 1 passes what process 0 passes, but for the last place: it has
     gone to the end."""
     places = collections.Counter()
-    monkeypatch.setattr(checkpoint.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(checkpoint.distributed, "arrive", lambda place: places.update([place]))
-    monkeypatch.setattr(checkpoint.distributed, "arrived", lambda place: places[place])
-    meet = checkpoint._Meeting()
+    monkeypatch.setattr(meeting.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(meeting.distributed, "arrive", lambda place: places.update([place]))
+    monkeypatch.setattr(meeting.distributed, "arrived", lambda place: places[place])
+    meet = meeting.Meeting()
     for key in (meet.ENDS, "write.7"):
-        places.update([f"{meet._name}/1/{key}"])
+        places.update([f"{meet._name}/1/1/{key}"])
         meet(key=key, timeout_ms=100)
     with pytest.raises(TimeoutError):
         meet(key="commit.7", timeout_ms=10)
-    places.update([f"{meet._name}/2/{meet.ENDS}"])
-    with pytest.raises(checkpoint.Left):
+    places.update([f"{meet._name}/2/1/{meet.ENDS}"])
+    with pytest.raises(meeting.Left):
         meet(key="commit.8", timeout_ms=10_000)
     meet(key=meet.ENDS, timeout_ms=100)  # there they meet again
 

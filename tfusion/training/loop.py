@@ -313,7 +313,7 @@ def compile_step(run: Run, cfg: config.RunConfig, state, frozen, placed, count):
     """The training step, compiled for this state and batch; and all else that the loop will call. From here on
     steps can be lost: a preemption saves first, and the watchdog waits for each."""
     with run.log.goodput.part("compile"):
-        step = steps.jit_train_step(run.objective, run.tx, cfg, state)
+        step = steps.jit_train_step(*run[:2], cfg, state)
         run.watchdog.beat()  # the first batch is there
         compiled = step.lower(state, frozen, placed).compile()
         run.watchdog.beat()
