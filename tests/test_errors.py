@@ -271,6 +271,7 @@ runpy.run_module("tfusion.train", run_name="__main__", alter_sys=True)
 """
 
 
+@pytest.mark.slow
 def test_saves_that_fail_are_a_line_each_and_leave_the_older_whole(prepared_root, tmp_path):
     """The system refuses more than 16 KiB a file from the second checkpoint on, as a full disk would. Training
     goes on to its end, which is an error, for its state is not there."""
@@ -371,6 +372,7 @@ run(main)
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_callback_is_not_lost():
     """Orbax's other unraisable exceptions are: they say nothing."""
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], cwd=ROOT, capture_output=True, text=True)

@@ -136,6 +136,7 @@ def test_resumed_equals_uninterrupted(whole, tmp_path, monkeypatch, capsys):
     assert saved_steps(tmp_path) == saved_steps(workdir) == [EVERY, STEPS]
 
 
+@pytest.mark.slow
 def test_a_strict_run_evaluates_resumes_and_is_what_is_sampled(prepared_root, tmp_path):
     """No moving average, no dropped caption: what is trained is evaluated and sampled, resumed or not."""
     tree = tiny_dict(prepared_root)
@@ -180,6 +181,7 @@ def test_a_changed_key_counts_for_nothing_where_nothing_is_left_to_train(whole, 
     assert f"step {STEPS} of {STEPS} is done" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_not_done(copied, monkeypatch):
     """summary.json says that a run is at its end: who follows it would stop."""
     assert (copied / "summary.json").exists()
@@ -469,6 +471,7 @@ def test_log_lines_are_means_over_their_steps(whole, every_step, tmp_path, chang
         assert ("grad_norm/lm_loss" in line) == loop.due(step, cfg.train.diagnostics_every, STEPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken_after", [4, 5])
 def test_resumed_equals_uninterrupted_with_late_lines(whole, tmp_path, monkeypatch, broken_after):
     """Step 4's line is lost, or there, when the run dies: in the end it is there once."""
@@ -532,6 +535,7 @@ def traces(workdir) -> list[Path]:
     return [p for p in (workdir / "profile").rglob("*.xplane.pb") if p.stat().st_size]
 
 
+@pytest.mark.slow
 def test_profile_writes_a_trace_of_its_steps(whole, tmp_path, monkeypatch):
     """Started before step 2's batch, stopped after two steps; the run itself is not changed by a bit."""
     events, real = [], jax.profiler.stop_trace

@@ -45,6 +45,7 @@ def accuracy(world, number, degrade=lambda image: image):
     return means | {"relation": np.mean(relation)}, np.mean(errors)
 
 
+@pytest.mark.slow
 def test_ceiling_on_real_held_out_scenes():
     scores, _ = accuracy(WORLD, 1000)
     assert scores["canvas"] == 1 and scores["sprites"] >= 0.995 and scores["relation"] >= 0.995

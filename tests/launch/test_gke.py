@@ -113,6 +113,7 @@ POINTS = """[dict(name="codec", config="experiments/quickstart.py:smoke,autoenco
              overrides={"seed": 1})]"""
 
 
+@pytest.mark.slow
 def test_a_sweep(gke, tmp_path):
     """A job per point that can be run now; again, none; failed ones with --retry alone."""
     out = tmp_path / "sweep"
@@ -170,7 +171,7 @@ def test_mistakes_are_found_before_anything_is_submitted(gke, args, given, messa
     (["--config.mesh.fsdp=64"], "error: mesh data=2 x fsdp=64"), 
     (["--config.no.such=1"], "error: unknown config key 'no'"),
     (["--nosuch=1"], "error: Unknown command line flag 'nosuch'"),
-    (["--config=nosuch.py"], "error: Configuration is not available")])
+    (["--config=nosuch.py"], "error: nosuch.py not found: experiments/FILE.py")])
 def test_a_config_that_cannot_run_is_not_submitted(gke, flags, message):
     error = one_line_error(gke.run("gke.sh", *TRAIN, *flags, TOPOLOGY="v5p-8", **HERE | {"VERB": ""}))
     assert error.startswith(message) and not submitted(gke)

@@ -12,7 +12,7 @@ from experiments import transfusion
 from tfusion import config
 from tfusion.models import flops, lm_head
 from tfusion.models.adapters.linear import TIME_FEATURES
-from tfusion.objectives import make_objective, packed
+from tfusion.objectives import kind_of, make_objective, packed
 from tfusion.objectives import transfusion as objective
 from tfusion.objectives.base import Aux
 from tfusion.planning import walk
@@ -136,8 +136,8 @@ def test_counts_of_a_batch():
     causal = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, image_attention="causal"))
     assert packed.count(causal.model, batch).pairs == 21 + 6
     exact = flops.Counts(*(float(x) for x in counted))
-    totals = jax.device_get(jax.jit(lambda batch: objective.totals(cfg, batch))(batch))
-    assert totals == {"tokens": 9, "patches": 3, "images": 0, "flops": pytest.approx(
+    totals = jax.device_get(jax.jit(lambda batch: kind_of(cfg).totals(cfg, batch))(batch))
+    assert totals == {"tokens": 9, "patches": 3, "images": 1, "flops": pytest.approx(
         sum(objective.model_flops(cfg, exact).values()), rel=1e-6)}  # summed in float32
     assert all(totals[name].dtype == np.int32 for name in ("tokens", "patches", "images"))
 

@@ -257,7 +257,8 @@ def test_the_loss_noises_what_the_contract_says(cfg, prediction, monkeypatch):
 
 
 @pytest.mark.parametrize("patch_size, image_share, slots", [
-    (1, 0.5, 1), (2, 0.5, 4), (4, 0.5, 10), (8, 0.5, 20), (2, 0.0, 0)])
+    (2, 0.5, 4), (2, 0.0, 0), *(pytest.param(*x, marks=pytest.mark.slow) for x in (
+        (1, 0.5, 1), (4, 0.5, 10), (8, 0.5, 20)))])
 def test_every_patch_size_trains(cfg, patch_size, image_share, slots):
     """Image slots follow from the patch size; every parameter that the row can reach gets a gradient. Text
     alone has no slot."""

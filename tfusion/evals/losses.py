@@ -65,7 +65,7 @@ def batches(held, source: str, local_rows=None):
 
 
 def make_step(cfg):
-    """(params, aux, batch) -> (losses, images with a loss)."""
+    """(params, aux, batch) -> (losses, images)."""
     eval_step, totals = make_eval_step(make_objective(cfg)), kind_of(cfg).totals
     return jax.jit(lambda params, aux, batch: (
         eval_step(params, aux, batch), totals(cfg, batch).get("images", 0)))
