@@ -180,7 +180,8 @@ from pathlib import Path
 from jax._src import xla_bridge
 from tfusion.scaling import jobs, points, runner
 out = Path(sys.argv[1])
-runner.command = lambda point, verb, named: [sys.executable, "-S", "-c", sys.argv[2], verb, point.workdir,
+runner.command = lambda point, verb, named, results: [
+    sys.executable, "-S", "-c", sys.argv[2], verb, point.workdir,
     points.place(point.resolved["data"]["prepared"], named), str(point.resolved["train"]["num_steps"])]
 status = jobs.run(out, points.read(out), "a")
 assert not xla_bridge.backends_are_initialized()  # the devices are the verb's alone

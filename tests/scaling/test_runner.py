@@ -235,7 +235,8 @@ from tfusion.scaling import points, runner
 from pathlib import Path
 out = Path(sys.argv[1])
 named = {point.name: point for point in points.read(out)}
-runner.command = lambda point, verb, named: [sys.executable, "-S", "-c", sys.argv[2], verb, point.workdir,
+runner.command = lambda point, verb, named, results: [
+    sys.executable, "-S", "-c", sys.argv[2], verb, point.workdir,
     points.place(point.resolved["data"]["prepared"], named), str(point.resolved["train"]["num_steps"])]
 runner.POLL_S = 0.02
 try:
