@@ -13,10 +13,11 @@ if [[ "$(cat tfusion.id 2>/dev/null)" != "$1" ]]; then
   exec 8>tfusion.running
   flock 8  # one that was here before, told to save, goes first
   rm -f tfusion.status
+  : >tfusion.log  # here, for `tail` ends where it finds none
   echo "$1" >tfusion.id  # before: killed between the two, it is not begun, never twice
   # shellcheck disable=SC2016
   setsid nohup bash -c 'bash -c "$1" 8>&-; echo $? >tfusion.ending; mv tfusion.ending tfusion.status' - "$2" \
-    >tfusion.log 2>&1 </dev/null 9>&- &
+    >>tfusion.log 2>&1 </dev/null 9>&- &
   exec 8>&-  # it alone holds the lock now
   lines=+1
 fi
