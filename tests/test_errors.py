@@ -380,30 +380,28 @@ def test_ctrl_c_in_a_callback_is_not_lost():
         1, "error: interrupted; run the same command again to go on from the last checkpoint\n")
 
 
-def test_an_interrupted_process_tells_the_others(monkeypatch):
+def told_by_one_that_raises(error, monkeypatch) -> tuple:
+    """(error, status, text) that a process leaves with, of several."""
     left = []
 
     def main():
-        raise KeyboardInterrupt
+        raise error
 
     monkeypatch.setattr(app, "run", lambda guarded, flags_parser: guarded(["verb"]))
     monkeypatch.setattr(errors, "leave", lambda *told: left.append(told))
     errors.run(main)
-    (error, status, text), = left
+    told, = left
+    return told
+
+
+def test_an_interrupted_process_tells_the_others(monkeypatch):
+    error, status, text = told_by_one_that_raises(KeyboardInterrupt(), monkeypatch)
     assert isinstance(error, errors.UserError) and status == 1 and text.startswith("interrupted; run the same")
 
 
 def test_of_several_processes_one_whose_output_is_closed_tells_the_others(monkeypatch):
     """It would leave them waiting in a collective."""
-    left = []
-
-    def main():
-        raise BrokenPipeError
-
-    monkeypatch.setattr(app, "run", lambda guarded, flags_parser: guarded(["verb"]))
-    monkeypatch.setattr(errors, "leave", lambda *told: left.append(told))
-    errors.run(main)
-    assert left == [(None, 1, "its output was closed")]
+    assert told_by_one_that_raises(BrokenPipeError(), monkeypatch) == (None, 1, "its output was closed")
 
 
 def test_what_orbax_leaves_behind_is_not_heard(monkeypatch):

@@ -17,7 +17,7 @@ from tfusion.data import readers, store
 from tfusion.data.layout import image, text
 from tfusion.data.store import Split, Writer, assets, identity, read_meta, write_meta
 from tfusion.data.tokenizers import ByteTokenizer, load_saved
-from tfusion.errors import UserError
+from tfusion.errors import Unreachable, UserError
 
 
 def latent(value: float, shape=(2, 2, 1)):
@@ -389,6 +389,8 @@ def test_one_that_goes_on_failing_is_named_with_its_host(source, monkeypatch, no
     monkeypatch.setattr(store, "reader_of", lambda path: Failing(real(path), [OSError(errno.EIO, "x")] * 9))
     told = message(source.read, 0, [2])
     assert "mixed/train/00000.array_record" in told and socket.gethostname() in told and len(no_pauses) == 2
+    with pytest.raises(Unreachable):  # a launcher begins it again; what is broken ends as an error
+        source.read(0, [2])
 
 
 def test_what_does_not_open_though_all_of_it_is_there_is_tried_again(source, monkeypatch, no_pauses):

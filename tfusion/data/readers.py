@@ -1,7 +1,6 @@
 """ArrayRecord files, read at random and by several threads; and what is done where a disk that is far fails."""
 
 import collections
-import errno
 import sys
 import threading
 import time
@@ -9,21 +8,22 @@ from collections.abc import Callable, Hashable
 
 from array_record.python.array_record_module import ArrayRecordReader
 
+from tfusion.errors import unanswered
+
 OPEN = 64  # files at once
 PAUSES = (0.5, 2.0)  # seconds, before the second and the third try
-TRANSIENT = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT}  # of a mounted bucket, of NFS
 OPTIONS = "readahead_buffer_size:0"  # records are read at random
 
 
 def tried(path, read: Callable, forget: Callable[[], object] = lambda: None):
-    """What read() returns. Where the disk fails, or ArrayRecord (RuntimeError: it does not say why), it is
-    called twice more, each after a line on stderr, forget() and a pause. Raises what the last one raises, and
-    anything else at once."""
+    """What read() returns. Where the disk does not answer (errors.unanswered), or ArrayRecord fails
+    (RuntimeError: it does not say why), it is called twice more, each after a line on stderr, forget() and a
+    pause. Raises what the last one raises, and anything else at once."""
     for pause in PAUSES:
         try:
             return read()
         except (RuntimeError, OSError) as e:
-            if isinstance(e, OSError) and e.errno not in TRANSIENT:
+            if isinstance(e, OSError) and not unanswered(e):
                 raise
             print(f"warning: {path} cannot be read ({e}): again in {pause:g} s", file=sys.stderr)
             forget()

@@ -34,7 +34,7 @@ from etils import epath
 from tfusion.data import layout
 from tfusion.data.readers import Readers, reader_of, tried
 from tfusion.data.tokenizers import SAVED, Tokenizer
-from tfusion.errors import UserError
+from tfusion.errors import Unreachable, UserError, unanswered
 from tfusion.types import Part
 from tfusion.workdir import CODEC
 
@@ -374,7 +374,8 @@ class Split:
 
 def _broken(path, why) -> UserError:
     """Of whatever it is: who reads it cannot tell a broken file from a broken way to it."""
-    return UserError(f"{path} is missing or broken, or {socket.gethostname()} cannot read it ({why}): {AGAIN}")
+    kind = Unreachable if isinstance(why, OSError) and unanswered(why) else UserError
+    return kind(f"{path} is missing or broken, or {socket.gethostname()} cannot read it ({why}): {AGAIN}")
 
 
 def _shard(line: dict) -> Shard:
